@@ -1,0 +1,31 @@
+"""Settings of a context service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class ContextConfig:
+    """Built once by the CLI; every field has its final value."""
+
+    checkpoint: Path
+    redis_url: str
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0: any free port."""
+    advertise: str | None = None
+    """Address that gateways and workers dial, where it differs from the one listened on."""
+    dtype: str = "auto"
+    """auto (the checkpoint's), float32 or bfloat16."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:N."""
+    threads: int = 1
+    """CPU threads of torch."""
+    max_sessions: int = 64
+    """Sessions held at once; one more is refused as overloaded."""
+    prefill_chunk: int = 512
+    """Prompt tokens per forward, so that a long prompt does not hold up commits."""
+    drain_s: float = 30.0
+    """How long running sessions may take after SIGTERM."""

@@ -1,0 +1,27 @@
+"""Settings of a denoiser worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class DenoiserConfig:
+    """Built once by the CLI; every field has its final value."""
+
+    checkpoint: Path
+    redis_url: str
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0: any free port; health and reflection are served there."""
+    dtype: str = "auto"
+    """auto (the checkpoint's), float32 or bfloat16."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:N."""
+    threads: int = 1
+    """CPU threads of torch."""
+    slots: int = 8
+    """Sessions refined together."""
+    drain_s: float = 30.0
+    """How long running sessions may take after SIGTERM."""

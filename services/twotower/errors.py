@@ -1,0 +1,71 @@
+"""Every error a user can meet. `status.py` maps them to gRPC and HTTP.
+
+TwoTowerError
+├── InvalidArgument        the request is wrong; names the field
+├── CheckpointError        the checkpoint is missing, damaged or does not fit its config
+├── ConfigError            a service was started with settings that cannot work
+│   └── PortInUse          the address to listen on is taken
+├── Unavailable            cannot be served now; try again
+│   └── BrokerUnavailable  Redis does not answer
+├── Overloaded             the queue is full; try again later
+├── Incompatible           two processes (or a frame and a config) do not fit each other
+├── SessionNotFound        the session has ended, or never was
+├── LeaseLost              another worker holds the session
+└── NonFiniteLogits        the model produced NaN or infinity for this request
+"""
+
+from __future__ import annotations
+
+
+class TwoTowerError(Exception):
+    """Base of all errors that are shown to users as one line, without a traceback."""
+
+
+class InvalidArgument(TwoTowerError):
+    """The caller's fault: the request can never succeed as it is."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+
+
+class CheckpointError(TwoTowerError):
+    """The checkpoint directory cannot be used; the message names the file or tensor."""
+
+
+class ConfigError(TwoTowerError):
+    """A service's settings are wrong; the message names the option."""
+
+
+class PortInUse(ConfigError):
+    """The address to listen on is taken or not ours to use."""
+
+
+class Unavailable(TwoTowerError):
+    """The service's state, not the request: the same call may succeed later."""
+
+
+class BrokerUnavailable(Unavailable):
+    """Redis does not answer."""
+
+
+class Overloaded(TwoTowerError):
+    """Too much is in flight; nothing was started for this request."""
+
+    retry_after_s = 1
+
+
+class Incompatible(TwoTowerError):
+    """Two ends do not fit each other; the message names the field."""
+
+
+class SessionNotFound(TwoTowerError):
+    """No such session here (it ended, or its context restarted)."""
+
+
+class LeaseLost(TwoTowerError):
+    """The session was queued again since, or another worker is attached."""
+
+
+class NonFiniteLogits(TwoTowerError):
+    """NaN or infinity where a confidence was needed; the request fails, its neighbours do not."""

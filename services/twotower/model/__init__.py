@@ -1,0 +1,1 @@
+"""The two towers and their checkpoint: what a forward computes, and nothing about requests, sessions or processes."""

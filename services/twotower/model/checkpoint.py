@@ -1,0 +1,146 @@
+"""A checkpoint directory, known by its headers alone: config, index, tensor shapes. No torch here.
+
+`Checkpoint.open` reads a few KB, whatever the size of the model, so that every process can refuse a
+checkpoint before it loads anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from twotower.errors import CheckpointError
+from twotower.model.config import ModelConfig
+from twotower.model.tensors import CONTEXT_PREFIXES, DENOISER_PREFIXES, context_tensors, denoiser_tensors
+from twotower.request import ModelLimits
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
+DTYPE_BYTES = {"F32": 4, "BF16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where a tensor lies."""
+
+    file: Path
+    dtype: str
+    """As safetensors names it: F32 or BF16."""
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose config and headers fit each other."""
+
+    path: Path
+    config: ModelConfig
+    identity: str
+    """Equal for equal checkpoints: a hash of the config and of all safetensors headers (names, dtypes,
+    shapes, sizes and the metadata, where our own writer puts a hash of the content)."""
+    tensors: Mapping[str, TensorEntry]
+
+    @classmethod
+    def open(cls, path: Path, towers: Iterable[str] = ("context", "denoiser")) -> Checkpoint:
+        """Read config and headers, and check every tensor of the given towers against the config.
+
+        A shard that holds nothing of these towers need not be there. Raises CheckpointError, which names
+        the file or the tensor.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise CheckpointError(f"checkpoint {path} is not a directory" if path.exists() else f"checkpoint {path} does not exist")
+        config = ModelConfig.from_file(path / "config.json")
+        digest = hashlib.sha256(repr(config).encode())
+        prefixes = tuple(p for tower in towers for p in _PREFIXES[tower])
+        tensors: dict[str, TensorEntry] = {}
+        if (path / INDEX_FILE).exists():
+            index = _read_index(path / INDEX_FILE)
+            digest.update(json.dumps(index, sort_keys=True).encode())
+            for file in sorted({f for name, f in index.items() if name.startswith(prefixes)}):
+                header, _ = _read_header(path / file)
+                tensors |= {name: entry for name, entry in header.items() if index.get(name) == file}
+        elif (path / SINGLE_FILE).exists():
+            tensors, raw = _read_header(path / SINGLE_FILE)
+            digest.update(raw)
+        else:
+            raise CheckpointError(f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+        for tower in towers:
+            _check_tensors(path, tensors, dict(_EXPECTED[tower](config)))
+        return cls(path, config, digest.hexdigest()[:16], tensors)
+
+    @property
+    def limits(self) -> ModelLimits:
+        """What decides whether a request can be served."""
+        config = self.config
+        return ModelLimits(
+            vocab_size=config.vocab_size,
+            max_context=config.max_position_embeddings,
+            block_size=config.block_size,
+            mask_token_id=config.mask_token_id,
+            eos_token_ids=config.eos_token_ids,
+        )
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """`tokenizer.json`, if the checkpoint has one."""
+        path = self.path / "tokenizer.json"
+        return path if path.exists() else None
+
+
+_PREFIXES = {"context": CONTEXT_PREFIXES, "denoiser": DENOISER_PREFIXES}
+_EXPECTED = {"context": context_tensors, "denoiser": denoiser_tensors}
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file, as Hugging Face writes it."""
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no safetensors index: {error!r}") from None
+
+
+def _read_header(path: Path) -> tuple[dict[str, TensorEntry], bytes]:
+    """The header of a safetensors file: 8 bytes of length, then JSON; the file's size must fit it."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if not 0 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise CheckpointError(f"{path} is truncated or no safetensors file")
+            raw = file.read(length)
+        header = json.loads(raw)
+        entries = {
+            str(name): TensorEntry(
+                path, str(e["dtype"]), tuple(map(int, e["shape"])), int(e["data_offsets"][1]) - int(e["data_offsets"][0])
+            )
+            for name, e in header.items()
+            if name != "__metadata__"
+        }
+        end = 8 + length + max((int(e["data_offsets"][1]) for n, e in header.items() if n != "__metadata__"), default=0)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path} has a damaged header: {error!r}") from None
+    if size != end:
+        raise CheckpointError(f"{path} is truncated or damaged: {size} bytes where its header says {end}")
+    return entries, raw
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in expected.items():
+        entry = tensors.get(name)
+        if entry is None:
+            raise CheckpointError(f"{path}: tensor {name} is missing")
+        if entry.shape != shape:
+            raise CheckpointError(f"{path}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(shape)}")
+        if entry.dtype not in DTYPE_BYTES:
+            raise CheckpointError(f"{path}: tensor {name} has dtype {entry.dtype}; F32 and BF16 are supported")

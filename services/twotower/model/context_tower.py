@@ -1,0 +1,151 @@
+"""The context tower: frozen, causal. It reads tokens into the state, and alone it is the AR model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from twotower_kernels.scan import apply_factors, chunk_scan
+
+from twotower.model.config import ATTENTION, MAMBA, ModelConfig
+from twotower.model.layers import Attention, Mamba2, MambaFactors, linear
+from twotower.model.state import ContextState, Delta, KVDelta, MambaDelta
+from twotower.model.tower import Layer, Tower, cat_rows, stack_rows
+
+
+class ContextTower(nn.Module):
+    """Backbone and AR head. Keys: ``context_tower.*``, ``context_lm_head.weight``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.context_tower = Tower(config)
+        self.context_lm_head = linear(config.hidden_size, config.vocab_size)
+        stateful = (*config.layers_of(MAMBA), *config.layers_of(ATTENTION))
+        self._last_stateful = max(stateful, default=-1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the residual stream, the conv tails and the KV."""
+        return self.context_lm_head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.context_lm_head.weight.device
+
+    def new_state(self) -> ContextState:
+        """The state before the first token."""
+        return ContextState(self.config, self.dtype, self.device)
+
+    def decay_rates(self) -> dict[int, Tensor]:
+        """A (heads,) fp32 of each Mamba layer; a worker needs them to apply deltas."""
+        return {i: _mamba(self.context_tower.layers[i]).decay_rate() for i in self.config.layers_of(MAMBA)}
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor, state: ContextState, *, need_logits: bool = True) -> Tensor | None:
+        """Extend `state` by a chunk of a prompt: tokens (L,) int64, L >= 1.
+
+        Returns the logits of the last position (vocab,) fp32, or None where they are not needed.
+        """
+        h, _ = self._forward(tokens.unsqueeze(0), [state], prefill=True, need_hidden=need_logits)
+        state.length += tokens.shape[0]
+        return self._logits(h[:, -1])[0] if need_logits else None
+
+    @torch.inference_mode()
+    def commit(
+        self, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool = False
+    ) -> tuple[list[Delta], Tensor | None]:
+        """Extend each state by its row of tokens (B, L), in one forward: a finished block, or an AR token.
+
+        Returns what changed, per row, and the logits of the last position (B, vocab) fp32 where needed.
+        The states change by the deltas alone (`ContextState.apply`), as they will on a worker.
+        """
+        h, deltas = self._forward(tokens, states, prefill=False, need_hidden=need_logits)
+        for state in states:
+            state.length += tokens.shape[1]
+        return deltas, self._logits(h[:, -1]) if need_logits else None
+
+    def _logits(self, h: Tensor) -> Tensor:
+        return self.context_lm_head(self.context_tower.norm_f(h)).float()  # type: ignore[no-any-return]
+
+    def _forward(
+        self, tokens: Tensor, states: Sequence[ContextState], *, prefill: bool, need_hidden: bool
+    ) -> tuple[Tensor, list[Delta]]:
+        """Run the layers; update S, conv tails and KV in place, but not the lengths."""
+        changes: list[dict[int, MambaDelta | KVDelta]] = [{} for _ in states]
+        h = self.context_tower.embeddings(tokens)
+        for i, layer in enumerate(self.context_tower.layers):
+            if not need_hidden and i > self._last_stateful:
+                break  # nothing behind it changes the state
+            assert isinstance(layer, Layer)
+            x = layer.norm(h)
+            if layer.kind == MAMBA:
+                x = self._mamba(i, _mamba(layer), x, states, None if prefill else changes)
+            elif layer.kind == ATTENTION:
+                x = self._attention(i, layer.mixer, x, states, changes)
+            else:
+                x = layer.mixer(x)
+            h = h + x
+        return h, [Delta(tokens.shape[1], change) for change in changes]
+
+    def _mamba(
+        self,
+        i: int,
+        mixer: Mamba2,
+        x: Tensor,
+        states: Sequence[ContextState],
+        changes: list[dict[int, MambaDelta | KVDelta]] | None,
+    ) -> Tensor:
+        layers = [state.mamba[i] for state in states]
+        conv = stack_rows([layer.conv for layer in layers])
+        seed = stack_rows([layer.ssm for layer in layers])
+        if changes is None:  # a long chunk: S comes from the chunked scan itself
+            out, f, final, _ = mixer(x, conv, seed, chunk=self.config.chunk_size, need_states=True)
+            layers[0].ssm, layers[0].conv = final[0], f.conv[0].clone()
+            return out
+        z, f, c = mixer.project(x, conv)
+        rates = mixer.decay_rate()
+        for row, layer in enumerate(layers):
+            change = _mamba_delta(f, row)
+            changes[row][i] = change
+            layer.ssm = apply_factors(layer.ssm, change.x, change.b, change.dt, rates)
+            layer.conv = change.conv
+        if x.shape[1] == 1:  # one position: the output is read off the new state
+            group = self.config.mamba_num_heads // self.config.n_groups
+            y = stack_rows([layer.ssm for layer in layers]) @ c[:, 0].float().repeat_interleave(group, 1).unsqueeze(-1)
+            return mixer.finish(y.squeeze(-1).unsqueeze(1), f.x, z)
+        y, _, _ = chunk_scan(f.x, f.dt, rates, f.b, c, seed, x.shape[1], need_states=False)
+        return mixer.finish(y, f.x, z)
+
+    def _attention(
+        self,
+        i: int,
+        mixer: nn.Module,
+        x: Tensor,
+        states: Sequence[ContextState],
+        changes: list[dict[int, MambaDelta | KVDelta]],
+    ) -> Tensor:
+        assert isinstance(mixer, Attention)
+        length = x.shape[1]
+        q, k, v = mixer.project(x)
+        rows = []
+        for row, state in enumerate(states):
+            keys, values = state.kv[i].write(state.length, k[row], v[row])
+            mask = None
+            if length > 1:
+                mask = torch.ones(length, keys.shape[1], dtype=torch.bool, device=x.device).tril(state.length)
+            rows.append(mixer.attend(q[row : row + 1], keys.unsqueeze(0), values.unsqueeze(0), mask))
+            changes[row][i] = KVDelta(k[row], v[row])
+        return mixer.output(cat_rows(rows))
+
+
+def _mamba(layer: nn.Module) -> Mamba2:
+    assert isinstance(layer, Layer)
+    assert isinstance(layer.mixer, Mamba2)
+    return layer.mixer
+
+
+def _mamba_delta(f: MambaFactors, row: int) -> MambaDelta:
+    return MambaDelta(f.x[row].contiguous(), f.b[row].contiguous(), f.dt[row], f.conv[row].clone())

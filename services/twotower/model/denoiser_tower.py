@@ -1,0 +1,89 @@
+"""The denoising tower: predicts all tokens of a block at once, from the block's known tokens and the context's state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from twotower.model.config import ATTENTION, MAMBA, ModelConfig
+from twotower.model.layers import Attention, Mamba2, Modulation, TimestepEmbedder, linear
+from twotower.model.state import ContextState
+from twotower.model.tower import Layer, Tower, cat_rows, stack_rows
+
+
+class DenoiserTower(nn.Module):
+    """Backbone, head and time conditioning. Keys: ``denoiser_tower.*``, ``lm_head.weight``, ``t_*``, ``scale_shift_tables.*``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.hidden_size
+        self.denoiser_tower = Tower(config)
+        self.lm_head = linear(hidden, config.vocab_size)
+        self.t_embedder = TimestepEmbedder(hidden)
+        self.t_block = nn.Sequential(nn.SiLU(), linear(hidden, 3 * hidden, bias=True))
+        self.scale_shift_tables = nn.ParameterList(torch.empty(3, hidden) for _ in range(config.num_layers))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the residual stream."""
+        return self.lm_head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.lm_head.weight.device
+
+    def modulations(self, t: Tensor) -> list[Modulation]:
+        """Shift, scale and gate of every layer for the masked share t (B,) fp32."""
+        shared = self.t_block(self.t_embedder(t)).unflatten(-1, (1, 3, -1))  # (B, 1, 3, hidden)
+        tables = torch.stack(tuple(self.scale_shift_tables))  # (layers, 3, hidden)
+        per_layer = (shared + tables).unsqueeze(3)  # (B, layers, 3, 1, hidden)
+        return [Modulation(*(per_layer[:, i, j] for j in range(3))) for i in range(self.config.num_layers)]
+
+    @torch.inference_mode()
+    def denoise(self, tokens: Tensor, t: Tensor | None, states: Sequence[ContextState]) -> Tensor:
+        """Logits (B, L, vocab) fp32 for all positions of each row's block.
+
+        tokens (B, L) int64 with the mask id where unknown, t (B,) fp32: the masked share of each row, or
+        None for no time conditioning (mock-AR), states: each row's context. The states are read, never
+        changed. Bidirectional over [context, block] in attention, a forward scan over the block in Mamba.
+        """
+        modulations = None if t is None else self.modulations(t)
+        h = self.denoiser_tower.embeddings(tokens)
+        for i, layer in enumerate(self.denoiser_tower.layers):
+            assert isinstance(layer, Layer)
+            modulate = None if modulations is None else modulations[i]
+            stateful = layer.kind in (MAMBA, ATTENTION)
+            # The order of norm and modulation differs by kind (model.md, Denoiser tower).
+            if modulate is None:
+                x = layer.norm(h)
+            elif stateful:
+                x = layer.norm(modulate(h))
+            else:
+                x = modulate(layer.norm(h))
+            if isinstance(layer.mixer, Mamba2):
+                x = self._mamba(i, layer.mixer, x, states)
+            elif isinstance(layer.mixer, Attention):
+                x = self._attention(i, layer.mixer, x, states)
+            else:
+                x = layer.mixer(x)
+            h = h + (x if modulate is None else modulate.gate * x)
+        return F.linear(self.denoiser_tower.norm_f(h), self.lm_head.weight).float()
+
+    def _mamba(self, i: int, mixer: Mamba2, x: Tensor, states: Sequence[ContextState]) -> Tensor:
+        conv = stack_rows([state.mamba[i].conv for state in states])
+        seed = stack_rows([state.mamba[i].ssm for state in states])
+        return mixer(x, conv, seed, chunk=x.shape[1], need_states=False)[0]  # type: ignore[no-any-return]
+
+    def _attention(self, i: int, mixer: Attention, x: Tensor, states: Sequence[ContextState]) -> Tensor:
+        q, k, v = mixer.project(x)
+        rows = []
+        for row, state in enumerate(states):
+            # Written behind the state's own length: room that no one else reads.
+            keys, values = state.kv[i].write(state.length, k[row], v[row])
+            rows.append(mixer.attend(q[row : row + 1], keys.unsqueeze(0), values.unsqueeze(0)))
+        return mixer.output(cat_rows(rows))

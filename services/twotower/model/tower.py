@@ -1,0 +1,52 @@
+"""What both towers share: embeddings, layers in the order of the pattern, final norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from twotower.model.config import ATTENTION, MAMBA, MOE, ModelConfig
+from twotower.model.layers import MLP, Attention, Mamba2, MoE, RMSNorm
+
+Mixer = Mamba2 | Attention | MoE | MLP
+
+
+class Layer(nn.Module):
+    """A norm and a mixer; how they are applied differs by tower."""
+
+    def __init__(self, kind: str, config: ModelConfig) -> None:
+        super().__init__()
+        self.kind = kind
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = _mixer(kind, config)
+
+
+class Tower(nn.Module):
+    """The stack of layers, named as in the checkpoint."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.utils.skip_init(nn.Embedding, config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(kind, config) for kind in config.hybrid_override_pattern)
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+
+
+def _mixer(kind: str, config: ModelConfig) -> Mixer:
+    if kind == MAMBA:
+        return Mamba2(config)
+    if kind == ATTENTION:
+        return Attention(config)
+    if kind == MOE:
+        return MoE(config)
+    return MLP(config.hidden_size, config.intermediate_size)
+
+
+def stack_rows(rows: list[Tensor]) -> Tensor:
+    """(...) each -> (B, ...); no copy for a single row."""
+    return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
+
+
+def cat_rows(rows: list[Tensor]) -> Tensor:
+    """(1, ...) each -> (B, ...); no copy for a single row."""
+    return rows[0] if len(rows) == 1 else torch.cat(rows)

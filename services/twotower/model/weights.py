@@ -1,0 +1,169 @@
+"""Loading one tower from a checkpoint, memory-mapped, and writing a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from twotower.errors import CheckpointError, ConfigError
+from twotower.model.checkpoint import SINGLE_FILE, Checkpoint
+from twotower.model.context_tower import ContextTower
+from twotower.model.denoiser_tower import DenoiserTower
+from twotower.model.tensors import context_tensors, denoiser_tensors
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Small, and sensitive to rounding: kept in fp32 whatever the model's dtype is.
+_ALWAYS_FP32 = re.compile(r"(norm\w*\.weight|A_log|\.D|dt_bias|e_score_correction_bias)$")
+# The router computes in fp64 from the checkpoint's values; rounding them first would change its choices.
+_ROUTER = re.compile(r"gate\.weight$")
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(up_proj|down_proj)\.weight$")
+
+
+@dataclass
+class ReadLog:
+    """What was read of a checkpoint's tensors."""
+
+    names: list[str] = field(default_factory=list)
+    num_bytes: int = 0
+
+
+def resolve_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
+    """auto, float32 or bfloat16 -> torch dtype. Raises ConfigError."""
+    name = checkpoint.config.torch_dtype if name == "auto" else name
+    if name not in DTYPES:
+        raise ConfigError(f"dtype must be auto, float32 or bfloat16, not {name!r}")
+    return DTYPES[name]
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N -> torch device. Raises ConfigError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}") from None
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise ConfigError(f"device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
+    return device
+
+
+def load_context_tower(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, log: ReadLog | None = None
+) -> ContextTower:
+    """The context tower; no tensor of the denoiser is read. Raises CheckpointError."""
+    with torch.device("meta"):
+        tower = ContextTower(checkpoint.config)
+    _load(tower, checkpoint, dict(context_tensors(checkpoint.config)), dtype, device, log or ReadLog())
+    return tower
+
+
+def load_denoiser_tower(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, log: ReadLog | None = None
+) -> DenoiserTower:
+    """The denoiser tower; no tensor of the context tower is read. Raises CheckpointError."""
+    with torch.device("meta"):
+        tower = DenoiserTower(checkpoint.config)
+    _load(tower, checkpoint, dict(denoiser_tensors(checkpoint.config)), dtype, device, log or ReadLog())
+    return tower
+
+
+def save_checkpoint(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write `config.json` and `model.safetensors`, with a hash of the content in the header.
+
+    config: as in the published `config.json`; tensors: by the checkpoint's names (see `export_tensors`).
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensors[name].detach().contiguous().cpu() for name in sorted(tensors)}
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    (path / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    save_file(tensors, path / SINGLE_FILE, metadata={"format": "pt", "content_sha256": digest.hexdigest()})
+
+
+def export_tensors(tower: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A tower's parameters by the checkpoint's names, experts one by one, matrices in `dtype`."""
+    out: dict[str, Tensor] = {}
+    for name, parameter in tower.named_parameters():
+        keep = _ALWAYS_FP32.search(name) and not name.endswith("norm.weight")
+        tensor = parameter.detach().to(torch.float32 if keep else dtype)
+        if name.endswith(("experts.up_proj", "experts.down_proj")) and tensor.dim() == 3:
+            stem, kind = name.rsplit(".", 1)
+            out |= {f"{stem}.{e}.{kind}.weight": tensor[e].clone() for e in range(tensor.shape[0])}
+        else:
+            out[name] = tensor
+    return out
+
+
+def _load(
+    tower: nn.Module,
+    checkpoint: Checkpoint,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device,
+    log: ReadLog,
+) -> None:
+    parameters = dict(tower.named_parameters())
+    stacks: dict[str, Tensor] = {}
+    for name, tensor in _read(checkpoint, list(shapes), log):
+        if (expert := _EXPERT.match(name)) is not None:
+            stem, index, kind = expert.groups()
+            key = f"{stem}.{kind}"
+            if key not in stacks:
+                stacks[key] = torch.empty(parameters[key].shape, dtype=dtype, device=device)
+            stacks[key][int(index)] = tensor
+        else:
+            _set(tower, name, tensor.to(device, _dtype_of(name, dtype)))
+    for key, stack in stacks.items():
+        _set(tower, key, stack)
+    tower.to(device)  # moves the computed buffers; the parameters are there already
+    assert not any(p.is_meta for p in tower.parameters())
+    tower.requires_grad_(False).eval()
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    if _ROUTER.search(name):
+        return torch.float64
+    return torch.float32 if _ALWAYS_FP32.search(name) else dtype
+
+
+def _set(tower: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = tower.get_submodule(owner)
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    if isinstance(module, nn.ParameterList):
+        module[int(leaf)] = parameter
+    else:
+        setattr(module, leaf, parameter)
+
+
+def _read(checkpoint: Checkpoint, names: list[str], log: ReadLog) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors, file by file; each is a view of the mapped file until it is converted."""
+    by_file: dict[Path, list[str]] = {}
+    for name in names:
+        by_file.setdefault(checkpoint.tensors[name].file, []).append(name)
+    for file, wanted in by_file.items():
+        try:
+            with safe_open(file, framework="pt") as reader:
+                for name in wanted:
+                    tensor = reader.get_tensor(name)
+                    log.names.append(name)
+                    log.num_bytes += tensor.numel() * tensor.element_size()
+                    yield name, tensor
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from None

@@ -1,0 +1,110 @@
+"""The nouns of a generation that every part shares, and the one place where a request is checked.
+
+No torch, no gRPC, no Redis here.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from twotower.errors import InvalidArgument
+
+MAX_BLOCK_SIZE = 256
+"""Largest block that the engine takes; quality breaks long before, above the trained size."""
+
+MAX_SEED = 2**63 - 1
+
+
+class Mode(enum.Enum):
+    """How text is generated. Mock-AR checks the two towers against each other, in one process only."""
+
+    DIFFUSION = "diffusion"
+    AR = "ar"
+    MOCK_AR = "mock-ar"
+
+
+class FinishReason(enum.Enum):
+    """Why a generation ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What of a checkpoint decides whether a request can be served."""
+
+    vocab_size: int
+    max_context: int
+    block_size: int
+    """The block size the checkpoint was trained with; the default of a request."""
+    mask_token_id: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationParams:
+    """How to generate, resolved: every field has its value. Checked by `check_request`."""
+
+    mode: Mode = Mode.DIFFUSION
+    max_tokens: int = 256
+    block_size: int = 16
+    steps: int = 16
+    gamma: float = 0.8
+    temperature: float = 0.0
+    seed: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    """Generation ends after the first of these; empty: at `max_tokens` only."""
+
+
+def check_request(prompt: Sequence[int], params: GenerationParams, limits: ModelLimits) -> list[str]:
+    """Refuse a request that cannot be served, before any work.
+
+    Returns warnings for one that can, but not as its sender may expect.
+    Raises InvalidArgument, which names the field.
+    """
+    if not prompt:
+        raise InvalidArgument("prompt", "is empty; at least one token is needed")
+    for i, token in enumerate(prompt):
+        if not 0 <= token < limits.vocab_size:
+            raise InvalidArgument("prompt", f"token {token} at position {i} is outside the vocabulary [0, {limits.vocab_size})")
+    if params.max_tokens < 1:
+        raise InvalidArgument("max_tokens", f"must be at least 1, not {params.max_tokens}")
+    if len(prompt) + params.max_tokens > limits.max_context:
+        raise InvalidArgument(
+            "max_tokens",
+            f"{len(prompt)} prompt tokens and {params.max_tokens} to generate exceed the context of {limits.max_context}",
+        )
+    if not 1 <= params.block_size <= MAX_BLOCK_SIZE:
+        raise InvalidArgument("block_size", f"must be in [1, {MAX_BLOCK_SIZE}], not {params.block_size}")
+    if params.steps < 1:
+        raise InvalidArgument("steps", f"must be at least 1, not {params.steps}")
+    if not (0.0 <= params.gamma <= 1.0):  # also refuses NaN
+        raise InvalidArgument("gamma", f"must be in [0, 1], not {params.gamma}")
+    if not (params.temperature >= 0.0 and math.isfinite(params.temperature)):
+        raise InvalidArgument("temperature", f"must be a finite number of at least 0, not {params.temperature}")
+    if not 0 <= params.seed <= MAX_SEED:
+        raise InvalidArgument("seed", f"must be in [0, 2^63), not {params.seed}")
+    for token in params.eos_token_ids:
+        if not 0 <= token < limits.vocab_size:
+            raise InvalidArgument("eos_token_ids", f"token {token} is outside the vocabulary [0, {limits.vocab_size})")
+    if params.mode is Mode.DIFFUSION and params.block_size > limits.block_size:
+        return [
+            f"block_size {params.block_size} is above the {limits.block_size} this checkpoint was trained with: expect worse text"
+        ]
+    return []
+
+
+def cut_block(tokens: Sequence[int], remaining: int, eos_token_ids: Sequence[int]) -> tuple[list[int], FinishReason | None]:
+    """What of a finished block is shown, and why the text ends with it, if it does.
+
+    `remaining`: tokens that may still be generated. The end-of-sequence token itself is kept.
+    """
+    shown = list(tokens[:remaining])
+    for i, token in enumerate(shown):
+        if token in eos_token_ids:
+            return shown[: i + 1], FinishReason.STOP
+    return shown, FinishReason.LENGTH if len(tokens) >= remaining else None
