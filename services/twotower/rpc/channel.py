@@ -1,0 +1,39 @@
+"""How one service dials another."""
+
+from __future__ import annotations
+
+import grpc
+
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+"""Fits frame batches of 2 MiB, and a prompt of 262,144 ids, with room to spare."""
+
+KEEPALIVE_MS = 10_000
+KEEPALIVE_TIMEOUT_MS = 10_000
+
+ChannelOptions = tuple[tuple[str, int | str], ...]
+
+SIZE_OPTIONS: ChannelOptions = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+)
+
+CHANNEL_OPTIONS: ChannelOptions = (
+    *SIZE_OPTIONS,
+    # A peer whose machine vanished never closes its connection: ping it while calls are open.
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.http2.max_pings_without_data", 0),
+    # A restarted peer should be found again within about a second, not after gRPC's default of up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Addresses are of our own services: never through a proxy that the environment names, never shared with
+    # the backoff of another channel.
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A channel to `host:port`. It connects on first use; close it with `await channel.close(None)`."""
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
