@@ -1,0 +1,160 @@
+"""Tokens to text in pieces: the same text as at once, no half characters, cut before a stop string."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.tokenizers import VOCAB_SIZE, write_byte_tokenizer
+from tokenizers import decoders, models
+
+from twotower.errors import CheckpointError, InvalidArgument
+from twotower.text.stream import Detokenizer, TextStream
+from twotower.text.tokenizer import Tokenizer
+
+EOS, MASK = 2, 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.load(write_byte_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def push_all(stream: TextStream | Detokenizer, ids: list[int], size: int) -> str:
+    return "".join(stream.push(ids[i : i + size]) for i in range(0, len(ids), size)) + stream.finish()
+
+
+@pytest.mark.parametrize("text", ["the fox", " größer naïve", "日本語 and 🙂🙂", "\ttab\r\n\x00nul", "e\u0301 \u200d"])
+def test_encode_and_decode_round_trip(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidArgument, match="prompt: is not valid Unicode"):
+        tokenizer.encode("a\ud800b")
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '{"model": 3}'])
+def test_a_damaged_tokenizer_is_named(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is no tokenizer"):
+        Tokenizer.load(path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=60), size=st.integers(1, 5))
+def test_pieces_join_to_the_whole_text(tokenizer: Tokenizer, text: str, size: int) -> None:
+    assert push_all(Detokenizer(tokenizer), tokenizer.encode(text) if text else [], size) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(ids=st.lists(st.integers(0, VOCAB_SIZE + 40), max_size=200), size=st.integers(1, 17))
+def test_any_tokens_give_what_they_give_at_once(tokenizer: Tokenizer, ids: list[int], size: int) -> None:
+    """Also bytes that are no UTF-8, special tokens, ids above the tokenizer's, and more than the window holds."""
+    assert push_all(Detokenizer(tokenizer), ids, size) == tokenizer.decode(ids)
+
+
+def test_an_unfinished_character_waits_for_its_last_byte(tokenizer: Tokenizer) -> None:
+    ids = [i for byte in "🙂".encode() for i in byte_ids(tokenizer, byte)]
+    assert len(ids) == 4
+    stream = TextStream(tokenizer)
+    assert [stream.push([i]) for i in ids] == ["", "", "", "🙂"]
+    assert stream.finish() == ""
+
+
+def test_a_character_that_never_ends_shows_as_replacement(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer)
+    assert stream.push(byte_ids(tokenizer, 0xF0)) == ""
+    assert stream.push(byte_ids(tokenizer, ord("x"))) == "\ufffdx"
+    assert stream.push(byte_ids(tokenizer, 0xE6)) == ""
+    assert stream.finish() == "\ufffd"
+
+
+def test_endless_invalid_bytes_are_not_held_for_ever(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer)
+    text = "".join(stream.push(byte_ids(tokenizer, 0xFF)) for _ in range(500))
+    assert len(text) >= 497
+    assert len(text + stream.finish()) == 500
+
+
+def test_special_and_hidden_tokens_never_show(tokenizer: Tokenizer) -> None:
+    a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
+    assert push_all(TextStream(tokenizer), [a, EOS, 1, 0, MASK, b], 2) == "ab"
+    assert push_all(TextStream(tokenizer, hidden_ids=[a]), [a, b], 2) == "b"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        (["fox"], "the quick brown "),
+        (["jumps", "brown fox"], "the quick "),
+        (["abcdef", "bro"], "the quick "),
+        (["the quick brown fox jumps over it", "row"], "the quick b"),
+        (["nothing"], "the quick brown fox jumps 🙂"),
+        (["🙂"], "the quick brown fox jumps "),
+        (["🙂x"], "the quick brown fox jumps 🙂"),
+        (["the"], ""),
+        (["fox", "x j", "fox jumps"], "the quick brown "),
+    ],
+)
+def test_stop_strings_cut_wherever_the_borders_are(tokenizer: Tokenizer, size: int, stop: list[str], expected: str) -> None:
+    stream = TextStream(tokenizer, stop)
+    ids = [i for byte in "the quick brown fox jumps 🙂".encode() for i in byte_ids(tokenizer, byte)]
+    assert push_all(stream, ids, size) == expected
+    assert stream.stopped == (expected != "the quick brown fox jumps 🙂")
+
+
+def test_what_may_begin_a_stop_string_is_held_back(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer, ["\n\n"])
+    newline = byte_ids(tokenizer, 10)
+    assert stream.push(byte_ids(tokenizer, ord("a")) + newline) == "a"
+    assert stream.push(byte_ids(tokenizer, ord("b"))) == "\nb"
+    assert stream.push(newline) == ""
+    assert not stream.stopped
+    assert stream.push(newline) == ""
+    assert stream.stopped
+    assert stream.push(newline) == stream.finish() == ""
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text("abc", max_size=40),
+    stop=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+    size=st.integers(1, 9),
+)
+def test_the_borders_of_pushes_do_not_matter(tokenizer: Tokenizer, text: str, stop: list[str], size: int) -> None:
+    ids = [i for byte in text.encode() for i in byte_ids(tokenizer, byte)]
+    whole, pieces = TextStream(tokenizer, stop), TextStream(tokenizer, stop)
+    result = push_all(whole, ids, 1000)
+    assert push_all(pieces, ids, size) == result
+    assert text.startswith(result)
+    assert not any(s in result for s in stop)
+    assert whole.stopped == pieces.stopped == any(s in text for s in stop)
+
+
+def test_a_decoder_with_byte_tokens(tmp_path: Path) -> None:
+    """Llama's kind: one replacement character for each byte of an unfinished one, and a stripped first space."""
+    vocab = {"<unk>": 0, **{f"<0x{b:02X}>": b + 1 for b in range(256)}, "▁a": 257, "▁b": 258}
+    inner = tokenizers.Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = Tokenizer(inner)
+    ids = [257, 258, *(b + 1 for b in "🙂".encode())] * 30
+    assert push_all(TextStream(tokenizer), ids, 1) == tokenizer.decode(ids) == ("a b🙂" + " a b🙂" * 29)
+
+
+def byte_ids(tokenizer: Tokenizer, byte: int) -> list[int]:
+    """The id of a single byte: specials first, then the 256 letters of the byte alphabet, sorted."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    shown = {b: chr(b) for b in printable}
+    shown |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in shown)}
+    token = tokenizer._inner.token_to_id(shown[byte])
+    assert token is not None
+    return [token]
