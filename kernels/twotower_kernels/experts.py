@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -13,7 +13,15 @@ def relu2(x: Tensor) -> Tensor:
 
 
 def route(
-    hidden: Tensor, weight: Tensor, correction: Tensor, *, top_k: int, groups: int, top_groups: int, normalize: bool, scale: float
+    hidden: Tensor,
+    weight: Tensor,
+    correction: Tensor,
+    *,
+    top_k: int,
+    groups: int,
+    top_groups: int,
+    normalize: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Choose experts for each token (model.md, MoE router).
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 
 def chunk_scan(
@@ -83,9 +83,7 @@ def apply_factors(state: Tensor, x: Tensor, b: Tensor, dt: Tensor, a: Tensor) ->
     return state
 
 
-def chunk_scan_ref(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def chunk_scan_ref(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The recurrence as it is written, one position after the other. Shapes as in `chunk_scan`."""
     heads = x.shape[2]
     b, c = (v.float().repeat_interleave(heads // v.shape[2], 2) for v in (b, c))

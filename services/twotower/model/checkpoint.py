@@ -55,7 +55,9 @@ class Checkpoint:
         """
         path = Path(path)
         if not path.is_dir():
-            raise CheckpointError(f"checkpoint {path} is not a directory" if path.exists() else f"checkpoint {path} does not exist")
+            raise CheckpointError(
+                f"checkpoint {path} is not a directory" if path.exists() else f"checkpoint {path} does not exist"
+            )
         config = ModelConfig.from_file(path / "config.json")
         digest = hashlib.sha256(repr(config).encode())
         prefixes = tuple(p for tower in towers for p in _PREFIXES[tower])

@@ -110,7 +110,9 @@ class ModelConfig:
             if getattr(self, whole) % getattr(self, part):
                 raise CheckpointError(f"{whole} {getattr(self, whole)} is no multiple of {part} {getattr(self, part)}")
         if self.num_experts_per_tok > self.n_routed_experts:
-            raise CheckpointError(f"num_experts_per_tok {self.num_experts_per_tok} exceeds n_routed_experts {self.n_routed_experts}")
+            raise CheckpointError(
+                f"num_experts_per_tok {self.num_experts_per_tok} exceeds n_routed_experts {self.n_routed_experts}"
+            )
         if self.topk_group > self.n_group:
             raise CheckpointError(f"topk_group {self.topk_group} exceeds n_group {self.n_group}")
         for name, token in (("mask_token_id", self.mask_token_id), *(("eos_token_id", t) for t in self.eos_token_ids)):

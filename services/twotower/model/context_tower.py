@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from twotower_kernels.scan import apply_factors, chunk_scan
 
 from twotower.model.config import ATTENTION, MAMBA, ModelConfig
 from twotower.model.layers import Attention, Mamba2, MambaFactors, linear
 from twotower.model.state import ContextState, Delta, KVDelta, MambaDelta
 from twotower.model.tower import Layer, Tower, cat_rows, stack_rows
+from twotower_kernels.scan import apply_factors, chunk_scan
 
 
 class ContextTower(nn.Module):
@@ -68,7 +68,7 @@ class ContextTower(nn.Module):
         return deltas, self._logits(h[:, -1]) if need_logits else None
 
     def _logits(self, h: Tensor) -> Tensor:
-        return self.context_lm_head(self.context_tower.norm_f(h)).float()  # type: ignore[no-any-return]
+        return self.context_lm_head(self.context_tower.norm_f(h)).float()
 
     def _forward(
         self, tokens: Tensor, states: Sequence[ContextState], *, prefill: bool, need_hidden: bool

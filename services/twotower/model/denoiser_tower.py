@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from twotower.model.config import ATTENTION, MAMBA, ModelConfig
 from twotower.model.layers import Attention, Mamba2, Modulation, TimestepEmbedder, linear
@@ -15,7 +15,7 @@ from twotower.model.tower import Layer, Tower, cat_rows, stack_rows
 
 
 class DenoiserTower(nn.Module):
-    """Backbone, head and time conditioning. Keys: ``denoiser_tower.*``, ``lm_head.weight``, ``t_*``, ``scale_shift_tables.*``."""
+    """Backbone, head and time conditioning. Keys: see `denoiser_tensors`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class DenoiserTower(nn.Module):
     def _mamba(self, i: int, mixer: Mamba2, x: Tensor, states: Sequence[ContextState]) -> Tensor:
         conv = stack_rows([state.mamba[i].conv for state in states])
         seed = stack_rows([state.mamba[i].ssm for state in states])
-        return mixer(x, conv, seed, chunk=x.shape[1], need_states=False)[0]  # type: ignore[no-any-return]
+        return mixer(x, conv, seed, chunk=x.shape[1], need_states=False)[0]
 
     def _attention(self, i: int, mixer: Attention, x: Tensor, states: Sequence[ContextState]) -> Tensor:
         q, k, v = mixer.project(x)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
-from twotower_kernels.experts import relu2, route, run_experts
-from twotower_kernels.scan import chunk_scan
+from torch.nn import functional as F
 
 from twotower.model.config import TIME_EMBEDDING_SIZE, ModelConfig
+from twotower_kernels.experts import relu2, route, run_experts
+from twotower_kernels.scan import chunk_scan
 
 
 def linear(n_in: int, n_out: int, *, bias: bool = False) -> nn.Linear:
@@ -234,12 +234,17 @@ class TimestepEmbedder(nn.Module):
         freqs = torch.exp(-math.log(10000) / half * torch.arange(half, device="cpu"))
         self.register_buffer("freqs", freqs, persistent=False)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype."""
+        return next(self.mlp.parameters()).dtype
+
     def forward(self, t: Tensor) -> Tensor:
         """t (B,) fp32 -> (B, hidden) in the model's dtype. t is rounded to that dtype first, as in training."""
-        dtype = self.mlp[0].weight.dtype
+        dtype = self.dtype
         assert isinstance(self.freqs, Tensor)
         angles = 1000.0 * t.to(dtype).float().unsqueeze(-1) * self.freqs.float()
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(dtype))  # type: ignore[no-any-return]
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(dtype))
 
 
 @dataclass(slots=True)

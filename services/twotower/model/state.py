@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from twotower_kernels.scan import apply_factors
 
 from twotower.model.config import ATTENTION, MAMBA, ModelConfig
+from twotower_kernels.scan import apply_factors
 
 _FIRST_CAPACITY = 256
 
@@ -88,6 +88,9 @@ class ContextState:
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config = config
+        self.dtype = dtype
+        """Of conv tails and KV; S is fp32."""
+        self.device = device
         self.length = 0
         self.mamba: dict[int, MambaState] = {}
         self.kv: dict[int, KVState] = {}

@@ -1,0 +1,127 @@
+"""The context tower's engine loop: one iteration after the other, on a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from twotower.engine.context_engine import ContextEngine
+from twotower.engine.scheduler import ContextScheduler, Plan
+from twotower.engine.session import Session
+from twotower.errors import TwoTowerError
+from twotower.model.state import Delta
+
+log = logging.getLogger(__name__)
+
+
+class _Work:
+    """Something a session waits for."""
+
+    def __init__(self, session: Session, block: list[int] | None = None) -> None:
+        self.session = session
+        self.block = block
+        self.result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens still to process."""
+        return len(self.block) if self.block is not None else self.session.prefill_left
+
+
+Outcome = tuple[_Work, Any]
+
+
+class ContextLoop:
+    """Turns the waits of many sessions into batched forwards. Nothing else touches the engine."""
+
+    def __init__(self, engine: ContextEngine, budget: int) -> None:
+        self._engine = engine
+        self._scheduler: ContextScheduler[_Work] = ContextScheduler(budget, lambda work: work.tokens)
+        self._wake = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, "context-engine")
+
+    async def prefill(self, session: Session) -> None:
+        """Read the session's prompt."""
+        work = _Work(session)
+        self._scheduler.add_prefill(work)
+        await self._wait(work)
+
+    async def commit(self, session: Session, block: list[int]) -> Delta:
+        """Extend the session's state by a finished block."""
+        work = _Work(session, block)
+        self._scheduler.add_commit(work)
+        delta: Delta = await self._wait(work)
+        return delta
+
+    async def decode(self, session: Session) -> int:
+        """The session's next AR token. Raises NonFiniteLogits."""
+        work = _Work(session)
+        self._scheduler.add_decode(work)
+        token: int = await self._wait(work)
+        return token
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                await self._wake.wait()
+                plan = self._scheduler.plan()
+                if not plan:
+                    self._wake.clear()
+                    continue
+                for work, result in await loop.run_in_executor(self._thread, self._execute, plan):
+                    if work.result.done():  # its session went away meanwhile
+                        continue
+                    if isinstance(result, Exception):
+                        work.result.set_exception(result)
+                    else:
+                        work.result.set_result(result)
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _wait(self, work: _Work) -> Any:
+        self._wake.set()
+        try:
+            return await work.result
+        finally:
+            self._scheduler.discard(work)
+
+    def _execute(self, plan: Plan[_Work]) -> list[Outcome]:
+        """On the engine's thread: one iteration. A failure reaches those it concerns, and no one else."""
+        outcomes: list[Outcome] = []
+        if plan.commits:
+            outcomes += self._commit(plan.commits)
+        if plan.decodes:
+            outcomes += self._decode(plan.decodes)
+        for work, tokens in plan.prefills:
+            outcomes += self._prefill(work, tokens)
+        return outcomes
+
+    def _commit(self, works: list[_Work]) -> list[Outcome]:
+        try:
+            deltas = self._engine.commit([(work.session, work.block or []) for work in works])
+        except Exception as error:
+            return _all_failed(works, error)
+        return list(zip(works, deltas, strict=True))
+
+    def _decode(self, works: list[_Work]) -> list[Outcome]:
+        try:
+            tokens = self._engine.decode([work.session for work in works])
+        except Exception as error:
+            return _all_failed(works, error)
+        return list(zip(works, tokens, strict=True))
+
+    def _prefill(self, work: _Work, tokens: int) -> list[Outcome]:
+        try:
+            self._engine.prefill(work.session, tokens)
+        except Exception as error:
+            return _all_failed([work], error)
+        return [] if work.tokens else [(work, None)]
+
+
+def _all_failed(works: list[_Work], error: Exception) -> list[Outcome]:
+    log.error("a forward of the context tower failed", exc_info=error)
+    return [(work, TwoTowerError("the context tower failed on this request")) for work in works]

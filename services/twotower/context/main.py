@@ -1,0 +1,97 @@
+"""Process of the context service: load, announce, serve, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+import torch
+
+from twotower.broker.connection import connect
+from twotower.broker.heartbeat import heartbeat
+from twotower.broker.ready_queue import ReadyQueue
+from twotower.broker.registry import Registry, Replica
+from twotower.context.config import ContextConfig
+from twotower.context.loop import ContextLoop
+from twotower.context.service import ContextService
+from twotower.engine.context_engine import ContextEngine
+from twotower.model.checkpoint import Checkpoint
+from twotower.model.weights import load_context_tower, resolve_device, resolve_dtype
+from twotower.request import GenerationParams
+from twotower.rpc.server import RpcServer
+from twotower.rpc.signals import stop_requested
+from twotower.v1 import context_pb2, context_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+SERVICE_NAME = context_pb2.DESCRIPTOR.services_by_name["ContextTower"].full_name
+
+
+async def run(config: ContextConfig) -> None:
+    """Serve until SIGTERM, then drain. Raises CheckpointError, ConfigError, BrokerUnavailable before it serves."""
+    stop = stop_requested()
+    torch.set_num_threads(config.threads)
+    checkpoint = Checkpoint.open(config.checkpoint, ("context",))
+    redis = await connect(config.redis_url)
+    try:
+        tower = load_context_tower(checkpoint, resolve_dtype(config.dtype, checkpoint), resolve_device(config.device))
+        engine = ContextEngine(tower)
+        _warm_up(engine)
+        await _serve(
+            config, checkpoint, engine, ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity), stop
+        )
+    finally:
+        await redis.aclose()
+
+
+async def _serve(
+    config: ContextConfig,
+    checkpoint: Checkpoint,
+    engine: ContextEngine,
+    queue: ReadyQueue,
+    registry: Registry,
+    stop: asyncio.Event,
+) -> None:
+    server = RpcServer(config.host, config.port)
+    loop = ContextLoop(engine, config.prefill_chunk)
+    service = ContextService(checkpoint, engine, loop, queue, config.max_sessions)
+    context_pb2_grpc.add_ContextTowerServicer_to_server(service, server.server)
+    await server.start([SERVICE_NAME])
+    # Known once the port is bound; workers are told of it with every session.
+    service.address = address = config.advertise or server.address
+
+    def describe() -> Replica:
+        return Replica(
+            kind="context",
+            name=address,
+            address=address,
+            identity=checkpoint.identity,
+            load=len(service.sessions),
+            capacity=0 if service.draining else config.max_sessions,
+        )
+
+    await registry.announce(describe())
+    tasks = [asyncio.create_task(work) for work in (loop.run(), service.watch_queue(), heartbeat(registry, describe))]
+    await server.set_serving(True)
+    print(f"ready grpc={server.address}", flush=True)
+    await stop.wait()
+    log.info("draining %d sessions", len(service.sessions))
+    service.draining = True
+    await server.set_serving(False)
+    with contextlib.suppress(Exception):
+        await registry.withdraw(describe())
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(service.sessions.empty.wait(), config.drain_s)
+    await server.stop(0.5)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _warm_up(engine: ContextEngine) -> None:
+    """One prefill and one commit, so that the first request does not pay for first-use costs."""
+    params = GenerationParams(block_size=engine.tower.config.block_size)
+    session = engine.open("warm-up", [0, 0], params)
+    engine.prefill(session, 2)
+    engine.commit([(session, [0] * params.block_size)])

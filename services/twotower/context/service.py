@@ -1,0 +1,195 @@
+"""The context's gRPC face: `Open` for gateways, `Attach` for denoiser workers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+from twotower.broker.ready_queue import ReadyQueue, ReadySession
+from twotower.context.loop import ContextLoop
+from twotower.context.sessions import LiveSession, SessionTable
+from twotower.engine.context_engine import ContextEngine
+from twotower.errors import BrokerUnavailable, Incompatible, InvalidArgument, NonFiniteLogits, TwoTowerError, Unavailable
+from twotower.model.checkpoint import Checkpoint
+from twotower.request import FinishReason, Mode, check_request
+from twotower.v1 import context_pb2, context_pb2_grpc
+from twotower.wire.frames import to_frames
+from twotower.wire.handshake import check_hello
+from twotower.wire.params import FINISH_TO_PB, params_from_pb, params_to_pb
+from twotower.wire.state import delta_tensors, state_tensors
+
+log = logging.getLogger(__name__)
+
+REQUEUE_RETRY_S = 1.0
+LOST_ENTRY_S = 3.0
+"""A session that waits this long checks whether Redis still has its entry."""
+
+
+class ContextService(context_pb2_grpc.ContextTowerServicer):
+    """Sessions from open to end. The engine is reached through `loop` only."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, engine: ContextEngine, loop: ContextLoop, queue: ReadyQueue, max_sessions: int
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._engine = engine
+        self._loop = loop
+        self._queue = queue
+        self.address = ""
+        """Where workers reach this context."""
+        self.sessions = SessionTable(max_sessions)
+        self.draining = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def Open(self, request: context_pb2.OpenRequest, context: Any) -> AsyncIterator[context_pb2.SessionEvent]:
+        """A gateway's session: prefill, then blocks as they are finished. Ending the call ends it."""
+        if self.draining:
+            raise Unavailable("this context is draining")
+        live = self._open(request)
+        try:
+            await self._loop.prefill(live.session)
+            if live.session.params.mode is Mode.AR:
+                self._start(self._decode(live))
+            else:
+                await self._enqueue(live)
+            while True:
+                event = await live.next_event()
+                if isinstance(event, TwoTowerError):
+                    raise event
+                if isinstance(event, FinishReason):
+                    yield context_pb2.SessionEvent(end=context_pb2.SessionEnd(finish_reason=FINISH_TO_PB[event]))
+                    return
+                tokens, forwards = event
+                yield context_pb2.SessionEvent(block=context_pb2.SessionBlock(token_ids=tokens, forwards=forwards))
+        finally:
+            self.sessions.remove(live)
+            if live.entry_id is not None:
+                self._start(self._dequeue(live.entry_id))
+
+    async def Attach(
+        self, requests: AsyncIterator[context_pb2.WorkerMessage], context: Any
+    ) -> AsyncIterator[context_pb2.ContextMessage]:
+        """A worker's session: the state, then a delta per block, until the end, a drain or a failure."""
+        first = await anext(requests, None)
+        if first is None or not first.HasField("hello"):
+            raise Incompatible("message: the first one must be hello")
+        check_hello(first.hello, self._checkpoint.identity, self._engine.tower.dtype)
+        live = self.sessions.claim(first.hello.session_id, first.hello.lease, first.hello.worker_id)
+        live.entry_id = None  # the worker takes it off the queue
+        try:
+            async for message in self._serve(live, requests):
+                yield message
+        finally:
+            self._start(self._release(live))
+
+    async def _serve(
+        self, live: LiveSession, requests: AsyncIterator[context_pb2.WorkerMessage]
+    ) -> AsyncIterator[context_pb2.ContextMessage]:
+        session = live.session
+        attached = context_pb2.Attached(params=params_to_pb(session.params), length=session.state.length)
+        yield context_pb2.ContextMessage(attached=attached)
+        for frames in to_frames(state_tensors(session.state, self._engine.decay_rates)):
+            yield context_pb2.ContextMessage(frames=frames)
+        while True:
+            refine = context_pb2.Refine(generated=session.generated, length=session.state.length)
+            yield context_pb2.ContextMessage(refine=refine)
+            message = await live.unless_ended(anext(requests, None))
+            if live.ended.is_set():
+                break
+            if message is None:
+                return  # the worker left, at a block border
+            if message.HasField("failed"):
+                live.fail(NonFiniteLogits(message.failed.reason))
+                break
+            block = self._check_block(live, message)
+            if not live.emit(block, message.block_done.forwards):
+                break
+            commit = asyncio.create_task(self._loop.commit(session, block))
+            live.commit = commit
+            delta = await asyncio.shield(commit)
+            for frames in to_frames(delta_tensors(delta)):
+                yield context_pb2.ContextMessage(frames=frames)
+        yield context_pb2.ContextMessage(end=context_pb2.End())
+
+    async def watch_queue(self) -> None:
+        """Until cancelled: queue again what Redis has lost."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(LOST_ENTRY_S / 2)
+            for live in self.sessions:
+                if live.entry_id is None or clock() - live.waiting_since < LOST_ENTRY_S:
+                    continue
+                try:
+                    if not await self._queue.contains(live.entry_id) and live.entry_id is not None:
+                        log.warning("session %s was lost from the queue; queued again", live.session.id)
+                        await self._enqueue(live)
+                except BrokerUnavailable:
+                    break  # logged by the heartbeat; the next round tries again
+
+    def _open(self, request: context_pb2.OpenRequest) -> LiveSession:
+        params, prompt = params_from_pb(request.params), list(request.prompt.ids)
+        if not 0 <= request.generated < max(len(prompt), 1):
+            raise InvalidArgument("generated", f"must be in [0, {len(prompt)}), not {request.generated}")
+        check_request(prompt[: len(prompt) - request.generated], params, self._checkpoint.limits)
+        if request.generated >= params.max_tokens:
+            raise InvalidArgument("generated", f"{request.generated} tokens leave none of max_tokens {params.max_tokens}")
+        return self.sessions.add(self._engine.open(self.sessions.new_id(), prompt, params, request.generated))
+
+    def _check_block(self, live: LiveSession, message: context_pb2.WorkerMessage) -> list[int]:
+        """The tokens of a finished block. Raises Incompatible."""
+        if not message.HasField("block_done"):
+            raise Incompatible("message: expected block_done or failed")
+        done, params = message.block_done, live.session.params
+        if done.generated != live.session.generated:
+            raise Incompatible(f"block_done.generated: {done.generated}, the session has {live.session.generated}")
+        if len(done.token_ids) != params.block_size:
+            raise Incompatible(f"block_done.token_ids: {len(done.token_ids)} tokens in a block of {params.block_size}")
+        vocab = self._checkpoint.config.vocab_size
+        if any(not 0 <= token < vocab for token in done.token_ids):
+            raise Incompatible(f"block_done.token_ids: a token is outside the vocabulary [0, {vocab})")
+        return list(done.token_ids)
+
+    async def _decode(self, live: LiveSession) -> None:
+        """AR mode: token after token, until the end or until no one listens."""
+        try:
+            while not live.over:
+                if not live.emit([await self._loop.decode(live.session)], 1):
+                    return
+        except TwoTowerError as error:
+            live.fail(error)
+
+    async def _release(self, live: LiveSession) -> None:
+        """The worker is gone: queue the session from its last committed block, unless it is over."""
+        if live.commit is not None:
+            await asyncio.wait((live.commit,))
+            if live.commit.exception() is not None:
+                live.fail(TwoTowerError("a block could not be committed"))
+                return
+        live.worker_id = None
+        while not live.over:
+            try:
+                await self._enqueue(live)
+                return
+            except BrokerUnavailable:
+                await live.unless_ended(asyncio.sleep(REQUEUE_RETRY_S))
+
+    async def _enqueue(self, live: LiveSession) -> None:
+        live.lease += 1
+        live.waiting_since = asyncio.get_running_loop().time()
+        live.entry_id = await self._queue.push(ReadySession(live.session.id, live.lease, self.address))
+        if live.over:
+            await self._dequeue(live.entry_id)
+
+    async def _dequeue(self, entry_id: str) -> None:
+        try:
+            await self._queue.done(entry_id)
+        except BrokerUnavailable:
+            log.warning("a finished session's queue entry stays in Redis until a worker drops it")
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run in the background, kept from being collected."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

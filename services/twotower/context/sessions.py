@@ -1,0 +1,120 @@
+"""The sessions of one context replica: who waits for a worker, who is attached, what their gateways are to be told."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Iterator
+from typing import TypeVar
+
+from twotower.engine.session import Session
+from twotower.errors import LeaseLost, Overloaded, SessionNotFound, TwoTowerError
+from twotower.request import FinishReason
+
+T = TypeVar("T")
+
+Event = tuple[list[int], int] | FinishReason | TwoTowerError
+"""A block (shown tokens, forwards), the end, or why it failed."""
+
+
+class LiveSession:
+    """A session and its two ends: a gateway that listens, and at most one worker."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.lease = 0
+        """Counts how often it was queued; a worker that comes with an older one is refused."""
+        self.entry_id: str | None = None
+        """Its entry in the ready queue, while it waits there."""
+        self.worker_id: str | None = None
+        """The worker that is attached."""
+        self.waiting_since = 0.0
+        """When it was last queued, by the loop's clock."""
+        self.commit: asyncio.Task[object] | None = None
+        """A commit under way; the state must not be sent before it is over."""
+        self.ended = asyncio.Event()
+        """The gateway has been told, or has gone."""
+        self._failed = False
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def emit(self, tokens: list[int], forwards: int) -> bool:
+        """Take a finished block; True if the session goes on."""
+        shown = self.session.emit(tokens)
+        self._events.put_nowait((shown, forwards))
+        if self.session.finish_reason is not None:
+            self._events.put_nowait(self.session.finish_reason)
+            return False
+        return True
+
+    @property
+    def over(self) -> bool:
+        """Nothing more is to be generated."""
+        return self.ended.is_set() or self._failed or self.session.finish_reason is not None
+
+    def fail(self, error: TwoTowerError) -> None:
+        """End the session with an error."""
+        self._failed = True
+        self._events.put_nowait(error)
+
+    async def next_event(self) -> Event:
+        """For the gateway, in order."""
+        return await self._events.get()
+
+    async def unless_ended(self, awaitable: Awaitable[T]) -> T | None:
+        """The result, or None if the session ends first."""
+        task = asyncio.ensure_future(awaitable)
+        ended = asyncio.ensure_future(self.ended.wait())
+        try:
+            await asyncio.wait((task, ended), return_when=asyncio.FIRST_COMPLETED)
+            return await task if task.done() else None
+        finally:
+            for leftover in (task, ended):
+                leftover.cancel()
+
+
+class SessionTable:
+    """All live sessions, by id, at most `limit`."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._sessions: dict[str, LiveSession] = {}
+        self.empty = asyncio.Event()
+        """Set while there is none."""
+        self.empty.set()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __iter__(self) -> Iterator[LiveSession]:
+        return iter(list(self._sessions.values()))
+
+    def new_id(self) -> str:
+        """An id for one more session. Raises Overloaded."""
+        if len(self._sessions) >= self._limit:
+            raise Overloaded(f"this context holds {self._limit} sessions, which is all it takes")
+        return uuid.uuid4().hex
+
+    def add(self, session: Session) -> LiveSession:
+        """Hold a session."""
+        live = self._sessions[session.id] = LiveSession(session)
+        self.empty.clear()
+        return live
+
+    def remove(self, live: LiveSession) -> None:
+        """The session is over; whoever is attached is told."""
+        self._sessions.pop(live.session.id, None)
+        live.ended.set()
+        if not self._sessions:
+            self.empty.set()
+
+    def claim(self, session_id: str, lease: int, worker_id: str) -> LiveSession:
+        """Attach a worker. Raises SessionNotFound, LeaseLost."""
+        live = self._sessions.get(session_id)
+        if live is None:
+            raise SessionNotFound(f"session {session_id} is over")
+        if live.worker_id is not None:
+            raise LeaseLost(f"session {session_id} is held by {live.worker_id}")
+        if live.lease != lease:
+            raise LeaseLost(f"session {session_id} has lease {live.lease}, not {lease}")
+        live.worker_id = worker_id
+        return live

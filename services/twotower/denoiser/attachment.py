@@ -1,0 +1,132 @@
+"""One session on a worker, from attach to detach."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+from torch import Tensor
+
+from twotower.broker.ready_queue import ReadySession
+from twotower.denoiser.loop import DenoiserLoop
+from twotower.engine.refinement import Refinement
+from twotower.errors import Incompatible, TwoTowerError
+from twotower.model.checkpoint import Checkpoint
+from twotower.model.state import ContextState
+from twotower.request import GenerationParams
+from twotower.v1 import context_pb2, context_pb2_grpc
+from twotower.wire.frames import FrameAssembler
+from twotower.wire.handshake import make_hello
+from twotower.wire.params import params_from_pb
+from twotower.wire.state import delta_from, delta_spec, state_from, state_spec
+
+
+class Attachment:
+    """Receives the state once, then refines block after block and applies the delta of each."""
+
+    def __init__(self, checkpoint: Checkpoint, loop: DenoiserLoop, worker_id: str) -> None:
+        self._checkpoint = checkpoint
+        self._loop = loop
+        self._worker_id = worker_id
+        self._params = GenerationParams()
+        self._rates: Mapping[int, Tensor] = {}
+
+    async def run(self, channel: grpc.aio.Channel, ready: ReadySession, attached: asyncio.Event, drain: asyncio.Event) -> None:
+        """Attach and work until the session ends here, or until the block after `drain` is set.
+
+        Sets `attached` once the context has taken this worker. Raises grpc.aio.AioRpcError when the context
+        refuses or goes away, Incompatible when what it sends does not fit.
+        """
+        call = context_pb2_grpc.ContextTowerStub(channel).Attach()
+        try:
+            await self._work(call, ready, attached, drain)
+        finally:
+            call.cancel()  # nothing is left open, whatever happened; no effect on a call that is over
+
+    async def _work(self, call: Any, ready: ReadySession, attached: asyncio.Event, drain: asyncio.Event) -> None:
+        tower = self._loop.engine.tower
+        hello = make_hello(self._checkpoint.identity, tower.dtype, self._worker_id, ready.session_id, ready.lease)
+        await call.write(context_pb2.WorkerMessage(hello=hello))
+        first = await self._read(call)
+        if first is None:
+            return
+        if not first.HasField("attached"):
+            raise Incompatible("message: expected attached")
+        attached.set()
+        self._params = params_from_pb(first.attached.params)
+        config, length = self._checkpoint.config, first.attached.length
+        frames = FrameAssembler(state_spec(config, tower.dtype, length))
+        refine = await self._collect(call, frames)
+        if refine is None:
+            return
+        tensors = frames.finish(tower.device)
+        state, self._rates = state_from(tensors, config, tower.dtype, tower.device, length)
+        while refine is not None:
+            if refine.length != state.length:
+                raise Incompatible(f"refine.length: {refine.length}, the state here has {state.length}")
+            refine = await self._block(call, state, refine, drain)
+
+    async def _block(
+        self, call: Any, state: ContextState, refine: context_pb2.Refine, drain: asyncio.Event
+    ) -> context_pb2.Refine | None:
+        """Refine a block, hand it in, apply the delta. None when the session is over here."""
+        block = self._loop.engine.start(self._params, state, refine.generated)
+        # The context is silent during the steps, unless the session ends.
+        answer = asyncio.create_task(self._read(call))
+        try:
+            if not await self._refine(call, block, answer):
+                return None
+            done = context_pb2.BlockDone(generated=refine.generated, token_ids=block.tokens.tolist(), forwards=block.forwards)
+            await call.write(context_pb2.WorkerMessage(block_done=done))
+            if drain.is_set():
+                await call.done_writing()  # handed back at the block's border
+            first = await answer
+        finally:
+            answer.cancel()
+        frames = FrameAssembler(delta_spec(self._checkpoint.config, state.dtype, self._params.block_size))
+        following = await self._collect(call, frames, first)
+        if following is None or drain.is_set():
+            return None
+        delta = delta_from(frames.finish(state.device), self._checkpoint.config, self._params.block_size)
+        await self._loop.call(lambda: state.apply(delta, self._rates))
+        return following
+
+    async def _refine(self, call: Any, block: Refinement, answer: asyncio.Task[Any]) -> bool:
+        """Run the block's steps; False if the session ended meanwhile, or failed here."""
+        refining = asyncio.create_task(self._loop.refine(block))
+        await asyncio.wait((refining, answer), return_when=asyncio.FIRST_COMPLETED)
+        if answer.done() and not refining.done():
+            refining.cancel()
+            await asyncio.wait((refining,))
+            answer.result()
+            return False
+        error = refining.exception()
+        if error is None:
+            return True
+        if not isinstance(error, TwoTowerError):
+            raise error
+        await call.write(context_pb2.WorkerMessage(failed=context_pb2.Failed(reason=str(error))))
+        await answer
+        return False
+
+    async def _collect(
+        self, call: Any, frames: FrameAssembler, message: context_pb2.ContextMessage | None = None
+    ) -> context_pb2.Refine | None:
+        """Feed frames until the context asks for a block; None if the session ends instead."""
+        message = message or await self._read(call)
+        while message is not None and message.HasField("frames"):
+            frames.add(message.frames)
+            message = await self._read(call)
+        if message is None or message.HasField("end"):
+            return None
+        if not message.HasField("refine"):
+            raise Incompatible("message: expected frames, refine or end")
+        return message.refine
+
+    @staticmethod
+    async def _read(call: Any) -> context_pb2.ContextMessage | None:
+        """The next message, or None at the end of the call. Raises grpc.aio.AioRpcError."""
+        message = await call.read()
+        return None if message is grpc.aio.EOF else message

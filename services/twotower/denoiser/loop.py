@@ -1,0 +1,71 @@
+"""The denoiser's engine loop: one forward after the other, for whatever blocks are under way."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.refinement import Refinement
+from twotower.errors import TwoTowerError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class DenoiserLoop:
+    """Blocks join and leave between forwards. Nothing else touches the engine."""
+
+    def __init__(self, engine: DenoiserEngine) -> None:
+        self.engine = engine
+        self._blocks: dict[Refinement, asyncio.Future[None]] = {}
+        self._wake = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, "denoiser-engine")
+
+    async def refine(self, block: Refinement) -> None:
+        """Until the block is done. Cancelling it frees its place before the next forward. Raises NonFiniteLogits."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._blocks[block] = done
+        self._wake.set()
+        try:
+            await done
+        finally:
+            self._blocks.pop(block, None)
+
+    async def call(self, work: Callable[[], T]) -> T:
+        """Run `work` on the engine's thread, between forwards."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        try:
+            while True:
+                await self._wake.wait()
+                blocks = list(self._blocks)
+                if not blocks:
+                    self._wake.clear()
+                    continue
+                try:
+                    await self.call(lambda blocks=blocks: self.engine.step(blocks))  # type: ignore[misc]
+                except Exception as error:
+                    log.error("a forward of the denoiser failed", exc_info=error)
+                    self._finish(blocks, TwoTowerError("the denoiser failed on this request"))
+                    continue
+                self._finish([block for block in blocks if block.done], None)
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _finish(self, blocks: list[Refinement], error: Exception | None) -> None:
+        for block in blocks:
+            future = self._blocks.pop(block, None)
+            if future is None or future.done():  # its session went away meanwhile
+                continue
+            failure = error or block.error
+            if failure is not None:
+                future.set_exception(failure)
+            else:
+                future.set_result(None)

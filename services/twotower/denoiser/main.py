@@ -1,0 +1,94 @@
+"""Process of a denoiser worker: load, announce, pull, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+
+import torch
+
+from twotower.broker.connection import connect
+from twotower.broker.heartbeat import heartbeat
+from twotower.broker.ready_queue import ReadyQueue
+from twotower.broker.registry import Registry, Replica
+from twotower.denoiser.config import DenoiserConfig
+from twotower.denoiser.loop import DenoiserLoop
+from twotower.denoiser.worker import Worker
+from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.model.checkpoint import Checkpoint
+from twotower.model.state import ContextState
+from twotower.model.weights import load_denoiser_tower, resolve_device, resolve_dtype
+from twotower.request import GenerationParams
+from twotower.rpc.server import RpcServer
+from twotower.rpc.signals import stop_requested
+
+log = logging.getLogger(__name__)
+
+
+async def run(config: DenoiserConfig) -> None:
+    """Work until SIGTERM, then hand sessions back. Raises CheckpointError, ConfigError, BrokerUnavailable before it works."""
+    stop = stop_requested()
+    torch.set_num_threads(config.threads)
+    checkpoint = Checkpoint.open(config.checkpoint, ("denoiser",))
+    redis = await connect(config.redis_url)
+    try:
+        tower = load_denoiser_tower(checkpoint, resolve_dtype(config.dtype, checkpoint), resolve_device(config.device))
+        engine = DenoiserEngine(tower)
+        _warm_up(engine)
+        await _work(
+            config, checkpoint, engine, ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity), stop
+        )
+    finally:
+        await redis.aclose()
+
+
+async def _work(
+    config: DenoiserConfig,
+    checkpoint: Checkpoint,
+    engine: DenoiserEngine,
+    queue: ReadyQueue,
+    registry: Registry,
+    stop: asyncio.Event,
+) -> None:
+    worker_id = f"{socket.gethostname()}-{os.getpid()}"
+    loop = DenoiserLoop(engine)
+    worker = Worker(checkpoint, loop, queue, worker_id, config.slots)
+    server = RpcServer(config.host, config.port)
+    await server.start([])
+
+    def describe() -> Replica:
+        return Replica(
+            kind="denoiser",
+            name=worker_id,
+            address=server.address,
+            identity=checkpoint.identity,
+            load=worker.load,
+            capacity=config.slots,
+        )
+
+    await registry.announce(describe())
+    engine_task, pull_task = asyncio.create_task(loop.run()), asyncio.create_task(worker.pull())
+    beat_task = asyncio.create_task(heartbeat(registry, describe))
+    await server.set_serving(True)
+    print(f"ready grpc={server.address}", flush=True)
+    await stop.wait()
+    log.info("draining %d sessions", worker.load)
+    await server.set_serving(False)
+    for task in (pull_task, beat_task):
+        task.cancel()
+    with contextlib.suppress(Exception):
+        await registry.withdraw(describe())
+    await worker.drain(config.drain_s)
+    engine_task.cancel()
+    await asyncio.gather(engine_task, pull_task, beat_task, return_exceptions=True)
+    await server.stop(0.5)
+
+
+def _warm_up(engine: DenoiserEngine) -> None:
+    """One forward, so that the first request does not pay for first-use costs."""
+    config, tower = engine.tower.config, engine.tower
+    state = ContextState(config, tower.dtype, tower.device)
+    engine.step([engine.start(GenerationParams(block_size=config.block_size), state, 0)])

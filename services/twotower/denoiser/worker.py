@@ -1,0 +1,98 @@
+"""Pulls ready sessions while there are free slots, and works on each until it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+import grpc
+
+from twotower.broker.ready_queue import ReadyQueue, ReadySession
+from twotower.denoiser.attachment import Attachment
+from twotower.denoiser.loop import DenoiserLoop
+from twotower.errors import BrokerUnavailable, TwoTowerError
+from twotower.model.checkpoint import Checkpoint
+from twotower.rpc.channel import open_channel
+from twotower.rpc.errors import error_from_rpc
+
+log = logging.getLogger(__name__)
+
+PULL_WAIT_S = 2.0
+BROKER_RETRY_S = 1.0
+
+
+class Worker:
+    """`slots` sessions at a time, from any context replica."""
+
+    def __init__(self, checkpoint: Checkpoint, loop: DenoiserLoop, queue: ReadyQueue, worker_id: str, slots: int) -> None:
+        self._checkpoint = checkpoint
+        self._loop = loop
+        self._queue = queue
+        self._id = worker_id
+        self._free = asyncio.Semaphore(slots)
+        self._slots = slots
+        self._sessions: set[asyncio.Task[None]] = set()
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._drain = asyncio.Event()
+
+    @property
+    def load(self) -> int:
+        """Sessions here."""
+        return len(self._sessions)
+
+    async def pull(self) -> None:
+        """Until cancelled: take sessions off the queue, as many as fit."""
+        while True:
+            await self._free.acquire()
+            self._free.release()
+            try:
+                entries = await self._queue.pull(self._id, self._slots - self.load, PULL_WAIT_S)
+            except BrokerUnavailable:
+                await asyncio.sleep(BROKER_RETRY_S)  # the heartbeat logs it
+                continue
+            for entry_id, ready in entries:
+                await self._free.acquire()
+                task = asyncio.create_task(self._serve(entry_id, ready))
+                self._sessions.add(task)
+                task.add_done_callback(self._leave)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Hand every session back at its next block border. `pull` must have been cancelled."""
+        self._drain.set()
+        if self._sessions:
+            await asyncio.wait(self._sessions, timeout=timeout_s)
+        for task in self._sessions:
+            task.cancel()
+        await asyncio.gather(*self._sessions, return_exceptions=True)
+        for channel in self._channels.values():
+            await channel.close(None)
+
+    def _leave(self, task: asyncio.Task[None]) -> None:
+        self._sessions.discard(task)
+        self._free.release()
+
+    async def _serve(self, entry_id: str, ready: ReadySession) -> None:
+        channel = self._channels.get(ready.context_address)
+        if channel is None:
+            channel = self._channels[ready.context_address] = open_channel(ready.context_address)
+        attached = asyncio.Event()
+        acknowledge = asyncio.create_task(self._acknowledge(entry_id, attached))
+        try:
+            await Attachment(self._checkpoint, self._loop, self._id).run(channel, ready, attached, self._drain)
+        except grpc.aio.AioRpcError as rpc:
+            # The session is the context's to queue again, or the gateway's to open elsewhere.
+            log.warning("session %s left: %s", ready.session_id, error_from_rpc(rpc))
+        except TwoTowerError as error:
+            log.error("session %s left: %s", ready.session_id, error)
+        except Exception:
+            log.exception("session %s left", ready.session_id)
+        finally:
+            attached.set()
+            await acknowledge
+
+    async def _acknowledge(self, entry_id: str, attached: asyncio.Event) -> None:
+        """Take the entry off the queue once its fate is known: attached, or refused."""
+        await attached.wait()
+        with contextlib.suppress(BrokerUnavailable):  # it is then claimed by another worker, and refused by its lease
+            await self._queue.done(entry_id)

@@ -1,0 +1,1 @@
+"""Generation: sessions, block refinement, AR decoding. Knows the towers; knows no gRPC, Redis or process."""

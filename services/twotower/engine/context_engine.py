@@ -1,0 +1,79 @@
+"""What the context tower does for sessions: prefill chunks, commits, AR steps."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from twotower.engine.sampling import uniforms
+from twotower.engine.session import Session
+from twotower.errors import NonFiniteLogits
+from twotower.model.context_tower import ContextTower
+from twotower.model.state import Delta
+from twotower.request import GenerationParams, Mode
+from twotower_kernels.unmask import draw
+
+
+class ContextEngine:
+    """Each method is one or few forwards of the frozen tower."""
+
+    def __init__(self, tower: ContextTower) -> None:
+        self.tower = tower
+        self.decay_rates = tower.decay_rates()
+
+    def open(self, session_id: str, prompt: list[int], params: GenerationParams, generated: int = 0) -> Session:
+        """A session that has read nothing yet."""
+        return Session(session_id, prompt, params, self.tower.new_state(), generated)
+
+    def prefill(self, session: Session, budget: int) -> int:
+        """Read up to `budget` more tokens of the prompt; returns how many."""
+        start = session.state.length
+        chunk = session.prompt[start : start + min(budget, session.prefill_left)]
+        last = start + len(chunk) == len(session.prompt)
+        tokens = torch.tensor(chunk, dtype=torch.int64, device=self.tower.device)
+        session.logits = self.tower.prefill(tokens, session.state, need_logits=last and session.params.mode is Mode.AR)
+        return len(chunk)
+
+    def commit(self, work: Sequence[tuple[Session, list[int]]]) -> list[Delta]:
+        """Extend each session's state by its finished block; blocks of one size share a forward."""
+        deltas: list[Delta | None] = [None] * len(work)
+        by_size: dict[int, list[int]] = defaultdict(list)
+        for i, (_, block) in enumerate(work):
+            by_size[len(block)].append(i)
+        for rows in by_size.values():
+            tokens = torch.tensor([work[i][1] for i in rows], dtype=torch.int64, device=self.tower.device)
+            for i, delta in zip(rows, self.tower.commit(tokens, [work[i][0].state for i in rows])[0], strict=True):
+                deltas[i] = delta
+        return [delta for delta in deltas if delta is not None]
+
+    def decode(self, sessions: Sequence[Session]) -> list[int | NonFiniteLogits]:
+        """The next AR token of each prefilled session: drawn, not yet emitted. One forward for all that need one."""
+        behind = [session for session in sessions if session.pending is not None]
+        if behind:
+            tokens = torch.tensor([[session.pending] for session in behind], dtype=torch.int64, device=self.tower.device)
+            _, logits = self.tower.commit(tokens, [session.state for session in behind], need_logits=True)
+            assert logits is not None
+            for session, row in zip(behind, logits, strict=True):
+                session.logits = row
+        drawn = self._draw(sessions)
+        for session, token in zip(sessions, drawn, strict=True):
+            session.pending = token if isinstance(token, int) else None
+        return drawn
+
+    @torch.inference_mode()
+    def _draw(self, sessions: Sequence[Session]) -> list[int | NonFiniteLogits]:
+        logits = torch.stack([_require(session.logits) for session in sessions])
+        temperature = torch.tensor([session.params.temperature for session in sessions], device=logits.device)
+        chances = [uniforms(s.params.seed, s.generated, 0, 1) if s.params.temperature > 0 else torch.zeros(1) for s in sessions]
+        tokens = draw(logits, temperature, torch.cat(chances).double().to(logits.device)).tolist()
+        sound = logits.isfinite().all(-1).tolist()
+        error = NonFiniteLogits("the context tower's logits are not finite")
+        return [token if ok else error for token, ok in zip(tokens, sound, strict=True)]
+
+
+def _require(logits: Tensor | None) -> Tensor:
+    assert logits is not None, "the session's prompt is not prefilled"
+    return logits

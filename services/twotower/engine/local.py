@@ -1,0 +1,111 @@
+"""Both towers in one process: what `--local` runs, and the yardstick of the services."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from twotower.engine.context_engine import ContextEngine
+from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.session import Session
+from twotower.model.checkpoint import Checkpoint
+from twotower.model.weights import load_context_tower, load_denoiser_tower, resolve_device, resolve_dtype
+from twotower.request import FinishReason, GenerationParams, Mode, check_request
+
+OnBlock = Callable[[list[int], int], None]
+"""Called with the shown tokens of each finished block and the forwards it took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A finished generation."""
+
+    token_ids: list[int]
+    finish_reason: FinishReason
+    forwards: int
+    """Of the denoiser; in AR mode, of the context tower."""
+    blocks: int
+    seconds: float
+    warnings: list[str]
+
+
+class LocalEngine:
+    """Generates in this process, one request at a time."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+        prefill_chunk: int = 512,
+    ) -> None:
+        """Load both towers. Raises CheckpointError, ConfigError."""
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.checkpoint = Checkpoint.open(path)
+        self.limits = self.checkpoint.limits
+        place = resolve_dtype(dtype, self.checkpoint), resolve_device(device)
+        self.context = ContextEngine(load_context_tower(self.checkpoint, *place))
+        self.denoiser = DenoiserEngine(load_denoiser_tower(self.checkpoint, *place))
+        self._prefill_chunk = prefill_chunk
+
+    def generate(self, prompt: Sequence[int], params: GenerationParams, on_block: OnBlock | None = None) -> Generation:
+        """Continue `prompt`. Raises InvalidArgument, NonFiniteLogits."""
+        warnings = check_request(prompt, params, self.limits)
+        started = time.perf_counter()
+        session, write = self._open(list(prompt), params)
+        while session.prefill_left:
+            self.context.prefill(session, self._prefill_chunk)
+        tokens: list[int] = []
+        forwards = blocks = 0
+        while session.finish_reason is None:
+            block, cost = write(session)
+            shown = session.emit(block)
+            tokens += shown
+            forwards += cost
+            blocks += 1
+            if on_block is not None:
+                on_block(shown, cost)
+            if session.finish_reason is None and params.mode is Mode.DIFFUSION:
+                self.context.commit([(session, block)])
+        return Generation(tokens, session.finish_reason, forwards, blocks, time.perf_counter() - started, warnings)
+
+    def _open(self, prompt: list[int], params: GenerationParams) -> tuple[Session, Callable[[Session], tuple[list[int], int]]]:
+        """A session, and what writes its next block: tokens and their cost in forwards."""
+        if params.mode is Mode.DIFFUSION:
+            return self.context.open("local", prompt, params), self._block
+        if params.mode is Mode.AR:
+            return self.context.open("local", prompt, params), self._ar
+        session = self.context.open("local", prompt[:-1], params)  # the last token is the denoiser's to read
+        session.pending = prompt[-1]
+        return session, self._mock_ar
+
+    def _block(self, session: Session) -> tuple[list[int], int]:
+        """Refine a block of masks."""
+        block = self.denoiser.start(session.params, session.state, session.generated)
+        while not block.done:
+            self.denoiser.step([block])
+        if block.error is not None:
+            raise block.error
+        return block.tokens.tolist(), block.forwards
+
+    def _ar(self, session: Session) -> tuple[list[int], int]:
+        """One token by the context tower alone."""
+        (token,) = self.context.decode([session])
+        if not isinstance(token, int):
+            raise token
+        return [token], 1
+
+    def _mock_ar(self, session: Session) -> tuple[list[int], int]:
+        """One token by the denoiser, from the last token and the state before it (model.md, mock-AR mode)."""
+        last = torch.tensor([[session.pending]], device=self.context.tower.device)
+        logits = self.denoiser.tower.denoise(last, None, [session.state])[0, -1]
+        self.context.tower.commit(last, [session.state])
+        session.pending = int(logits.argmax())
+        return [session.pending], 1

@@ -1,0 +1,98 @@
+"""Tensors as frames: cut into pieces of a gRPC message, put together again, checked against what is expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from twotower.errors import Incompatible
+from twotower.v1 import tensor_pb2
+
+MESSAGE_BYTES = 2 * 1024 * 1024
+"""Payload of one message. gRPC was seen fastest at this size."""
+
+DTYPE_TO_PB = {torch.float32: tensor_pb2.DTYPE_FLOAT32, torch.bfloat16: tensor_pb2.DTYPE_BFLOAT16}
+
+
+class Key(NamedTuple):
+    """Which tensor: its name in the layer, and the layer."""
+
+    name: str
+    layer: int
+
+
+class Spec(NamedTuple):
+    """What a tensor must be."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def to_frames(tensors: Iterable[tuple[Key, Tensor]]) -> Iterator[tensor_pb2.FrameBatch]:
+    """Cut tensors into messages of about `MESSAGE_BYTES`: many small tensors share one, a large one spans several."""
+    batch, room = tensor_pb2.FrameBatch(), MESSAGE_BYTES
+    for key, tensor in tensors:
+        flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+        offset = 0
+        while offset < flat.size or offset == 0:
+            if room <= 0:
+                yield batch
+                batch, room = tensor_pb2.FrameBatch(), MESSAGE_BYTES
+            piece = flat[offset : offset + room].tobytes()
+            batch.frames.add(
+                name=key.name, layer=key.layer, dtype=DTYPE_TO_PB[tensor.dtype], shape=tensor.shape, offset=offset, data=piece
+            )
+            room -= max(len(piece), 1)
+            offset += max(len(piece), 1)
+    if batch.frames:
+        yield batch
+
+
+class FrameAssembler:
+    """Collects the frames of an expected set of tensors; refuses what does not fit, naming it."""
+
+    def __init__(self, expected: Mapping[Key, Spec]) -> None:
+        self._expected = expected
+        self._buffers: dict[Key, bytearray] = {}
+
+    def add(self, batch: tensor_pb2.FrameBatch) -> None:
+        """Take a message. Raises Incompatible."""
+        for frame in batch.frames:
+            key = Key(frame.name, frame.layer)
+            spec = self._expected.get(key)
+            where = f"frame {frame.name!r} of layer {frame.layer}"
+            if spec is None:
+                raise Incompatible(f"{where}: not expected here")
+            if frame.dtype != DTYPE_TO_PB[spec.dtype]:
+                raise Incompatible(f"{where}: dtype {frame.dtype}, expected {DTYPE_TO_PB[spec.dtype]}")
+            if tuple(frame.shape) != spec.shape:
+                raise Incompatible(f"{where}: shape {list(frame.shape)}, expected {list(spec.shape)}")
+            buffer = self._buffers.setdefault(key, bytearray())
+            if frame.offset != len(buffer):
+                raise Incompatible(f"{where}: offset {frame.offset}, expected {len(buffer)}")
+            buffer += frame.data
+            if len(buffer) > _num_bytes(spec):
+                raise Incompatible(f"{where}: data of more than {_num_bytes(spec)} bytes")
+
+    def finish(self, device: torch.device) -> dict[Key, Tensor]:
+        """All tensors. Raises Incompatible if one is missing or incomplete."""
+        out = {}
+        for key, spec in self._expected.items():
+            buffer = self._buffers.get(key)
+            if buffer is None:
+                raise Incompatible(f"frame {key.name!r} of layer {key.layer}: missing")
+            if len(buffer) != _num_bytes(spec):
+                raise Incompatible(
+                    f"frame {key.name!r} of layer {key.layer}: data of {len(buffer)} bytes, expected {_num_bytes(spec)}"
+                )
+            tensor = torch.frombuffer(buffer, dtype=spec.dtype) if buffer else torch.empty(0, dtype=spec.dtype)
+            out[key] = tensor.view(spec.shape).to(device)
+        return out
+
+
+def _num_bytes(spec: Spec) -> int:
+    return math.prod(spec.shape) * spec.dtype.itemsize

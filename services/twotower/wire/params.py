@@ -1,0 +1,42 @@
+"""Generation parameters as messages, and back."""
+
+from __future__ import annotations
+
+from twotower.request import FinishReason, GenerationParams, Mode
+from twotower.v1 import context_pb2, inference_pb2
+
+MODE_TO_PB = {Mode.DIFFUSION: inference_pb2.MODE_DIFFUSION, Mode.AR: inference_pb2.MODE_AR}
+MODE_FROM_PB = {value: key for key, value in MODE_TO_PB.items()}
+FINISH_TO_PB = {
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+}
+FINISH_FROM_PB = {value: key for key, value in FINISH_TO_PB.items()}
+
+
+def params_to_pb(params: GenerationParams) -> context_pb2.Params:
+    """For the wire. Mock-AR never leaves a process."""
+    return context_pb2.Params(
+        mode=MODE_TO_PB[params.mode],
+        max_tokens=params.max_tokens,
+        block_size=params.block_size,
+        steps=params.steps,
+        gamma=params.gamma,
+        temperature=params.temperature,
+        seed=params.seed,
+        eos_token_ids=params.eos_token_ids,
+    )
+
+
+def params_from_pb(message: context_pb2.Params) -> GenerationParams:
+    """From the wire; unchecked (see `check_request`)."""
+    return GenerationParams(
+        mode=MODE_FROM_PB.get(message.mode, Mode.DIFFUSION),
+        max_tokens=message.max_tokens,
+        block_size=message.block_size,
+        steps=message.steps,
+        gamma=message.gamma,
+        temperature=message.temperature,
+        seed=message.seed,
+        eos_token_ids=tuple(message.eos_token_ids),
+    )

@@ -1,0 +1,89 @@
+"""A session's state and its deltas as named tensors: what a worker receives, and how it becomes a state again.
+
+State, per layer: Mamba ``conv ssm`` and ``a`` (the context tower's decay rates, needed to apply deltas),
+attention ``k v``. Delta, per layer: Mamba ``x b dt conv``, attention ``k v`` of the committed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from twotower.model.config import ATTENTION, MAMBA, ModelConfig
+from twotower.model.state import ContextState, Delta, KVDelta, MambaDelta
+from twotower.wire.frames import Key, Spec
+
+
+def state_tensors(state: ContextState, decay_rates: Mapping[int, Tensor]) -> Iterator[tuple[Key, Tensor]]:
+    """All tensors of a state."""
+    for i, mamba in state.mamba.items():
+        yield Key("conv", i), mamba.conv
+        yield Key("ssm", i), mamba.ssm
+        yield Key("a", i), decay_rates[i]
+    for i, kv in state.kv.items():
+        k, v = kv.slice(0, state.length)
+        yield Key("k", i), k
+        yield Key("v", i), v
+
+
+def state_spec(config: ModelConfig, dtype: torch.dtype, length: int) -> dict[Key, Spec]:
+    """What a state of `length` tokens consists of."""
+    spec = {}
+    for i in config.layers_of(MAMBA):
+        spec[Key("conv", i)] = Spec(dtype, (config.conv_dim, config.conv_kernel))
+        spec[Key("ssm", i)] = Spec(torch.float32, (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size))
+        spec[Key("a", i)] = Spec(torch.float32, (config.mamba_num_heads,))
+    return spec | _kv_spec(config, dtype, length)
+
+
+def state_from(
+    tensors: Mapping[Key, Tensor], config: ModelConfig, dtype: torch.dtype, device: torch.device, length: int
+) -> tuple[ContextState, dict[int, Tensor]]:
+    """The state and the decay rates, from tensors that fit `state_spec`."""
+    state = ContextState(config, dtype, device)
+    for i, mamba in state.mamba.items():
+        mamba.conv, mamba.ssm = tensors[Key("conv", i)], tensors[Key("ssm", i)]
+    for i, kv in state.kv.items():
+        kv.write(0, tensors[Key("k", i)], tensors[Key("v", i)])
+    state.length = length
+    return state, {i: tensors[Key("a", i)] for i in state.mamba}
+
+
+def delta_tensors(delta: Delta) -> Iterator[tuple[Key, Tensor]]:
+    """All tensors of a delta."""
+    for i, change in delta.layers.items():
+        if isinstance(change, MambaDelta):
+            yield Key("x", i), change.x
+            yield Key("b", i), change.b
+            yield Key("dt", i), change.dt
+            yield Key("conv", i), change.conv
+        else:
+            yield Key("k", i), change.k
+            yield Key("v", i), change.v
+
+
+def delta_spec(config: ModelConfig, dtype: torch.dtype, length: int) -> dict[Key, Spec]:
+    """What a delta of `length` tokens consists of."""
+    spec = {}
+    for i in config.layers_of(MAMBA):
+        spec[Key("x", i)] = Spec(dtype, (length, config.mamba_num_heads, config.mamba_head_dim))
+        spec[Key("b", i)] = Spec(dtype, (length, config.n_groups, config.ssm_state_size))
+        spec[Key("dt", i)] = Spec(torch.float32, (length, config.mamba_num_heads))
+        spec[Key("conv", i)] = Spec(dtype, (config.conv_dim, config.conv_kernel))
+    return spec | _kv_spec(config, dtype, length)
+
+
+def delta_from(tensors: Mapping[Key, Tensor], config: ModelConfig, length: int) -> Delta:
+    """The delta, from tensors that fit `delta_spec`."""
+    layers: dict[int, MambaDelta | KVDelta] = {
+        i: MambaDelta(**{name: tensors[Key(name, i)] for name in ("x", "b", "dt", "conv")}) for i in config.layers_of(MAMBA)
+    }
+    layers |= {i: KVDelta(tensors[Key("k", i)], tensors[Key("v", i)]) for i in config.layers_of(ATTENTION)}
+    return Delta(length, layers)
+
+
+def _kv_spec(config: ModelConfig, dtype: torch.dtype, length: int) -> dict[Key, Spec]:
+    shape = (config.num_key_value_heads, length, config.head_dim)
+    return {Key(name, i): Spec(dtype, shape) for i in config.layers_of(ATTENTION) for name in ("k", "v")}
