@@ -66,11 +66,11 @@ class Checkpoint:
             index = _read_index(path / INDEX_FILE)
             digest.update(json.dumps(index, sort_keys=True).encode())
             for file in sorted({f for name, f in index.items() if name.startswith(prefixes)}):
-                header, _ = _read_header(path / file)
-                tensors |= {name: entry for name, entry in header.items() if index.get(name) == file}
+                entries, _ = _read_header(path / file)
+                tensors |= {name: entry for name, entry in entries.items() if index.get(name) == file}
         elif (path / SINGLE_FILE).exists():
-            tensors, raw = _read_header(path / SINGLE_FILE)
-            digest.update(raw)
+            tensors, header = _read_header(path / SINGLE_FILE)
+            digest.update(json.dumps(header, sort_keys=True).encode())  # writers order it as they like
         else:
             raise CheckpointError(f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
         for tower in towers:
@@ -109,7 +109,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} is no safetensors index: {error!r}") from None
 
 
-def _read_header(path: Path) -> tuple[dict[str, TensorEntry], bytes]:
+def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, object]]:
     """The header of a safetensors file: 8 bytes of length, then JSON; the file's size must fit it."""
     try:
         size = path.stat().st_size
@@ -134,7 +134,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorEntry], bytes]:
         raise CheckpointError(f"{path} has a damaged header: {error!r}") from None
     if size != end:
         raise CheckpointError(f"{path} is truncated or damaged: {size} bytes where its header says {end}")
-    return entries, raw
+    return entries, header
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -1,0 +1,109 @@
+"""Checkpoints known by their headers: damage is found, and named, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.support.checkpoints import write_sharded_checkpoint, write_tiny_checkpoint
+from twotower.errors import CheckpointError
+from twotower.model.checkpoint import Checkpoint
+
+
+def test_equal_checkpoints_have_equal_identities(tmp_path: Path) -> None:
+    first, second = (Checkpoint.open(write_tiny_checkpoint(tmp_path / name)) for name in "ab")
+    other_weights = Checkpoint.open(write_tiny_checkpoint(tmp_path / "c", seed=1))
+    other_config = Checkpoint.open(write_tiny_checkpoint(tmp_path / "d", routed_scaling_factor=1.0))
+    assert first.identity == second.identity
+    assert len({first.identity, other_weights.identity, other_config.identity}) == 3
+
+
+def test_identity_is_the_same_from_either_tower(tmp_path: Path) -> None:
+    for path in (write_tiny_checkpoint(tmp_path / "single"), write_sharded_checkpoint(tmp_path / "sharded")):
+        assert len({Checkpoint.open(path, towers).identity for towers in (("context",), ("denoiser",))}) == 1
+
+
+def test_missing_parts(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        Checkpoint.open(tmp_path / "none")
+    path = write_tiny_checkpoint(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="not a directory"):
+        Checkpoint.open(path / "config.json")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors"):
+        Checkpoint.open(path)
+    (path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
+        Checkpoint.open(path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated_files(tmp_path: Path, keep: int) -> None:
+    file = write_tiny_checkpoint(tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_damaged_header(tmp_path: Path) -> None:
+    file = write_tiny_checkpoint(tmp_path) / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[20:30] = b"\xff" * 10
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="header"):
+        Checkpoint.open(tmp_path)
+
+
+def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
+    file = write_tiny_checkpoint(tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    name = "context_tower.layers.0.mixer.in_proj.weight"
+    good = tensors[name]
+    for bad, message in ((good[:-1].contiguous(), "shape"), (good.half(), "dtype F16"), (None, "missing")):
+        save_file({k: (bad if k == name else v) for k, v in tensors.items() if not (k == name and bad is None)}, file)
+        with pytest.raises(CheckpointError, match=rf"{name}.*{message}"):
+            Checkpoint.open(tmp_path)
+        Checkpoint.open(tmp_path, ("denoiser",))  # whose tensors are all there
+
+
+def test_a_worker_needs_its_own_shard_only(tmp_path: Path) -> None:
+    path = write_sharded_checkpoint(tmp_path)
+    whole = Checkpoint.open(path).identity
+    (path / "model-00002-of-00002.safetensors").unlink()
+    assert Checkpoint.open(path, ("context",)).identity == whole
+    with pytest.raises(CheckpointError, match="model-00002-of-00002"):
+        Checkpoint.open(path, ("denoiser",))
+
+
+@pytest.mark.parametrize("index", ["", "{}", '{"weight_map": 3}', "[]"])
+def test_a_damaged_index(tmp_path: Path, index: str) -> None:
+    path = write_sharded_checkpoint(tmp_path)
+    (path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match="index"):
+        Checkpoint.open(path)
+
+
+def test_an_index_that_lacks_a_tensor(tmp_path: Path) -> None:
+    path = write_sharded_checkpoint(tmp_path) / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["lm_head.weight"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing"):
+        Checkpoint.open(tmp_path)
+
+
+def test_opening_needs_no_torch(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path)
+    code = f"import sys; from twotower.model.checkpoint import Checkpoint; Checkpoint.open({str(tmp_path)!r}); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_bf16_storage_is_accepted(tmp_path: Path) -> None:
+    file = write_tiny_checkpoint(tmp_path) / "model.safetensors"
+    save_file({k: v.to(torch.bfloat16) for k, v in load_file(file).items()}, file)
+    assert Checkpoint.open(tmp_path).tensors["lm_head.weight"].dtype == "BF16"
