@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+
 from twotower_kernels.experts import active_experts, all_experts, grouped_experts, relu2, route
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+
 from twotower_kernels.scan import apply_factors, chunk_scan, chunk_scan_ref
 
 

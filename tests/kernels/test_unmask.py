@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+
 from twotower_kernels.unmask import draw, unmask
 
 MASK = 3
@@ -25,7 +26,9 @@ def _reference(logits: Tensor, tokens: Tensor, masked: Tensor, gamma: float, ste
     return new, [bool(masked[i]) and i not in chosen for i in range(len(tokens))]
 
 
-def _run(logits: Tensor, tokens: Tensor, masked: Tensor, gamma: Tensor, steps: Tensor, temperature: float = 0.0) -> tuple[Tensor, ...]:
+def _run(
+    logits: Tensor, tokens: Tensor, masked: Tensor, gamma: Tensor, steps: Tensor, temperature: float = 0.0
+) -> tuple[Tensor, ...]:
     batch, length, _ = logits.shape
     out = unmask(
         logits.clone(),
@@ -69,7 +72,9 @@ def test_the_last_step_commits_everything_and_equal_confidences_from_the_back() 
 def test_the_mask_id_is_never_predicted() -> None:
     logits = torch.zeros(1, 4, 6)
     logits[..., MASK] = 50
-    new, left, _ = _run(logits, torch.full((1, 4), MASK), torch.ones(1, 4, dtype=torch.bool), torch.tensor([0.0]), torch.tensor([1]))
+    new, left, _ = _run(
+        logits, torch.full((1, 4), MASK), torch.ones(1, 4, dtype=torch.bool), torch.tensor([0.0]), torch.tensor([1])
+    )
     assert not left.any()
     assert (new != MASK).all()
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.support.checkpoints import write_sharded_checkpoint, write_tiny_checkpoint
+
 from twotower.errors import CheckpointError
 from twotower.model.checkpoint import Checkpoint
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tests.support.checkpoints import TINY
+
 from twotower.errors import CheckpointError
 from twotower.model.config import ModelConfig
 

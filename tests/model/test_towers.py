@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.support.checkpoints import write_tiny_checkpoint
 from torch import Tensor
+
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower

@@ -101,6 +101,7 @@ class ContextState:
         for i in config.layers_of(ATTENTION):
             self.kv[i] = KVState(config.num_key_value_heads, config.head_dim, dtype, device)
 
+    @torch.inference_mode()
     def apply(self, delta: Delta, decay_rates: Mapping[int, Tensor]) -> None:
         """Extend by a committed block. `decay_rates`: A (heads,) of each Mamba layer *of the context tower*.
 

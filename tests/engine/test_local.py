@@ -1,0 +1,124 @@
+"""Generation in one process: ends, cuts, seeds, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.support.checkpoints import write_tiny_checkpoint
+
+from twotower.engine.local import Generation, LocalEngine
+from twotower.errors import InvalidArgument, NonFiniteLogits
+from twotower.request import FinishReason, GenerationParams, Mode
+
+PROMPT = [5, 9, 14, 7]
+PARAMS = GenerationParams(max_tokens=40, gamma=0.2)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> LocalEngine:
+    return LocalEngine(write_tiny_checkpoint(tmp_path_factory.mktemp("tiny")), threads=1)
+
+
+def _run(engine: LocalEngine, prompt: list[int] = PROMPT, **changes: Any) -> tuple[Generation, list[list[int]]]:
+    blocks: list[list[int]] = []
+    result = engine.generate(prompt, dataclasses.replace(PARAMS, **changes), lambda tokens, _: blocks.append(tokens))
+    return result, blocks
+
+
+def test_the_last_block_is_cut(engine: LocalEngine) -> None:
+    result, blocks = _run(engine)
+    assert [len(block) for block in blocks] == [16, 16, 8]
+    assert sum(blocks, []) == result.token_ids
+    assert result.finish_reason is FinishReason.LENGTH
+    assert result.blocks == 3
+    whole, _ = _run(engine, max_tokens=48)
+    assert whole.token_ids[:40] == result.token_ids
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("prompt", [[5], [2], [3, 3, 3], PROMPT])
+def test_any_prompt_in_any_mode(engine: LocalEngine, mode: Mode, prompt: list[int]) -> None:
+    """Prompts of one token work, and token id 3 is an ordinary token there."""
+    result, _ = _run(engine, prompt, mode=mode, max_tokens=20)
+    assert len(result.token_ids) == 20
+    assert 20 >= result.forwards >= 2
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_generation_ends_after_the_first_eos(engine: LocalEngine, mode: Mode) -> None:
+    free, _ = _run(engine, mode=mode)
+    eos = free.token_ids[5]
+    first = free.token_ids.index(eos)
+    ended, _ = _run(engine, mode=mode, eos_token_ids=(eos,))
+    assert ended.token_ids == free.token_ids[: first + 1]
+    assert ended.finish_reason is FinishReason.STOP
+
+
+def test_one_token(engine: LocalEngine) -> None:
+    for mode in Mode:
+        assert len(_run(engine, mode=mode, max_tokens=1)[0].token_ids) == 1
+
+
+def test_steps_bound_the_forwards(engine: LocalEngine) -> None:
+    for steps in (1, 4, 16, 50):
+        result, _ = _run(engine, steps=steps, gamma=1.0, max_tokens=32)
+        assert result.forwards == 2 * min(steps, 16)
+    assert _run(engine, gamma=0.0, max_tokens=32)[0].forwards == 2
+
+
+def test_seeds(engine: LocalEngine) -> None:
+    for mode in (Mode.AR, Mode.DIFFUSION):
+        runs = [_run(engine, mode=mode, temperature=1.5, seed=seed)[0].token_ids for seed in (1, 1, 2)]
+        assert runs[0] == runs[1] != runs[2]
+
+
+def test_a_long_prompt_in_chunks_gives_the_same_tokens(engine: LocalEngine, tmp_path: Path) -> None:
+    chunked = LocalEngine(engine.checkpoint.path, threads=1, prefill_chunk=7)
+    prompt = torch.randint(4, 96, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert chunked.generate(prompt, PARAMS).token_ids == engine.generate(prompt, PARAMS).token_ids
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changes", "field"),
+    [
+        ([], {}, "prompt"),
+        ([96], {}, "prompt"),
+        ([-1], {}, "prompt"),
+        (PROMPT, {"max_tokens": 0}, "max_tokens"),
+        (PROMPT, {"max_tokens": 4093}, "max_tokens"),
+        (PROMPT, {"block_size": 0}, "block_size"),
+        (PROMPT, {"block_size": -16}, "block_size"),
+        (PROMPT, {"block_size": 257}, "block_size"),
+        (PROMPT, {"steps": 0}, "steps"),
+        (PROMPT, {"gamma": 1.01}, "gamma"),
+        (PROMPT, {"gamma": -0.1}, "gamma"),
+        (PROMPT, {"gamma": float("nan")}, "gamma"),
+        (PROMPT, {"temperature": -1.0}, "temperature"),
+        (PROMPT, {"temperature": float("inf")}, "temperature"),
+        (PROMPT, {"seed": -1}, "seed"),
+        (PROMPT, {"eos_token_ids": (96,)}, "eos_token_ids"),
+    ],
+)
+def test_bad_input_names_the_field(engine: LocalEngine, prompt: list[int], changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"^{field}: ") as caught:
+        _run(engine, prompt, **changes)
+    assert caught.value.field == field
+
+
+def test_blocks_of_other_sizes(engine: LocalEngine) -> None:
+    for size in (1, 2, 8, 32, 256):
+        result, _ = _run(engine, block_size=size, steps=size)
+        assert len(result.token_ids) == 40
+        assert bool(result.warnings) == (size > 16)
+
+
+def test_not_a_number_fails_the_request(tmp_path: Path) -> None:
+    engine = LocalEngine(write_tiny_checkpoint(tmp_path), threads=1)
+    for head, mode in ((engine.denoiser.tower.lm_head, Mode.DIFFUSION), (engine.context.tower.context_lm_head, Mode.AR)):
+        head.weight[7].fill_(float("nan"))
+        with pytest.raises(NonFiniteLogits):
+            engine.generate(PROMPT, dataclasses.replace(PARAMS, mode=mode))
