@@ -32,7 +32,7 @@ def _run(engine: LocalEngine, prompt: list[int] = PROMPT, **changes: Any) -> tup
 def test_the_last_block_is_cut(engine: LocalEngine) -> None:
     result, blocks = _run(engine)
     assert [len(block) for block in blocks] == [16, 16, 8]
-    assert sum(blocks, []) == result.token_ids
+    assert [token for block in blocks for token in block] == result.token_ids
     assert result.finish_reason is FinishReason.LENGTH
     assert result.blocks == 3
     whole, _ = _run(engine, max_tokens=48)

@@ -100,7 +100,10 @@ def test_an_index_that_lacks_a_tensor(tmp_path: Path) -> None:
 
 def test_opening_needs_no_torch(tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path)
-    code = f"import sys; from twotower.model.checkpoint import Checkpoint; Checkpoint.open({str(tmp_path)!r}); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from twotower.model.checkpoint import Checkpoint; "
+        f"Checkpoint.open({str(tmp_path)!r}); assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

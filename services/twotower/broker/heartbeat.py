@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable
 
 from twotower.broker.registry import Registry, Replica
-
 from twotower.errors import BrokerUnavailable
 
 log = logging.getLogger(__name__)

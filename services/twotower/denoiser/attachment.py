@@ -129,4 +129,4 @@ class Attachment:
     async def _read(call: Any) -> context_pb2.ContextMessage | None:
         """The next message, or None at the end of the call. Raises grpc.aio.AioRpcError."""
         message = await call.read()
-        return None if message is grpc.aio.EOF else message
+        return None if message is grpc.aio.EOF else message  # type: ignore[attr-defined]  # absent from the stubs

@@ -1,0 +1,69 @@
+"""One Redis client per process, checked when it is made, and its errors as ours."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from urllib.parse import urlsplit, urlunsplit
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from twotower.errors import BrokerUnavailable, ConfigError
+
+CONNECT_TIMEOUT_S = 3.0
+ANSWER_TIMEOUT_S = 10.0
+"""Longer than any blocking read asks the server to wait."""
+MIN_MAJOR = 7
+
+
+async def connect(url: str) -> Redis:
+    """A client of the Redis (>= 7) or Valkey at `url`, which has answered.
+
+    Close it with `await client.aclose()`. Raises ConfigError for a URL that is none, BrokerUnavailable.
+    """
+    try:
+        client = Redis.from_url(
+            url,
+            decode_responses=True,
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            socket_timeout=ANSWER_TIMEOUT_S,
+            # A second try at once, for a connection that went stale; what is longer is the caller's decision.
+            retry=Retry(NoBackoff(), 1),
+        )
+    except ValueError as error:
+        raise ConfigError(f"redis: {shown_url(url)} is no Redis URL: {error}") from None
+    try:
+        with broker_errors(url):
+            info = await client.info("server")
+            version = str(info.get("valkey_version") or info.get("redis_version") or "")
+            if int((re.match(r"\d+", version) or ["0"])[0]) < MIN_MAJOR:
+                raise BrokerUnavailable(
+                    f"Redis at {shown_url(url)} is version {version or 'unknown'}; {MIN_MAJOR} or later is needed"
+                )
+    except BaseException:
+        await client.aclose()
+        raise
+    return client
+
+
+def shown_url(url: str) -> str:
+    """`url` without its password."""
+    parts = urlsplit(url)
+    if "@" not in parts.netloc:
+        return url
+    return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))
+
+
+@contextlib.contextmanager
+def broker_errors(url: str | None = None) -> Iterator[None]:
+    """Turn what the client raises into BrokerUnavailable."""
+    try:
+        yield
+    except (RedisError, OSError) as error:
+        where = f" at {shown_url(url)}" if url else ""
+        reason = str(error) or type(error).__name__
+        raise BrokerUnavailable(f"Redis{where} does not answer: {reason}") from None

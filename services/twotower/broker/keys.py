@@ -1,0 +1,15 @@
+"""Names in Redis. Everything of one checkpoint lies under its identity, so that several can share a server."""
+
+from __future__ import annotations
+
+PREFIX = "twotower"
+
+
+def ready_stream(identity: str) -> str:
+    """Stream of sessions that wait for a denoiser."""
+    return f"{PREFIX}:{identity}:ready"
+
+
+def replica(identity: str, kind: str, name: str) -> str:
+    """One replica's announcement; it expires unless renewed."""
+    return f"{PREFIX}:{identity}:replica:{kind}:{name}"

@@ -1,0 +1,74 @@
+"""A whole gateway in this process, over scripted contexts: real ports, real gRPC and HTTP; only Redis is a list."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.support.scripted_context import ScriptedContext
+from twotower.broker.registry import Replica
+from twotower.client.grpc_client import GatewayClient
+from twotower.gateway.config import GatewayConfig
+from twotower.gateway.main import serve
+from twotower.model.checkpoint import Checkpoint
+
+
+class ReplicaList:
+    """What the registry would say."""
+
+    def __init__(self, denoisers: int = 1) -> None:
+        self.contexts: list[Replica] = []
+        self.denoisers = [replica("denoiser", f"d{i}", "127.0.0.1:1") for i in range(denoisers)]
+        self.error: Exception | None = None
+
+    async def replicas(self, kind: str) -> Sequence[Replica]:
+        if self.error is not None:
+            raise self.error
+        return list(self.contexts if kind == "context" else self.denoisers)
+
+
+def replica(kind: str, name: str, address: str, load: int = 0) -> Replica:
+    return Replica(kind=kind, name=name, address=address, identity="x", load=load, capacity=64)
+
+
+@dataclass
+class RunningGateway:
+    grpc: str
+    http: str
+    """Base URL."""
+    replicas: ReplicaList
+    stop: asyncio.Event
+    task: asyncio.Task[None]
+
+    def client(self) -> GatewayClient:
+        return GatewayClient(self.grpc)
+
+
+@asynccontextmanager
+async def gateway(
+    checkpoint: Path, *contexts: ScriptedContext, denoisers: int = 1, **settings: Any
+) -> AsyncIterator[RunningGateway]:
+    """Start contexts and a gateway, yield it once it is ready, stop all."""
+    replicas = ReplicaList(denoisers)
+    for i, context in enumerate(contexts):
+        replicas.contexts.append(replica("context", f"c{i}", await context.start()))
+    stop, line = asyncio.Event(), asyncio.get_running_loop().create_future()
+    config = GatewayConfig(checkpoint, "redis://unused", model_name="tiny", **settings)
+    task = asyncio.create_task(serve(config, Checkpoint.open(checkpoint), replicas, stop, line.set_result))
+    try:
+        await asyncio.wait((task, line), return_when=asyncio.FIRST_COMPLETED, timeout=20)
+        if task.done():
+            task.result()
+        word, grpc, http = line.result().split()
+        assert word == "ready"
+        yield RunningGateway(grpc.removeprefix("grpc="), "http://" + http.removeprefix("http="), replicas, stop, task)
+    finally:
+        stop.set()
+        await asyncio.wait((task,), timeout=20)
+        task.result()
+        for context in contexts:
+            await context.stop()
