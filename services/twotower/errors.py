@@ -5,6 +5,7 @@ TwoTowerError
 ├── CheckpointError        the checkpoint is missing, damaged or does not fit its config
 ├── ConfigError            a service was started with settings that cannot work
 │   └── PortInUse          the address to listen on is taken
+├── ServiceFailed          a process of the stack did not start, or keeps dying
 ├── Unavailable            cannot be served now; try again
 │   └── BrokerUnavailable  Redis does not answer
 ├── Overloaded             the queue is full; try again later
@@ -39,6 +40,10 @@ class ConfigError(TwoTowerError):
 
 class PortInUse(ConfigError):
     """The address to listen on is taken or not ours to use."""
+
+
+class ServiceFailed(TwoTowerError):
+    """A process of the stack did not start, or died too often; the message is its own last error."""
 
 
 class Unavailable(TwoTowerError):

@@ -50,7 +50,7 @@ class Registry:
         with broker_errors():
             await self._redis.delete(self._key(replica))
 
-    async def replicas(self, kind: Kind) -> list[Replica]:
+    async def replicas(self, kind: str) -> list[Replica]:
         """All that live, by name."""
         with broker_errors():
             names = [key async for key in self._redis.scan_iter(match=keys.replica(self._identity, kind, "*"), count=1000)]

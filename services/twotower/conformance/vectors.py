@@ -43,7 +43,7 @@ def load_cases(directory: Path) -> list[Case]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         return [_case(i, entry) for i, entry in enumerate(raw)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InvalidArgument("DIR", f"{path} does not exist") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidArgument("DIR", f"{path} does not hold cases: {error!r}") from None

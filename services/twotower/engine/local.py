@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,17 @@ from twotower.model.checkpoint import Checkpoint
 from twotower.model.weights import load_context_tower, load_denoiser_tower, resolve_device, resolve_dtype
 from twotower.request import FinishReason, GenerationParams, Mode, check_request
 
-OnBlock = Callable[[list[int], int], None]
-"""Called with the shown tokens of each finished block and the forwards it took."""
+
+@dataclass(frozen=True, slots=True)
+class WrittenBlock:
+    """A finished block; in the AR modes one token."""
+
+    token_ids: list[int]
+    """Cut at max_tokens and after the end-of-sequence token."""
+    forwards: int
+    """Of the denoiser; in AR mode, of the context tower."""
+    finish_reason: FinishReason | None
+    """Why it is the last, if it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +36,8 @@ class Generation:
     token_ids: list[int]
     finish_reason: FinishReason
     forwards: int
-    """Of the denoiser; in AR mode, of the context tower."""
     blocks: int
     seconds: float
-    warnings: list[str]
 
 
 class LocalEngine:
@@ -55,26 +62,32 @@ class LocalEngine:
         self.denoiser = DenoiserEngine(load_denoiser_tower(self.checkpoint, *place))
         self._prefill_chunk = prefill_chunk
 
-    def generate(self, prompt: Sequence[int], params: GenerationParams, on_block: OnBlock | None = None) -> Generation:
+    def generate(self, prompt: Sequence[int], params: GenerationParams) -> Generation:
         """Continue `prompt`. Raises InvalidArgument, NonFiniteLogits."""
-        warnings = check_request(prompt, params, self.limits)
         started = time.perf_counter()
+        blocks = list(self.blocks(prompt, params))
+        reason = blocks[-1].finish_reason
+        assert reason is not None
+        return Generation(
+            [token for block in blocks for token in block.token_ids],
+            reason,
+            sum(block.forwards for block in blocks),
+            len(blocks),
+            time.perf_counter() - started,
+        )
+
+    def blocks(self, prompt: Sequence[int], params: GenerationParams) -> Iterator[WrittenBlock]:
+        """Continue `prompt`, block by block. Raises InvalidArgument, NonFiniteLogits."""
+        check_request(prompt, params, self.limits)
         session, write = self._open(list(prompt), params)
         while session.prefill_left:
             self.context.prefill(session, self._prefill_chunk)
-        tokens: list[int] = []
-        forwards = blocks = 0
         while session.finish_reason is None:
-            block, cost = write(session)
-            shown = session.emit(block)
-            tokens += shown
-            forwards += cost
-            blocks += 1
-            if on_block is not None:
-                on_block(shown, cost)
+            tokens, forwards = write(session)
+            shown = session.emit(tokens)
+            yield WrittenBlock(shown, forwards, session.finish_reason)
             if session.finish_reason is None and params.mode is Mode.DIFFUSION:
-                self.context.commit([(session, block)])
-        return Generation(tokens, session.finish_reason, forwards, blocks, time.perf_counter() - started, warnings)
+                self.context.commit([(session, tokens)])
 
     def _open(self, prompt: list[int], params: GenerationParams) -> tuple[Session, Callable[[Session], tuple[list[int], int]]]:
         """A session, and what writes its next block: tokens and their cost in forwards."""

@@ -1,0 +1,1 @@
+"""The command line: parses flags into configs, calls one function, prints. No logic of its own."""

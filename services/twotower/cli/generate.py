@@ -1,0 +1,187 @@
+"""`twotower generate`: one prompt, streamed to the terminal block by block, or as one JSON object."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+from twotower.cli.options import DEFAULT_TARGET, add_checkpoint, add_place
+from twotower.errors import InvalidArgument, Unavailable
+from twotower.events import Accepted, Block, Event, Finished
+from twotower.request import Mode
+
+DEFAULT_MAX_TOKENS = 256
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the command."""
+    parser = commands.add_parser("generate", help="continue a prompt", allow_abbrev=False)
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text; - reads it from standard input")
+    parser.add_argument("--prompt-ids", metavar='"1 2 3"', help="token ids in place of text")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--target", default=DEFAULT_TARGET, metavar="HOST:PORT", help=f"gateway (default {DEFAULT_TARGET})")
+    where.add_argument("--local", action="store_true", help="both towers in this process, no services")
+    add_checkpoint(parser)
+    parser.add_argument("--mode", default=Mode.DIFFUSION.value, choices=[mode.value for mode in Mode])
+    parser.add_argument("--gamma", type=float, metavar="G", help="confidence that commits a position (default 0.8)")
+    parser.add_argument("--block-size", type=int, metavar="L", help="tokens a block (default: the checkpoint's)")
+    parser.add_argument("--steps", type=int, metavar="T", help="most forwards a block (default: the block size)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help=f"default {DEFAULT_MAX_TOKENS}")
+    parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default 0)")
+    parser.add_argument("--seed", type=int, metavar="S", help="default 0")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
+    parser.add_argument("--no-eos", action="store_true", help="go on to --max-tokens whatever is generated")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    add_place(parser)
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads, with --local")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Generate and print."""
+    asyncio.run(_generate(args))
+
+
+async def _generate(args: argparse.Namespace) -> None:
+    prompt = _prompt(args)
+    if args.mode == Mode.MOCK_AR.value and not args.local:
+        raise InvalidArgument("mode", "mock-ar exists only with --local")
+    result = _Result(stream=not args.json)
+    try:
+        async for event in _local(args, prompt) if args.local else _remote(args, prompt):
+            result.take(event)
+    finally:
+        result.end_line()
+    if args.json:
+        print(json.dumps(result.as_json()))
+    else:
+        print(result.summary(), file=sys.stderr)
+
+
+class _Result:
+    """Collects the events of a generation, and shows text as it comes."""
+
+    def __init__(self, *, stream: bool) -> None:
+        self._stream = stream
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+        self._warnings: tuple[str, ...] = ()
+        self._end: Finished | None = None
+        self._open_line = False
+
+    def take(self, event: Event) -> None:
+        if isinstance(event, Accepted):
+            self._warnings = event.warnings
+            for warning in event.warnings:
+                print(f"warning: {warning}", file=sys.stderr)
+            return
+        if isinstance(event, Block):
+            self._token_ids += event.token_ids
+        else:
+            self._end = event
+        self._text.append(event.text)
+        if self._stream and event.text:
+            sys.stdout.write(event.text)
+            sys.stdout.flush()
+            self._open_line = True
+
+    def end_line(self) -> None:
+        """Leave the terminal at the start of a line, also when the generation broke off."""
+        if self._open_line:
+            print(flush=True)
+
+    def as_json(self) -> dict[str, Any]:
+        end = self._finished()
+        return {
+            "text": "".join(self._text),
+            "token_ids": self._token_ids,
+            "finish_reason": end.finish_reason.value,
+            "forwards": end.forwards,
+            "blocks": end.blocks,
+            "seconds": round(end.seconds, 6),
+            **({"warnings": list(self._warnings)} if self._warnings else {}),
+        }
+
+    def summary(self) -> str:
+        end = self._finished()
+        rate = end.completion_tokens / end.forwards if end.forwards else 0.0
+        tokens = "" if any(self._text) else f"token ids: {' '.join(map(str, self._token_ids))}\n"
+        return (
+            f"{tokens}[{end.completion_tokens} tokens, {end.blocks} blocks, {end.forwards} forwards, "
+            f"{rate:.2f} tokens a forward, {end.seconds:.2f} s, finish: {end.finish_reason.value}]"
+        )
+
+    def _finished(self) -> Finished:
+        if self._end is None:
+            raise Unavailable("the generation broke off without an end")
+        return self._end
+
+
+def _prompt(args: argparse.Namespace) -> str | tuple[int, ...]:
+    """The prompt as text or ids. Raises InvalidArgument."""
+    if (args.prompt is None) == (args.prompt_ids is None):
+        raise InvalidArgument("prompt", "give either PROMPT or --prompt-ids")
+    if args.prompt_ids is not None:
+        try:
+            return tuple(int(word) for word in args.prompt_ids.replace(",", " ").split())
+        except ValueError as error:
+            raise InvalidArgument("prompt-ids", f"must be integers: {error}") from None
+    if args.prompt != "-":
+        return str(args.prompt)
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InvalidArgument("prompt", f"standard input is no UTF-8 text: {error}") from None
+
+
+async def _remote(args: argparse.Namespace, prompt: str | tuple[int, ...]) -> AsyncIterator[Event]:
+    from twotower.client.grpc_client import GatewayClient
+
+    async with GatewayClient(args.target) as client:
+        events = client.generate(
+            prompt,
+            mode=Mode(args.mode),
+            max_tokens=args.max_tokens,
+            block_size=args.block_size,
+            steps=args.steps,
+            gamma=args.gamma,
+            temperature=args.temperature,
+            seed=args.seed,
+            stop=args.stop,
+            ignore_eos=args.no_eos,
+        )
+        try:
+            async for event in events:
+                yield event
+        except Unavailable as error:
+            if str(error).startswith("no gateway answers"):
+                raise Unavailable(f"{error}; start one with `twotower up`, or use --local") from None
+            raise
+
+
+async def _local(args: argparse.Namespace, prompt: str | tuple[int, ...]) -> AsyncIterator[Event]:
+    """The same events, from both towers in this process."""
+    from twotower.cli.local import generate
+    from twotower.gateway.request import Request
+
+    request = Request(
+        prompt=prompt,
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+        mode=Mode(args.mode),
+        max_tokens=args.max_tokens,
+        block_size=args.block_size,
+        steps=args.steps,
+        gamma=args.gamma,
+        temperature=args.temperature,
+        seed=args.seed,
+        stop=tuple(args.stop),
+        ignore_eos=args.no_eos,
+    )
+    for event in generate(args.checkpoint, request, dtype=args.dtype, device=args.device, threads=args.threads):
+        yield event

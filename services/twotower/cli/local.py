@@ -1,0 +1,44 @@
+"""A request to both towers in this process, as the events a gateway would send."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from twotower.engine.local import LocalEngine
+from twotower.events import Accepted, Block, Event, Finished
+from twotower.gateway.request import Request, check_unresolved, resolve
+from twotower.request import FinishReason, check_request
+from twotower.text.stream import TextStream
+from twotower.text.tokenizer import Tokenizer
+
+
+def generate(checkpoint: Path, request: Request, *, dtype: str, device: str, threads: int | None) -> Iterator[Event]:
+    """Load both towers and generate. Raises TwoTowerError; what is wrong with the request, once the checkpoint is known."""
+    engine = LocalEngine(checkpoint, dtype=dtype, device=device, threads=threads)
+    path, limits = engine.checkpoint.tokenizer_path, engine.limits
+    tokenizer = Tokenizer.load(path) if path is not None else None
+    check_unresolved(request, tokenizer is not None)
+    if isinstance(request.prompt, str):
+        assert tokenizer is not None  # check_unresolved
+        prompt = tokenizer.encode(request.prompt)
+    else:
+        prompt = list(request.prompt)
+    params = resolve(request, len(prompt), limits)
+    warnings = check_request(prompt, params, limits)
+    text = TextStream(tokenizer, request.stop, (*limits.eos_token_ids, limits.mask_token_id)) if tokenizer else None
+    yield Accepted("local", len(prompt), tuple(warnings))
+    started = time.perf_counter()
+    tokens = forwards = blocks = 0
+    reason = FinishReason.LENGTH
+    for written in engine.blocks(prompt, params):
+        piece = text.push(written.token_ids) if text else ""
+        yield Block(blocks, tuple(written.token_ids), piece, written.forwards)
+        tokens, forwards, blocks = tokens + len(written.token_ids), forwards + written.forwards, blocks + 1
+        stopped = text is not None and text.stopped
+        reason = FinishReason.STOP if stopped else written.finish_reason or reason
+        if stopped:
+            break
+    rest = text.finish() if text else ""
+    yield Finished(reason, tokens, forwards, blocks, time.perf_counter() - started, rest)

@@ -1,0 +1,66 @@
+"""`twotower`: the commands, and the one place where errors become a line on stderr and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from twotower import __version__
+from twotower.cli import conformance, demo, generate, services, train, up
+from twotower.errors import TwoTowerError
+
+Run = Callable[[argparse.Namespace], int | None]
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands. Nothing heavy is imported to show help."""
+    parser = argparse.ArgumentParser(
+        prog="twotower", description="Serving system for two-tower diffusion language models.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"twotower {__version__}")
+    parser.add_argument("--debug", action="store_true", help="log in detail, and show tracebacks")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in (up, generate, conformance, demo, services, train):
+        module.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if args.debug else logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
+    )
+    for noisy in ("asyncio", "httpx", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    run: Run = args.run
+    try:
+        status = run(args) or 0
+        sys.stdout.flush()
+        return status
+    except TwoTowerError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone, as in `| head`. Nothing more can be written, at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"error: internal error: {error!r} (`twotower --debug ...` shows where)", file=sys.stderr)
+        return EXIT_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

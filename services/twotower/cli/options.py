@@ -1,0 +1,42 @@
+"""Options that several commands share, and how their words are read."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+DEFAULT_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "word-problems"
+"""The small checkpoint that ships with the package."""
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+DEFAULT_REDIS = "redis://127.0.0.1:6379"
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """``--checkpoint DIR``."""
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=DEFAULT_CHECKPOINT,
+        metavar="DIR",
+        help="checkpoint directory (default: the one that ships)",
+    )
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """``--dtype``, ``--device``."""
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: the checkpoint's")
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:N")
+
+
+def add_drain(parser: argparse.ArgumentParser) -> None:
+    """``--drain S``."""
+    parser.add_argument(
+        "--drain", type=float, default=30.0, metavar="S", help="seconds running requests may take after SIGTERM"
+    )
+
+
+def add_stack_size(parser: argparse.ArgumentParser) -> None:
+    """``--contexts N``, ``--denoisers N``."""
+    parser.add_argument("--contexts", type=int, default=1, metavar="N", help="context replicas (default 1)")
+    parser.add_argument("--denoisers", type=int, default=1, metavar="N", help="denoiser workers (default 1)")

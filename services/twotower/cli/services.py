@@ -1,0 +1,114 @@
+"""`twotower gateway`, `context`, `denoiser`: one service each, as containers run them."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+
+from twotower.cli.options import DEFAULT_REDIS, add_checkpoint, add_drain, add_place
+from twotower.errors import ConfigError
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the three commands."""
+    gateway = _add(commands, "gateway", "what clients talk to, over gRPC and HTTP")
+    gateway.add_argument("--grpc-port", type=int, default=50051, metavar="P", help="default 50051; 0: any free port")
+    gateway.add_argument("--http-port", type=int, default=8000, metavar="P", help="default 8000; 0: any free port")
+    gateway.add_argument("--model-name", metavar="NAME", help="name under which the model is served (default: the directory's)")
+    gateway.add_argument("--max-in-flight", type=int, default=256, metavar="N", help="requests at once (default 256)")
+    gateway.set_defaults(run=run_gateway)
+
+    context = _add(commands, "context", "the context tower: reads prompts, keeps the state of sessions")
+    context.add_argument("--port", type=int, default=0, metavar="P", help="default 0: any free port")
+    context.add_argument("--advertise", metavar="HOST:PORT", help="where others reach it, if not where it listens")
+    _add_tower(context)
+    context.add_argument("--max-sessions", type=int, default=64, metavar="N", help="sessions at once (default 64)")
+    context.add_argument("--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens a forward (default 512)")
+    context.set_defaults(run=run_context)
+
+    denoiser = _add(commands, "denoiser", "a denoising worker: pulls sessions, writes their blocks")
+    denoiser.add_argument("--port", type=int, default=0, metavar="P", help="of health checks; default 0: any free port")
+    _add_tower(denoiser)
+    denoiser.add_argument("--slots", type=int, default=8, metavar="N", help="sessions refined together (default 8)")
+    denoiser.set_defaults(run=run_denoiser)
+
+
+def run_gateway(args: argparse.Namespace) -> None:
+    """Serve until SIGTERM."""
+    from twotower.gateway.config import GatewayConfig
+    from twotower.gateway.main import run
+
+    _at_least_one(args, "max_in_flight")
+    config = GatewayConfig(
+        checkpoint=args.checkpoint,
+        redis_url=args.redis,
+        host=args.host,
+        grpc_port=args.grpc_port,
+        http_port=args.http_port,
+        model_name=args.model_name,
+        max_in_flight=args.max_in_flight,
+        drain_s=args.drain,
+    )
+    asyncio.run(run(config))
+
+
+def run_context(args: argparse.Namespace) -> None:
+    """Serve until SIGTERM."""
+    from twotower.context.config import ContextConfig
+    from twotower.context.main import run
+
+    _at_least_one(args, "threads", "max_sessions", "prefill_chunk")
+    config = ContextConfig(
+        checkpoint=args.checkpoint,
+        redis_url=args.redis,
+        host=args.host,
+        port=args.port,
+        advertise=args.advertise,
+        dtype=args.dtype,
+        device=args.device,
+        threads=args.threads,
+        max_sessions=args.max_sessions,
+        prefill_chunk=args.prefill_chunk,
+        drain_s=args.drain,
+    )
+    asyncio.run(run(config))
+
+
+def run_denoiser(args: argparse.Namespace) -> None:
+    """Work until SIGTERM."""
+    from twotower.denoiser.config import DenoiserConfig
+    from twotower.denoiser.main import run
+
+    _at_least_one(args, "threads", "slots")
+    config = DenoiserConfig(
+        checkpoint=args.checkpoint,
+        redis_url=args.redis,
+        host=args.host,
+        port=args.port,
+        dtype=args.dtype,
+        device=args.device,
+        threads=args.threads,
+        slots=args.slots,
+        drain_s=args.drain,
+    )
+    asyncio.run(run(config))
+
+
+def _add(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, description: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=description, description=description, allow_abbrev=False)
+    add_checkpoint(parser)
+    parser.add_argument("--redis", default=DEFAULT_REDIS, metavar="URL", help=f"default {DEFAULT_REDIS}")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    add_drain(parser)
+    return parser
+
+
+def _add_tower(parser: argparse.ArgumentParser) -> None:
+    add_place(parser)
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
+
+
+def _at_least_one(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) < 1:
+            raise ConfigError(f"{name}: must be at least 1, not {getattr(args, name)}")

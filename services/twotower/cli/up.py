@@ -1,0 +1,50 @@
+"""`twotower up`: the whole stack on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+
+from twotower.cli.options import add_checkpoint, add_drain, add_place, add_stack_size
+from twotower.launcher.config import UpConfig
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the command."""
+    parser = commands.add_parser("up", help="start the whole stack on this machine", allow_abbrev=False)
+    add_checkpoint(parser)
+    add_stack_size(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    parser.add_argument("--grpc-port", type=int, default=50051, metavar="P", help="default 50051; 0: any free port")
+    parser.add_argument("--http-port", type=int, default=8000, metavar="P", help="default 8000; 0: any free port")
+    parser.add_argument("--redis", metavar="URL", help="Redis >= 7 or Valkey (default: an embedded one)")
+    add_place(parser)
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of each tower (default: cores / towers)")
+    parser.add_argument("--slots", type=int, default=8, metavar="N", help="sessions each denoiser refines together (default 8)")
+    parser.add_argument("--max-sessions", type=int, default=64, metavar="N", help="sessions each context holds (default 64)")
+    add_drain(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until SIGTERM."""
+    from twotower.launcher import up
+
+    config = UpConfig(
+        checkpoint=args.checkpoint,
+        contexts=args.contexts,
+        denoisers=args.denoisers,
+        host=args.host,
+        grpc_port=args.grpc_port,
+        http_port=args.http_port,
+        redis_url=args.redis,
+        dtype=args.dtype,
+        device=args.device,
+        threads=args.threads,
+        slots=args.slots,
+        max_sessions=args.max_sessions,
+        drain_s=args.drain,
+        debug=args.debug,
+    )
+    asyncio.run(up.run(config, lambda line: print(line, file=sys.stderr, flush=True)))

@@ -1,0 +1,51 @@
+"""Settings of a stack on one machine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from twotower.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class UpConfig:
+    """Built once by the CLI; every field has its final value."""
+
+    checkpoint: Path
+    contexts: int = 1
+    denoisers: int = 1
+    host: str = "127.0.0.1"
+    grpc_port: int = 0
+    """0: any free port."""
+    http_port: int = 0
+    """0: any free port."""
+    redis_url: str | None = None
+    """None: an embedded server, which lives and dies with the stack."""
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    """CPU threads of each tower; None: the cores, divided among them."""
+    slots: int = 8
+    """Sessions each denoiser refines together."""
+    max_sessions: int = 64
+    """Sessions each context holds."""
+    drain_s: float = 30.0
+    """How long running requests may take after SIGTERM."""
+    start_s: float = 600.0
+    """How long a service may take to load its tower."""
+    debug: bool = False
+    """Services log in detail."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("contexts", 1), ("denoisers", 1), ("slots", 1), ("max_sessions", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}: must be at least {least}, not {getattr(self, name)}")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads: must be at least 1, not {self.threads}")
+
+    @property
+    def tower_threads(self) -> int:
+        """CPU threads of each tower. More threads than cores would wait for one another at every operation."""
+        return self.threads or max(1, (os.cpu_count() or 1) // (self.contexts + self.denoisers))

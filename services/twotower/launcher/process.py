@@ -1,0 +1,144 @@
+"""One service as a child process: started, known to be ready, relayed, stopped. It never outlives its parent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import signal
+import sys
+from asyncio.subprocess import Process
+from collections.abc import Callable, Sequence
+
+from twotower.errors import ServiceFailed
+
+PR_SET_PDEATHSIG = 1
+LINE_BYTES = 1 << 20
+TAIL = 20
+"""Lines of stderr that are kept to explain a death."""
+
+Say = Callable[[str], None]
+
+
+class ServiceProcess:
+    """A child, and the last it said. `start` may be called again after it ended."""
+
+    def __init__(self, name: str, argv: Sequence[str], say: Say) -> None:
+        """`say` is given each line of its stderr, after its name."""
+        self.name = name
+        self.argv = list(argv)
+        self._say = say
+        self._process: Process | None = None
+        self._tail: list[str] = []
+        self._relay: asyncio.Task[None] | None = None
+        self._drain: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the running child."""
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
+    async def start(self) -> None:
+        """Spawn it. Raises ServiceFailed."""
+        self._tail = []
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *self.argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                limit=LINE_BYTES,
+                # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which drains in order.
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+        except OSError as error:
+            raise ServiceFailed(f"{self.name} cannot be started: {error}") from None
+        self._relay = asyncio.create_task(self._relay_stderr(self._process))
+
+    async def wait_ready(self, timeout_s: float) -> dict[str, str]:
+        """The addresses of its ready line, e.g. ``{"grpc": "127.0.0.1:50051"}``. Raises ServiceFailed."""
+        process = self._running()
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(timeout_s):
+                while line := await process.stdout.readline():
+                    words = line.decode(errors="replace").split()
+                    if words[:1] == ["ready"]:
+                        self._drain = asyncio.create_task(_discard(process.stdout))
+                        return dict(word.split("=", 1) for word in words[1:] if "=" in word)
+        except TimeoutError:
+            raise ServiceFailed(f"{self.name} was not ready within {timeout_s:.0f} s") from None
+        await self.wait()
+        raise ServiceFailed(self.explain())
+
+    async def wait(self) -> int:
+        """Its exit status, once it ended and all it said is relayed."""
+        code = await self._running().wait()
+        if self._relay is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._relay), 1)
+        return code
+
+    def explain(self) -> str:
+        """Why it ended, in its own words if it had any."""
+        for line in reversed(self._tail):
+            if line.startswith("error: "):
+                return f"{self.name}: {line.removeprefix('error: ')}"
+        code = self._process.returncode if self._process is not None else None
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
+        return f"{self.name} {how}" + (f": {self._tail[-1]}" if self._tail else "")
+
+    async def stop(self, grace_s: float) -> None:
+        """SIGTERM, and after `grace_s` SIGKILL. Nothing is left running."""
+        process = self._process
+        if process is None:
+            return
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+            try:
+                await asyncio.wait_for(process.wait(), grace_s)
+            except TimeoutError:
+                self._say(f"[{self.name}] did not drain within {grace_s:.0f} s: killed")
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+        await self.wait()
+        for task in (self._relay, self._drain):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    def _running(self) -> Process:
+        assert self._process is not None, "start it first"
+        return self._process
+
+    async def _relay_stderr(self, process: Process) -> None:
+        assert process.stderr is not None
+        while line := await _readline(process.stderr):
+            text = line.decode(errors="replace").rstrip()
+            self._tail = [*self._tail[-TAIL + 1 :], text]
+            self._say(f"[{self.name}] {text}")
+
+
+async def _readline(stream: asyncio.StreamReader) -> bytes:
+    """A line; an endless one in pieces."""
+    try:
+        return await stream.readline()
+    except ValueError:  # longer than LINE_BYTES, and dropped by the reader
+        return b"(a very long line)\n"
+
+
+async def _discard(stream: asyncio.StreamReader) -> None:
+    """Read what no one wants, so that the pipe never fills."""
+    while await stream.read(4096):
+        pass
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _die_with_parent() -> None:
+    """In the child, before exec: SIGKILL it when its parent dies, however that happens (Linux)."""
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

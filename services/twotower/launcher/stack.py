@@ -1,0 +1,137 @@
+"""A stack: Redis, contexts, denoisers, a gateway. Started in parallel, restarted when they die, stopped in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from twotower.broker.connection import connect
+from twotower.errors import ServiceFailed
+from twotower.launcher.config import UpConfig
+from twotower.launcher.embedded_redis import EmbeddedRedis
+from twotower.launcher.process import Say, ServiceProcess
+from twotower.model.checkpoint import Checkpoint
+from twotower.rpc.address import check_port
+
+MAX_RESTARTS = 3
+RESTART_WINDOW_S = 60.0
+KILL_AFTER_S = 5.0
+"""Beyond the drain."""
+
+
+class Stack:
+    """The processes of one stack. Use `stack()`."""
+
+    def __init__(self, config: UpConfig, say: Say) -> None:
+        self._config = config
+        self._say = say
+        self._redis: EmbeddedRedis | None = None
+        self._watchers: list[asyncio.Task[None]] = []
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.towers: list[ServiceProcess] = []
+        self.gateway: ServiceProcess | None = None
+        self.redis_url = config.redis_url or ""
+        self.grpc_address = ""
+        self.http_address = ""
+
+    async def start(self) -> None:
+        """Check what can be checked, start everything, wait until requests succeed. Raises TwoTowerError: one, and first."""
+        config = self._config
+        Checkpoint.open(config.checkpoint)
+        for port, option in ((config.grpc_port, "--grpc-port"), (config.http_port, "--http-port")):
+            if port:
+                check_port(config.host, port, option)
+        if config.redis_url is None:
+            self._redis = EmbeddedRedis(self._say)
+            await self._redis.start()
+            self.redis_url = self._redis.url
+        else:
+            await (await connect(config.redis_url)).aclose()
+        self.towers = [
+            *(self._service("context", i, "--max-sessions", config.max_sessions) for i in range(config.contexts)),
+            *(self._service("denoiser", i, "--slots", config.slots) for i in range(config.denoisers)),
+        ]
+        ports = ("--host", config.host, "--grpc-port", config.grpc_port, "--http-port", config.http_port)
+        self.gateway = self._process("gateway", "gateway", *ports)
+        starting = [asyncio.create_task(self._start(service)) for service in (*self.towers, self.gateway)]
+        try:
+            *_, addresses = await asyncio.gather(*starting)
+        finally:
+            for task in starting:
+                task.cancel()
+            await asyncio.gather(*starting, return_exceptions=True)
+        self.grpc_address, self.http_address = addresses["grpc"], addresses["http"]
+        # Restarted, the gateway must be where its clients know it to be.
+        for option, address in (("--grpc-port", self.grpc_address), ("--http-port", self.http_address)):
+            self.gateway.argv[self.gateway.argv.index(option) + 1] = address.rpartition(":")[2]
+        self._watchers = [asyncio.create_task(self._watch(service)) for service in (*self.towers, self.gateway)]
+        if self._redis is not None and self._redis.process is not None:
+            self._watchers.append(asyncio.create_task(self._watch(self._redis.process)))
+
+    async def failed(self) -> None:
+        """Wait for the stack to fail. Raises ServiceFailed when a service keeps dying."""
+        await self._failed
+
+    async def stop(self) -> None:
+        """Drain: first the gateway, which stops taking requests and sees its own through, then the towers, then Redis."""
+        for task in self._watchers:
+            task.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        grace = self._config.drain_s + KILL_AFTER_S
+        if self.gateway is not None:
+            await self.gateway.stop(grace)
+        await asyncio.gather(*(service.stop(grace) for service in self.towers))
+        if self._redis is not None:
+            await self._redis.stop()
+        if self._failed.done():
+            self._failed.exception()  # it was told, or there is no one left to tell
+        else:
+            self._failed.cancel()
+
+    def _service(self, kind: str, index: int, *options: object) -> ServiceProcess:
+        config = self._config
+        place = ("--dtype", config.dtype, "--device", config.device, "--threads", config.tower_threads)
+        return self._process(f"{kind}-{index}", kind, *place, *options)
+
+    def _process(self, name: str, kind: str, *options: object) -> ServiceProcess:
+        config = self._config
+        common = ("--checkpoint", config.checkpoint, "--redis", self.redis_url, "--drain", config.drain_s)
+        debug = ("--debug",) if config.debug else ()
+        argv = (sys.executable, "-m", "twotower.cli.main", *debug, kind, *common, *options)
+        return ServiceProcess(name, [str(word) for word in argv], self._say)
+
+    async def _start(self, service: ServiceProcess) -> dict[str, str]:
+        await service.start()
+        return await service.wait_ready(self._config.start_s)
+
+    async def _watch(self, service: ServiceProcess) -> None:
+        """Start `service` again whenever it ends, unless it ends too often."""
+        clock = asyncio.get_running_loop().time
+        deaths: list[float] = []
+        while True:
+            await service.wait()
+            deaths = [when for when in deaths if clock() - when < RESTART_WINDOW_S] + [clock()]
+            if len(deaths) > MAX_RESTARTS:
+                if not self._failed.done():
+                    self._failed.set_exception(ServiceFailed(f"{service.explain()}; it ended {len(deaths)} times in a minute"))
+                return
+            self._say(f"[up] {service.explain()}; starting it again")
+            with contextlib.suppress(ServiceFailed):  # the next round counts it
+                if self._redis is not None and service is self._redis.process:
+                    await self._redis.restart()
+                else:
+                    await self._start(service)
+
+
+@asynccontextmanager
+async def stack(config: UpConfig, say: Say) -> AsyncIterator[Stack]:
+    """A stack that serves; leaving the context drains it. Raises TwoTowerError if it does not start; nothing is left then."""
+    running = Stack(config, say)
+    try:
+        await running.start()
+        yield running
+    finally:
+        await asyncio.shield(running.stop())
