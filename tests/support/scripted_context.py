@@ -6,12 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
-from twotower.request import cut_block
+from twotower.request import FinishReason, Mode, cut_block
 from twotower.rpc.server import RpcServer
 from twotower.v1 import context_pb2, context_pb2_grpc
 from twotower.wire.params import FINISH_TO_PB, params_from_pb
-
-from twotower.request import FinishReason, Mode
 
 FORWARDS = 3
 """What each block is said to have taken; an AR token takes 1."""

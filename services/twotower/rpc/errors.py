@@ -50,11 +50,15 @@ def error_metadata(error: TwoTowerError) -> tuple[tuple[str, str], ...]:
     return metadata
 
 
+def raised_by_peer(rpc: grpc.aio.AioRpcError) -> bool:
+    """Whether the other side's own code ended the call; if not, gRPC did (connection refused or lost, deadline, ...)."""
+    return _name_of(rpc) is not None
+
+
 def error_from_rpc(rpc: grpc.aio.AioRpcError) -> TwoTowerError:
     """The error that the other side raised; for a status that gRPC itself made, the nearest of ours."""
     details = rpc.details() or "no details"
-    metadata: Iterable[Any] = rpc.trailing_metadata() or ()  # pairs, though the stubs do not say so
-    name = next((value for key, value in metadata if key == ERROR_KEY), None)
+    name = _name_of(rpc)
     cls = _CLASSES.get(str(name)) or _BY_CODE.get(rpc.code(), TwoTowerError)
     if name is None and rpc.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "message larger than max" in details:
         return InvalidArgument("prompt", f"the request is too large ({details})")
@@ -64,3 +68,8 @@ def error_from_rpc(rpc: grpc.aio.AioRpcError) -> TwoTowerError:
         field, _, problem = details.partition(": ")
         return InvalidArgument(field, problem) if problem else InvalidArgument("request", details)
     return cls(details)
+
+
+def _name_of(rpc: grpc.aio.AioRpcError) -> str | None:
+    metadata: Iterable[Any] = rpc.trailing_metadata() or ()  # pairs, though the stubs do not say so
+    return next((value for key, value in metadata if key == ERROR_KEY), None)

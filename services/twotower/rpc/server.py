@@ -146,4 +146,4 @@ async def _abort(error: Exception, context: Any, method: str) -> None:
     if isinstance(error, TwoTowerError):
         await context.abort(status_of(error).grpc, str(error)[:MAX_DETAILS], error_metadata(error))
     log.error("%s failed", method, exc_info=error)
-    await context.abort(grpc.StatusCode.INTERNAL, "internal error")
+    await context.abort(grpc.StatusCode.INTERNAL, "internal error", error_metadata(TwoTowerError()))

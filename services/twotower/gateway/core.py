@@ -1,0 +1,192 @@
+"""The gateway's one core: both faces give it requests and take events from it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+
+from twotower.errors import InvalidArgument, Overloaded, Unavailable
+from twotower.events import Accepted, Block, Event, Finished
+from twotower.gateway.metrics import CANCELLED, COMPLETED, Metrics, outcome_of
+from twotower.gateway.replicas import ReplicaPool
+from twotower.gateway.request import Request, check_unresolved, resolve
+from twotower.gateway.sessions import Job, SessionStream
+from twotower.request import FinishReason, Mode, ModelLimits, check_request
+from twotower.text.stream import TextStream
+from twotower.text.tokenizer import Tokenizer
+
+LONG_TEXT = 4096
+"""Characters above which a prompt is tokenized in a thread, so that streams of others do not wait for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What is served."""
+
+    name: str
+    identity: str
+    limits: ModelLimits
+    tokenizer: Tokenizer | None
+    created: int
+    """When the gateway began to serve it, in seconds since 1970."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that can be served."""
+
+    job: Job
+    stop: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+class Core:
+    """Checks, admits, routes and streams: `prepare`, then `admit`, then `run`."""
+
+    def __init__(
+        self, model: ServedModel, pool: ReplicaPool, metrics: Metrics, *, max_in_flight: int, reopen_wait_s: float
+    ) -> None:
+        self.model = model
+        self.metrics = metrics
+        self._pool = pool
+        self._max_in_flight = max_in_flight
+        self._reopen_wait_s = reopen_wait_s
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+
+    def why_not_ready(self) -> str | None:
+        """Why requests would fail now; None if they will succeed."""
+        if self._draining:
+            return "this gateway is shutting down"
+        if self._pool.contexts == 0:
+            return "no context replica is live"
+        if self._pool.denoisers == 0:
+            return "no denoiser is live"
+        return None
+
+    async def prepare(self, request: Request) -> Prepared:
+        """Tokenize and check, before any work. Raises InvalidArgument, which names the field."""
+        model = self.model
+        try:
+            check_unresolved(request, model.tokenizer is not None)
+            prompt = await self._tokens(request.prompt)
+            params = resolve(request, len(prompt), model.limits)
+            warnings = check_request(prompt, params, model.limits)
+        except InvalidArgument as error:
+            self._count(request.mode, outcome_of(error))
+            raise
+        return Prepared(Job(uuid.uuid4().hex, tuple(prompt), params), request.stop, tuple(warnings))
+
+    @contextmanager
+    def admit(self, requests: Sequence[Prepared]) -> Iterator[None]:
+        """Take these requests, all or none, for as long as the context lasts. Raises Overloaded, Unavailable."""
+        try:
+            self._check_admission(requests)
+        except (InvalidArgument, Overloaded, Unavailable) as error:
+            for request in requests:
+                self._count(request.job.params.mode, outcome_of(error))
+            raise
+        self._change_in_flight(len(requests))
+        try:
+            yield
+        finally:
+            self._change_in_flight(-len(requests))
+
+    async def run(self, request: Prepared, deadline: float | None = None) -> AsyncGenerator[Event, None]:
+        """Generate an admitted request. Closing this generator cancels the work at once.
+
+        `deadline`: by the loop's clock.
+        """
+        params, metrics, mode = request.job.params, self.metrics, request.job.params.mode.value
+        text = self._text_stream(request)
+        tokens = forwards = blocks = 0
+        reason: FinishReason | None = None
+        outcome = CANCELLED
+        start = last = time.monotonic()
+        metrics.prompt_tokens.inc(len(request.job.prompt))
+        session = SessionStream(
+            self._pool, request.job, wait_s=self._reopen_wait_s, deadline=deadline, on_reopen=metrics.reopened.inc
+        )
+        try:
+            yield Accepted(request.job.request_id, len(request.job.prompt), request.warnings)
+            async with aclosing(session.events()) as events:
+                async for event in events:
+                    if isinstance(event, FinishReason):
+                        reason = event
+                        break
+                    last = time.monotonic()
+                    if blocks == 0:
+                        metrics.first_block_s.labels(mode).observe(last - start)
+                    tokens += len(event.token_ids)
+                    forwards += event.forwards
+                    metrics.completion_tokens.labels(mode).inc(len(event.token_ids))
+                    metrics.forwards.labels(mode).inc(event.forwards)
+                    piece = text.push(event.token_ids) if text else ""
+                    yield Block(blocks, tuple(event.token_ids), piece, event.forwards)
+                    blocks += 1
+                    if text and text.stopped:
+                        reason = FinishReason.STOP
+                        break
+            rest = text.finish() if text else ""
+            if reason is None or (text and text.stopped):
+                reason = FinishReason.STOP
+            outcome = COMPLETED
+            metrics.duration_s.labels(mode).observe(last - start)
+            yield Finished(reason, tokens, forwards, blocks, last - start, rest)
+        except Exception as error:
+            outcome = outcome_of(error)
+            raise
+        finally:
+            self._count(params.mode, outcome)
+
+    async def drain(self, limit_s: float) -> None:
+        """Refuse new requests, and wait up to `limit_s` for those in flight."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._idle.wait()
+        except TimeoutError:
+            pass
+
+    async def _tokens(self, prompt: str | tuple[int, ...]) -> Sequence[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        assert self.model.tokenizer is not None  # check_unresolved
+        if len(prompt) < LONG_TEXT:
+            return self.model.tokenizer.encode(prompt)
+        return await asyncio.to_thread(self.model.tokenizer.encode, prompt)
+
+    def _text_stream(self, request: Prepared) -> TextStream | None:
+        model = self.model
+        if model.tokenizer is None:
+            return None
+        return TextStream(model.tokenizer, request.stop, (*model.limits.eos_token_ids, model.limits.mask_token_id))
+
+    def _check_admission(self, requests: Sequence[Prepared]) -> None:
+        if self._draining:
+            raise Unavailable("this gateway is shutting down")
+        if len(requests) > self._max_in_flight:
+            raise InvalidArgument("prompt", f"{len(requests)} prompts at once; this gateway takes {self._max_in_flight}")
+        if self._in_flight + len(requests) > self._max_in_flight:
+            raise Overloaded(f"{self._in_flight} requests are in flight, and {self._max_in_flight} is the most; try again")
+        if self._pool.contexts == 0:
+            raise Unavailable("no context replica is live")
+        if self._pool.denoisers == 0 and any(request.job.params.mode is Mode.DIFFUSION for request in requests):
+            raise Unavailable('no denoiser is live, which mode "diffusion" needs; mode "ar" works without one')
+
+    def _change_in_flight(self, change: int) -> None:
+        self._in_flight += change
+        self.metrics.in_flight.set(self._in_flight)
+        if self._in_flight:
+            self._idle.clear()
+        else:
+            self._idle.set()
+
+    def _count(self, mode: Mode, outcome: str) -> None:
+        self.metrics.requests.labels(mode.value, outcome).inc()

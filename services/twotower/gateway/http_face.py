@@ -1,0 +1,265 @@
+"""The HTTP face: OpenAI-style completions and models, probes and metrics, over the core."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from twotower.errors import Overloaded, TwoTowerError
+from twotower.events import Accepted, Block, Event, Finished
+from twotower.gateway import openai_replies as replies
+from twotower.gateway.core import Core, Prepared
+from twotower.gateway.openai import CompletionCall, parse_completion, parse_json
+from twotower.status import status_of
+
+log = logging.getLogger(__name__)
+
+SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+RETRY_STATUSES = (429, 503)
+
+
+def make_app(core: Core, max_body_bytes: int) -> Starlette:
+    """The ASGI application."""
+
+    async def healthz(request: Request) -> Response:
+        return JSONResponse({"status": "alive"})
+
+    async def readyz(request: Request) -> Response:
+        reason = core.why_not_ready()
+        if reason is None:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "not ready", "reason": reason}, status_code=503)
+
+    async def metrics(request: Request) -> Response:
+        return Response(generate_latest(core.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [replies.model_body(core.model)]})
+
+    async def model(request: Request) -> Response:
+        _check_model(core, request.path_params["model"])
+        return JSONResponse(replies.model_body(core.model))
+
+    app = Starlette(
+        routes=[
+            Route("/v1/completions", Completions(core, max_body_bytes), methods=["POST"]),
+            Route("/v1/models", models),
+            Route("/v1/models/{model:path}", model),
+            Route("/healthz", healthz),
+            Route("/readyz", readyz),
+            Route("/metrics", metrics),
+        ],
+        exception_handlers={HTTPException: _on_http_error, TwoTowerError: _on_error},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+class ModelNotFoundError(HTTPException):
+    """A name that is not served here."""
+
+
+class Completions:
+    """`POST /v1/completions` as a plain ASGI application, so that a client's leaving is noticed at any moment."""
+
+    def __init__(self, core: Core, max_body_bytes: int) -> None:
+        self._core = core
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        request = Request(scope, receive)
+        try:
+            body = await self._body(request)
+        except ClientDisconnect:
+            return
+        try:
+            call = parse_completion(parse_json(body))
+        except TwoTowerError:
+            self._core.metrics.requests.labels("unknown", "invalid").inc()
+            raise
+        _check_model(self._core, call.model)
+        await _while_connected(receive, self._answer(call, scope, receive, send))
+
+    async def _body(self, request: Request) -> bytes:
+        """The body, as long as it is within the limit."""
+        chunks, size = [], 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > self._max_body_bytes:
+                raise HTTPException(413, f"the body is larger than {self._max_body_bytes} bytes")
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    async def _answer(self, call: CompletionCall, scope: Scope, receive: Receive, send: Send) -> None:
+        prepared = [await self._core.prepare(request) for request in call.requests]
+        reply = replies.Completion(prepared[0].job.request_id, int(time.time()), self._core.model.name)
+        with self._core.admit(prepared):
+            async with aclosing(_merged([self._core.run(request) for request in prepared])) as events:
+                if call.stream:
+                    await self._stream(call, reply, prepared, events, send)
+                else:
+                    response = await self._whole(reply, prepared, events)
+                    await response(scope, receive, send)
+
+    async def _whole(
+        self, reply: replies.Completion, prepared: Sequence[Prepared], events: AsyncGenerator[tuple[int, Event], None]
+    ) -> Response:
+        totals = replies.Totals()
+        texts: list[list[str]] = [[] for _ in prepared]
+        token_ids: list[list[int]] = [[] for _ in prepared]
+        reasons = ["" for _ in prepared]
+        async for index, event in events:
+            if isinstance(event, Accepted):
+                totals.accept(event.prompt_tokens)
+                continue
+            texts[index].append(event.text)
+            if isinstance(event, Block):
+                token_ids[index] += event.token_ids
+            else:
+                reasons[index] = event.finish_reason.value
+                totals.finish(event)
+        choices = [
+            replies.choice(index, "".join(texts[index]), tuple(token_ids[index]), reasons[index])
+            for index in range(len(prepared))
+        ]
+        headers = {"x-request-id": prepared[0].job.request_id}
+        return JSONResponse(reply.whole(choices, totals.body(), _warnings(prepared)), headers=headers)
+
+    async def _stream(
+        self,
+        call: CompletionCall,
+        reply: replies.Completion,
+        prepared: Sequence[Prepared],
+        events: AsyncGenerator[tuple[int, Event], None],
+        send: Send,
+    ) -> None:
+        """Server-sent events. The status waits for the first block, so that what fails before is a plain error."""
+        totals, warnings, started = replies.Totals(), _warnings(prepared), False
+        try:
+            async for index, event in events:
+                if isinstance(event, Accepted):
+                    totals.accept(event.prompt_tokens)
+                    continue
+                if isinstance(event, Finished):
+                    totals.finish(event)
+                if not started:
+                    await _send_head(send, prepared[0].job.request_id)
+                await _send_data(send, reply.chunk(replies.event_choice(index, event), call.include_usage, warnings))
+                started, warnings = True, []
+        except Exception as error:
+            if not started:
+                raise
+            if not isinstance(error, TwoTowerError):
+                log.exception("a stream failed")
+            await _send_data(send, replies.error_body(error))
+        else:
+            if call.include_usage:
+                await _send_data(send, reply.usage_chunk(totals.body()))
+            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _send_head(send: Send, request_id: str) -> None:
+    headers = {"content-type": "text/event-stream; charset=utf-8", "x-request-id": request_id, **SSE_HEADERS}
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": 200, "headers": raw})
+
+
+async def _send_data(send: Send, data: dict[str, Any]) -> None:
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+
+
+async def _merged(streams: Sequence[AsyncGenerator[Event, None]]) -> AsyncGenerator[tuple[int, Event], None]:
+    """Events of several generations as they come, each with its stream's index; the first error ends all."""
+    queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(maxsize=len(streams))
+
+    async def pump(index: int, stream: AsyncGenerator[Event, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for event in stream:
+                    await queue.put((index, event))
+        except Exception as error:
+            await queue.put((index, error))
+        else:
+            await queue.put((index, None))
+
+    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        running = len(tasks)
+        while running:
+            index, item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield index, item
+    finally:
+        await _cancel(*tasks)
+
+
+async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`, and cancel it as soon as the client is gone. The body must have been read."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, watcher = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task  # for its error
+    finally:
+        await _cancel(task, watcher)
+
+
+async def _cancel(*tasks: asyncio.Task[None]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _warnings(prepared: Sequence[Prepared]) -> list[str]:
+    return list(dict.fromkeys(warning for request in prepared for warning in request.warnings))
+
+
+def _check_model(core: Core, name: str | None) -> None:
+    if name is not None and name != core.model.name:
+        raise ModelNotFoundError(404, f"the model {name!r} does not exist; this server has {core.model.name!r}")
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    status = status_of(error).http
+    headers = {"retry-after": str(Overloaded.retry_after_s)} if status in RETRY_STATUSES else None
+    return JSONResponse(replies.error_body(error), status_code=status, headers=headers)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """What the routes refuse: paths, methods, bodies, models."""
+    assert isinstance(error, HTTPException)
+    is_model = "model" in request.path_params or (error.status_code == 404 and request.url.path == "/v1/completions")
+    code, param, message = None, None, error.detail
+    if is_model:
+        code, param = "model_not_found", "model"
+    elif error.status_code == 404:
+        message = f"there is no {request.url.path} here"
+    elif error.status_code == 405:
+        message = f"{request.url.path} does not take {request.method}"
+    body = replies.plain_error(message, "invalid_request_error", param, code)
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)

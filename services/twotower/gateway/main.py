@@ -1,0 +1,114 @@
+"""The gateway service: from settings to serving, and back out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+
+from prometheus_client import CollectorRegistry
+
+from twotower.broker.connection import connect
+from twotower.broker.registry import Registry
+from twotower.gateway.config import GatewayConfig
+from twotower.gateway.core import Core, ServedModel
+from twotower.gateway.grpc_face import SERVICE_NAME, InferenceService
+from twotower.gateway.http_face import make_app
+from twotower.gateway.http_server import HttpServer
+from twotower.gateway.metrics import Metrics
+from twotower.gateway.replicas import ReplicaPool, ReplicaSource
+from twotower.model.checkpoint import Checkpoint
+from twotower.rpc.server import RpcServer
+from twotower.rpc.signals import stop_requested
+from twotower.text.tokenizer import Tokenizer
+from twotower.v1 import inference_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+FLUSH_S = 1.0
+"""After the drain: for last bytes to leave."""
+
+
+async def run(config: GatewayConfig) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. Prints one `ready` line once requests will succeed.
+
+    Raises TwoTowerError for what cannot be started.
+    """
+    stop = stop_requested()
+    checkpoint = Checkpoint.open(config.checkpoint)
+    redis = await connect(config.redis_url)
+    try:
+        replicas = Registry(redis, checkpoint.identity)
+        await serve(config, checkpoint, replicas, stop, lambda line: print(line, flush=True))
+    finally:
+        await redis.aclose()
+
+
+async def serve(
+    config: GatewayConfig,
+    checkpoint: Checkpoint,
+    replicas: ReplicaSource,
+    stop: asyncio.Event,
+    announce: Callable[[str], None],
+) -> None:
+    """Serve until `stop`, then drain; `announce` is given the `ready` line. Raises TwoTowerError."""
+    tokenizer = Tokenizer.load(checkpoint.tokenizer_path) if checkpoint.tokenizer_path else None
+    model = ServedModel(config.served_name, checkpoint.identity, checkpoint.limits, tokenizer, int(time.time()))
+    metrics = Metrics(CollectorRegistry())
+    async with AsyncExitStack() as stack:
+        pool = ReplicaPool(replicas, config.snapshot_keep_s, time.monotonic)
+        stack.push_async_callback(pool.close)
+        core = Core(model, pool, metrics, max_in_flight=config.max_in_flight, reopen_wait_s=config.reopen_wait_s)
+        http = HttpServer(make_app(core, config.max_body_bytes), config.host, config.http_port, "--http-port")
+        stack.push_async_callback(http.stop, FLUSH_S)
+        rpc = RpcServer(config.host, config.grpc_port, "--grpc-port")
+        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(core), rpc.server)
+        await rpc.start([SERVICE_NAME])
+        stack.push_async_callback(rpc.stop, FLUSH_S)
+        await http.start()
+
+        ready = asyncio.Event()
+        watch = asyncio.create_task(pool.watch(_Readiness(core, pool, metrics, rpc, ready)))
+        stack.callback(watch.cancel)
+        if await _first(ready, stop):
+            announce(f"ready grpc={rpc.address} http={http.address}")
+            await stop.wait()
+        watch.cancel()
+        await rpc.set_serving(False)
+        await core.drain(config.drain_s)
+
+
+class _Readiness:
+    """Tells health and metrics what each refresh of the replicas found."""
+
+    def __init__(self, core: Core, pool: ReplicaPool, metrics: Metrics, rpc: RpcServer, ready: asyncio.Event) -> None:
+        self._core = core
+        self._pool = pool
+        self._metrics = metrics
+        self._rpc = rpc
+        self._ready = ready
+        self._reason: str | None = "not yet looked"
+
+    async def __call__(self) -> None:
+        """The replicas were refreshed."""
+        self._metrics.contexts.set(self._pool.contexts)
+        self._metrics.denoisers.set(self._pool.denoisers)
+        reason = self._core.why_not_ready()
+        if reason == self._reason:
+            return
+        self._reason = reason
+        log.info("ready" if reason is None else "not ready: %s", *(() if reason is None else (reason,)))
+        await self._rpc.set_serving(reason is None)
+        if reason is None:
+            self._ready.set()
+
+
+async def _first(ready: asyncio.Event, stop: asyncio.Event) -> bool:
+    """Wait for either; whether it was `ready`."""
+    waits = [asyncio.create_task(event.wait()) for event in (ready, stop)]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    return ready.is_set()

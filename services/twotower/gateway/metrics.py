@@ -1,0 +1,61 @@
+"""What the gateway counts, for Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from twotower.errors import InvalidArgument, Overloaded, TwoTowerError, Unavailable
+
+LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+COMPLETED = "completed"
+CANCELLED = "cancelled"
+
+_OUTCOMES: tuple[tuple[type[TwoTowerError], str], ...] = (
+    (InvalidArgument, "invalid"),
+    (Overloaded, "overloaded"),
+    (Unavailable, "unavailable"),
+)
+
+
+def outcome_of(error: BaseException) -> str:
+    """The `outcome` label of a request that ended with `error`; an end without one of ours is the client's leaving."""
+    for cls, outcome in _OUTCOMES:
+        if isinstance(error, cls):
+            return outcome
+    return "failed" if isinstance(error, Exception) else CANCELLED
+
+
+class Metrics:
+    """The gateway's metrics, in a registry of their own."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.requests = Counter(
+            "twotower_gateway_requests", "Requests ended, by mode and outcome", ("mode", "outcome"), registry=registry
+        )
+        self.in_flight = Gauge("twotower_gateway_requests_in_flight", "Requests being served", registry=registry)
+        self.prompt_tokens = Counter("twotower_gateway_prompt_tokens", "Prompt tokens accepted", registry=registry)
+        self.completion_tokens = Counter("twotower_gateway_completion_tokens", "Tokens generated", ("mode",), registry=registry)
+        self.forwards = Counter(
+            "twotower_gateway_forwards", "Forwards that generated tokens took", ("mode",), registry=registry
+        )
+        self.reopened = Counter(
+            "twotower_gateway_sessions_reopened", "Sessions moved to another context replica", registry=registry
+        )
+        self.first_block_s = Histogram(
+            "twotower_gateway_time_to_first_block_seconds",
+            "From acceptance to the first block",
+            ("mode",),
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.duration_s = Histogram(
+            "twotower_gateway_request_duration_seconds",
+            "From acceptance to the last block, of completed requests",
+            ("mode",),
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.contexts = Gauge("twotower_gateway_contexts_live", "Contexts that announce themselves", registry=registry)
+        self.denoisers = Gauge("twotower_gateway_denoisers_live", "Denoisers that announce themselves", registry=registry)

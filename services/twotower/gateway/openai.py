@@ -1,0 +1,194 @@
+"""The body of `POST /v1/completions`, as OpenAI defines it plus our own fields: JSON in, Requests out.
+
+Every field is known here: one that is not is refused by name, and one that this server cannot honour is
+taken only at the value that asks for nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Never, TypeVar
+
+from twotower.errors import InvalidArgument
+from twotower.gateway.request import Request
+from twotower.request import Mode
+
+T = TypeVar("T")
+
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's."""
+
+MODES = {mode.value: mode for mode in (Mode.DIFFUSION, Mode.AR)}
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionCall:
+    """A checked body."""
+
+    requests: tuple[Request, ...]
+    """One for each prompt, in order."""
+    model: str | None
+    stream: bool
+    include_usage: bool
+
+
+def parse_json(body: bytes) -> Mapping[str, Any]:
+    """The JSON object in `body`. Raises InvalidArgument."""
+    try:
+        value = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument("body", f"is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidArgument("body", f"must be a JSON object, not {_kind(value)}")
+    return value
+
+
+def parse_completion(body: Mapping[str, Any]) -> CompletionCall:
+    """Check types and names, not yet ranges (the core does). Raises InvalidArgument, which names the field."""
+    for name in body:
+        if name not in _KNOWN:
+            raise InvalidArgument(name, "is not a field of a completion request")
+    for name, neutral in _NEUTRAL.items():
+        value = body.get(name)
+        if value is not None and not any(value == n and isinstance(value, bool) == isinstance(n, bool) for n in neutral):
+            raise InvalidArgument(name, f"is not supported; leave it out (or give {json.dumps(neutral[0])})")
+    stream = _optional(body, "stream", _boolean) or False
+    eos_token_ids = _optional(body, "eos_token_ids", _token_ids)
+    fields: dict[str, Any] = {
+        "mode": _optional(body, "mode", _mode) or Mode.DIFFUSION,
+        "max_tokens": _optional(body, "max_tokens", _integer),
+        "block_size": _optional(body, "block_size", _integer),
+        "steps": _optional(body, "steps", _integer),
+        "gamma": _optional(body, "gamma", _number),
+        "temperature": _optional(body, "temperature", _number),
+        "seed": _optional(body, "seed", _integer),
+        "stop": _optional(body, "stop", _stop) or (),
+        "ignore_eos": _optional(body, "ignore_eos", _boolean) or False,
+        "eos_token_ids": eos_token_ids or (),
+    }
+    if "prompt" not in body:
+        raise InvalidArgument("prompt", "is missing")
+    return CompletionCall(
+        requests=tuple(Request(prompt, DEFAULT_MAX_TOKENS, **fields) for prompt in _prompts(body["prompt"])),
+        model=_optional(body, "model", _string),
+        stream=stream,
+        include_usage=_include_usage(body, stream),
+    )
+
+
+_OURS = ("mode", "gamma", "block_size", "steps", "ignore_eos", "eos_token_ids")
+_TAKEN = ("model", "prompt", "max_tokens", "temperature", "seed", "stop", "stream", "stream_options")
+_IGNORED = ("user",)
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "logprobs": (None,),
+    "suffix": ("",),
+    "top_p": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+}
+"""What asks for nothing, besides null."""
+
+_KNOWN = frozenset((*_OURS, *_TAKEN, *_IGNORED, *_NEUTRAL))
+
+
+def _prompts(value: Any) -> list[str | tuple[int, ...]]:
+    """One text, some texts, one sequence of ids, or some of them."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        _refuse("prompt", "a string, or a list of strings or of token ids", value)
+    if not value:
+        raise InvalidArgument("prompt", "is empty; at least one token is needed")
+    if all(isinstance(item, str) for item in value):
+        return list(value)
+    if all(isinstance(item, list) for item in value):
+        return [_token_ids("prompt", item) for item in value]
+    return [_token_ids("prompt", value)]
+
+
+def _include_usage(body: Mapping[str, Any], stream: bool) -> bool:
+    options = body.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        _refuse("stream_options", "an object", options)
+    if not stream:
+        raise InvalidArgument("stream_options", "is only for stream: true")
+    for name in options:
+        if name not in ("include_usage", "include_obfuscation"):
+            raise InvalidArgument(f"stream_options.{name}", "is not a field of stream_options")
+    if _optional(options, "include_obfuscation", _boolean):
+        raise InvalidArgument("stream_options.include_obfuscation", "is not supported; leave it out (or give false)")
+    return _optional(options, "include_usage", _boolean) or False
+
+
+def _optional(body: Mapping[str, Any], name: str, convert: Callable[[str, Any], T]) -> T | None:
+    """The converted value; None where it is absent or null."""
+    value = body.get(name)
+    return None if value is None else convert(name, value)
+
+
+def _boolean(name: str, value: Any) -> bool:
+    return value if isinstance(value, bool) else _refuse(name, "true or false", value)
+
+
+def _string(name: str, value: Any) -> str:
+    return value if isinstance(value, str) else _refuse(name, "a string", value)
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # JSON knows one kind of number: 3.0 is 3
+    return value if isinstance(value, int) and not isinstance(value, bool) else _refuse(name, "an integer", value)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        _refuse(name, "a number", value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise InvalidArgument(name, "must be a finite number")
+    return number
+
+
+def _mode(name: str, value: Any) -> Mode:
+    mode = MODES.get(_string(name, value))
+    if mode is None:
+        raise InvalidArgument(name, f"must be one of {', '.join(MODES)}, not {value!r}")
+    return mode
+
+
+def _stop(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, list):
+        return tuple(_string(name, item) for item in value)
+    return (_string(name, value),)
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        _refuse(name, "a list of token ids", value)
+    return tuple(_integer(name, item) for item in value)
+
+
+def _refuse(name: str, wanted: str, value: Any) -> Never:
+    raise InvalidArgument(name, f"must be {wanted}, not {_kind(value)}")
+
+
+def _refuse_constant(name: str) -> Never:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _kind(value: Any) -> str:
+    """How JSON calls what this is."""
+    names: dict[type, str] = {str: "a string", bool: "a boolean", list: "a list", dict: "an object", type(None): "null"}
+    return names.get(type(value)) or f"the number {str(value)[:40]}"

@@ -1,0 +1,140 @@
+"""The replicas as this gateway knows them: a snapshot of the registry, and a channel to each context."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Protocol
+
+import grpc
+
+from twotower.broker.registry import Kind, Replica
+from twotower.errors import BrokerUnavailable
+from twotower.rpc.channel import open_channel
+from twotower.v1 import context_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0
+
+REFUSED_S = 2.0
+"""How long a context that refused a session (it is draining, say) is passed over."""
+
+
+class ReplicaSource(Protocol):
+    """What is needed of `broker.registry.Registry`."""
+
+    async def replicas(self, kind: Kind) -> Sequence[Replica]:
+        """All live replicas of a kind. Raises BrokerUnavailable."""
+        ...
+
+
+class ContextReplica:
+    """A context as seen from here."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.announced_load = 0
+        self.in_flight = 0
+        """Sessions of this gateway on it."""
+        self.passed_over_until = 0.0
+        self._lost = False
+        self._channel = open_channel(address)
+        self.stub = context_pb2_grpc.ContextTowerStub(self._channel)
+
+    def lose(self) -> None:
+        """A call broke: not to be used until the channel has connected again."""
+        self._lost = True
+
+    def usable(self, now: float) -> bool:
+        """Whether a session may be opened on it."""
+        if self._lost:
+            self._lost = self._channel.get_state(try_to_connect=True) is not grpc.ChannelConnectivity.READY
+        return not self._lost and now >= self.passed_over_until
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close(None)
+
+
+class ReplicaPool:
+    """Live contexts and the number of live denoisers, refreshed in the background, never per request."""
+
+    def __init__(self, source: ReplicaSource, keep_s: float, clock: Callable[[], float]) -> None:
+        """`keep_s`: how long the last snapshot is used while the registry does not answer. `clock`: seconds, monotonic."""
+        self._source = source
+        self._keep_s = keep_s
+        self._clock = clock
+        self._refreshed = clock()
+        self._away = False
+        self._live: dict[str, ContextReplica] = {}
+        self._gone: list[ContextReplica] = []
+        self.denoisers = 0
+        """Live denoiser workers."""
+
+    @property
+    def contexts(self) -> int:
+        """Live context replicas."""
+        return len(self._live)
+
+    def pick(self, avoid: Collection[ContextReplica] = ()) -> ContextReplica | None:
+        """The least loaded usable context; equals are told apart by chance, as other gateways choose too."""
+        now = self._clock()
+        usable = [replica for replica in self._live.values() if replica not in avoid and replica.usable(now)]
+        return min(usable, key=lambda r: (r.announced_load + r.in_flight, random.random()), default=None)
+
+    def pass_over(self, replica: ContextReplica) -> None:
+        """It refused a session; others first for a while."""
+        replica.passed_over_until = self._clock() + REFUSED_S
+
+    async def refresh(self) -> None:
+        """Take a new snapshot; while the registry does not answer, keep the last one for `keep_s`."""
+        try:
+            contexts = await self._source.replicas("context")
+            denoisers = await self._source.replicas("denoiser")
+        except BrokerUnavailable as error:
+            if not self._away:
+                log.warning("%s; the last known replicas are used for %.0f s", error, self._keep_s)
+            self._away = True
+            if self._clock() - self._refreshed < self._keep_s:
+                return
+            contexts = denoisers = []
+        else:
+            if self._away:
+                log.warning("the registry answers again")
+            self._away = False
+            self._refreshed = self._clock()
+        self.denoisers = sum(replica.capacity > 0 for replica in denoisers)
+        await self._take(contexts)
+
+    async def _take(self, contexts: Sequence[Replica]) -> None:
+        loads = {replica.address: replica.load for replica in contexts if replica.capacity > 0}  # 0: it drains
+        for address in self._live.keys() - loads.keys():
+            self._gone.append(self._live.pop(address))
+        for address, load in loads.items():
+            if address not in self._live:
+                self._live[address] = ContextReplica(address)
+            self._live[address].announced_load = load
+        # Sessions may still run on a replica that is no longer announced (it drains, or Redis lost its entry).
+        idle = [replica for replica in self._gone if replica.in_flight == 0]
+        self._gone = [replica for replica in self._gone if replica.in_flight > 0]
+        for replica in idle:
+            await replica.close()
+
+    async def watch(self, refreshed: Callable[[], Awaitable[None]]) -> None:
+        """Refresh once a second, and call `refreshed` each time, until cancelled."""
+        while True:
+            try:
+                await self.refresh()
+                await refreshed()
+            except Exception:
+                log.exception("the replicas could not be refreshed")
+            await asyncio.sleep(POLL_S)
+
+    async def close(self) -> None:
+        """Close all channels."""
+        for replica in (*self._live.values(), *self._gone):
+            await replica.close()
+        self._live, self._gone = {}, []

@@ -1,0 +1,138 @@
+"""One request's session, wherever it lives: opened on a context, and opened again on another one if that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import grpc
+
+from twotower.errors import BrokerUnavailable, Overloaded, TwoTowerError, Unavailable
+from twotower.gateway.replicas import ContextReplica, ReplicaPool
+from twotower.request import FinishReason, GenerationParams
+from twotower.rpc.errors import error_from_rpc, raised_by_peer
+from twotower.v1 import context_pb2, inference_pb2
+from twotower.wire.params import FINISH_FROM_PB, params_to_pb
+
+log = logging.getLogger(__name__)
+
+SessionEvent = context_pb2.SessionBlock | FinishReason
+
+MAX_REOPENS = 3
+BACKOFF_S = 0.1
+
+LOST_CODES = frozenset(
+    {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
+)
+"""What gRPC itself says when the other side dies in the middle of a call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A checked request with nothing left open."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    params: GenerationParams
+
+
+class _LostError(Exception):
+    """The session ended with its context; it can go on elsewhere."""
+
+
+class SessionStream:
+    """Streams a job's blocks, each exactly once, across the deaths of contexts."""
+
+    def __init__(
+        self, pool: ReplicaPool, job: Job, *, wait_s: float, deadline: float | None, on_reopen: Callable[[], object]
+    ) -> None:
+        """`wait_s`: how long to wait for another context. `deadline`: by the loop's clock."""
+        self._pool = pool
+        self._job = job
+        self._wait_s = wait_s
+        self._deadline = deadline
+        self._on_reopen = on_reopen
+        self._emitted: list[int] = []
+        self._full: set[ContextReplica] = set()
+
+    async def events(self) -> AsyncGenerator[SessionEvent, None]:
+        """Blocks, then why the session ended. Closing this generator ends the session. Raises TwoTowerError."""
+        reopens = 0
+        while True:
+            replica = await self._replica()
+            try:
+                async with aclosing(self._attempt(replica)) as events:
+                    async for event in events:
+                        yield event
+                        if isinstance(event, FinishReason):
+                            return
+                raise _LostError("it ended the stream too early")
+            except Overloaded as error:
+                self._full.add(replica)
+                if self._pool.pick(self._full) is None:
+                    raise
+                log.info("request %s: %s; trying another context", self._job.request_id, error)
+            except _LostError as lost:
+                reopens += 1
+                if (reason := self._complete()) is not None:  # only the word that it is over was lost
+                    yield reason
+                    return
+                if reopens > MAX_REOPENS:
+                    raise Unavailable(f"the context failed {reopens} times in this request; the last time: {lost}") from None
+                log.warning("request %s: context %s was lost (%s)", self._job.request_id, replica.address, lost)
+                self._on_reopen()
+                await asyncio.sleep(BACKOFF_S * 2 ** (reopens - 1))
+
+    async def _replica(self) -> ContextReplica:
+        clock = asyncio.get_running_loop().time
+        give_up = clock() + self._wait_s
+        while (replica := self._pool.pick(self._full)) is None:
+            if clock() >= give_up:
+                raise Unavailable(f"no context replica became available within {self._wait_s:.0f} s")
+            await asyncio.sleep(BACKOFF_S)
+        return replica
+
+    async def _attempt(self, replica: ContextReplica) -> AsyncGenerator[SessionEvent, None]:
+        """The session on one context. Raises _LostError, or the error it ended with."""
+        job = self._job
+        request = context_pb2.OpenRequest(
+            request_id=job.request_id,
+            prompt=inference_pb2.TokenIds(ids=(*job.prompt, *self._emitted)),
+            generated=len(self._emitted),
+            params=params_to_pb(job.params),
+        )
+        timeout = None if self._deadline is None else max(0.0, self._deadline - asyncio.get_running_loop().time())
+        replica.in_flight += 1
+        call = replica.stub.Open(request, timeout=timeout)
+        try:
+            async for event in call:
+                if event.HasField("end"):
+                    yield FINISH_FROM_PB.get(event.end.finish_reason, FinishReason.LENGTH)
+                else:
+                    self._emitted.extend(event.block.token_ids)
+                    yield event.block
+        except grpc.aio.AioRpcError as rpc:
+            raise self._judge(replica, rpc) from None
+        finally:
+            replica.in_flight -= 1
+            call.cancel()
+
+    def _judge(self, replica: ContextReplica, rpc: grpc.aio.AioRpcError) -> TwoTowerError | _LostError:
+        error = error_from_rpc(rpc)
+        if not raised_by_peer(rpc) and rpc.code() in LOST_CODES:
+            replica.lose()
+            return _LostError(str(error))
+        if isinstance(error, Unavailable) and not isinstance(error, BrokerUnavailable):  # Redis is the same for all
+            self._pool.pass_over(replica)
+            return _LostError(str(error))
+        return error
+
+    def _complete(self) -> FinishReason | None:
+        """Why the generation is over, if what was emitted already says so."""
+        params = self._job.params
+        if self._emitted and self._emitted[-1] in params.eos_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self._emitted) >= params.max_tokens else None
