@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -62,7 +62,7 @@ def make_app(core: Core, max_body_bytes: int) -> Starlette:
             Route("/readyz", readyz),
             Route("/metrics", metrics),
         ],
-        exception_handlers={HTTPException: _on_http_error, TwoTowerError: _on_error},
+        exception_handlers={HTTPException: _on_http_error, TwoTowerError: _on_error, Exception: _on_error},
     )
     app.router.redirect_slashes = False
     return app
@@ -247,7 +247,7 @@ def _check_model(core: Core, name: str | None) -> None:
 async def _on_error(request: Request, error: Exception) -> Response:
     status = status_of(error).http
     headers = {"retry-after": str(Overloaded.retry_after_s)} if status in RETRY_STATUSES else None
-    return JSONResponse(replies.error_body(error), status_code=status, headers=headers)
+    return _error_response(replies.error_body(error), status, headers)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -262,4 +262,9 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     elif error.status_code == 405:
         message = f"{request.url.path} does not take {request.method}"
     body = replies.plain_error(message, "invalid_request_error", param, code)
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    return _error_response(body, error.status_code, error.headers)
+
+
+def _error_response(body: dict[str, Any], status: int, headers: Mapping[str, str] | None) -> Response:
+    """In ASCII, as the body may quote the client's own text, which need not be valid Unicode."""
+    return Response(json.dumps(body), status_code=status, headers=headers, media_type="application/json")
