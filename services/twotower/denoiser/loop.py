@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from twotower.engine.denoiser_engine import DenoiserEngine
@@ -50,7 +51,7 @@ class DenoiserLoop:
                     self._wake.clear()
                     continue
                 try:
-                    await self.call(lambda blocks=blocks: self.engine.step(blocks))  # type: ignore[misc]
+                    await self.call(partial(self.engine.step, blocks))
                 except Exception as error:
                     log.error("a forward of the denoiser failed", exc_info=error)
                     self._finish(blocks, TwoTowerError("the denoiser failed on this request"))
