@@ -103,7 +103,7 @@ class ContextTower(nn.Module):
         seed = stack_rows([layer.ssm for layer in layers])
         if changes is None:  # a long chunk: S comes from the chunked scan itself
             out, f, final, _ = mixer(x, conv, seed, chunk=self.config.chunk_size, need_states=True)
-            layers[0].ssm, layers[0].conv = final[0], f.conv[0].clone()
+            layers[0].ssm, layers[0].conv = final[0], f.conv[0].contiguous()
             return out
         z, f, c = mixer.project(x, conv)
         rates = mixer.decay_rate()
@@ -148,4 +148,4 @@ def _mamba(layer: nn.Module) -> Mamba2:
 
 
 def _mamba_delta(f: MambaFactors, row: int) -> MambaDelta:
-    return MambaDelta(f.x[row].contiguous(), f.b[row].contiguous(), f.dt[row], f.conv[row].clone())
+    return MambaDelta(f.x[row].contiguous(), f.b[row].contiguous(), f.dt[row], f.conv[row].contiguous())

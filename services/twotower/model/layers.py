@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twotower.model.config import TIME_EMBEDDING_SIZE, ModelConfig
+from twotower_kernels.conv import causal_conv
 from twotower_kernels.experts import relu2, route, run_experts
 from twotower_kernels.scan import chunk_scan
 
@@ -90,11 +91,9 @@ class Mamba2(nn.Module):
     def project(self, h: Tensor, conv_tail: Tensor) -> tuple[Tensor, MambaFactors, Tensor]:
         """h (B, L, hidden), conv_tail (B, conv_dim, K) -> z (B, L, d_inner), factors, c (B, L, groups, state)."""
         config = self.config
-        length, kernel = h.shape[1], config.conv_kernel
         z, xbc, dt = self.in_proj(h).split([config.d_inner, config.conv_dim, config.mamba_num_heads], dim=-1)
-        columns = torch.cat([conv_tail.to(xbc.dtype), xbc.transpose(1, 2)], dim=-1)  # (B, conv_dim, K + L)
-        mixed = F.conv1d(columns[..., 1:], self.conv1d.weight, self.conv1d.bias, groups=config.conv_dim)
-        mixed = F.silu(mixed).transpose(1, 2)
+        columns = torch.cat([conv_tail.to(xbc.dtype).transpose(1, 2), xbc], dim=1)  # (B, K + L, conv_dim)
+        mixed = F.silu(causal_conv(columns[:, 1:], self.conv1d.weight, self.conv1d.bias))
         bc_size = config.n_groups * config.ssm_state_size
         x, b, c = mixed.split([config.d_inner, bc_size, bc_size], dim=-1)
         dt = F.softplus(dt.float() + self.dt_bias).clamp(*config.time_step_limit)
@@ -102,7 +101,7 @@ class Mamba2(nn.Module):
             x=x.unflatten(-1, (config.mamba_num_heads, config.mamba_head_dim)),
             b=b.unflatten(-1, (config.n_groups, config.ssm_state_size)),
             dt=dt,
-            conv=columns[..., length : length + kernel],
+            conv=columns[:, -config.conv_kernel :].transpose(1, 2),
         )
         return z, factors, c.unflatten(-1, (config.n_groups, config.ssm_state_size))
 
