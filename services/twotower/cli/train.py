@@ -1,0 +1,114 @@
+"""`twotower train corpus|tokenizer|context|denoiser`: make a checkpoint, on the built-in problems or on your own texts."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from twotower.train.run import TrainConfig
+
+Commands = argparse._SubParsersAction
+
+
+def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
+    """The command and its parts."""
+    train = commands.add_parser("train", help="train a checkpoint's tokenizer, context tower or denoiser", allow_abbrev=False)
+    parts = train.add_subparsers(title="parts", metavar="PART", required=True)
+
+    corpus = parts.add_parser("corpus", help="write built-in word problems as JSONL", allow_abbrev=False)
+    corpus.add_argument("--out", type=Path, required=True, help="file to write")
+    corpus.add_argument("--count", type=_positive, default=1000)
+    corpus.add_argument("--split", choices=("train", "eval"), default="train", help="no question is in both")
+    corpus.add_argument("--seed", type=int, default=0)
+    corpus.set_defaults(run=_corpus)
+
+    tokenizer = parts.add_parser("tokenizer", help="train a byte-level BPE tokenizer", allow_abbrev=False)
+    tokenizer.add_argument("--out", type=Path, required=True, help="tokenizer.json to write")
+    tokenizer.add_argument("--vocab-size", type=_positive, default=512)
+    _add_corpus(tokenizer)
+    tokenizer.set_defaults(run=_tokenizer)
+
+    context = parts.add_parser("context", help="train a context tower from nothing", allow_abbrev=False)
+    context.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json (see `twotower train tokenizer`)")
+    context.add_argument("--prompt-weight", type=float, default=0.1, help="weight of prompt tokens in the loss (default 0.1)")
+    _add_training(context, minutes=17.0, ema=0.99)
+    context.set_defaults(run=_context)
+
+    denoiser = parts.add_parser("denoiser", help="train a denoiser against a frozen context tower", allow_abbrev=False)
+    denoiser.add_argument("--context", type=Path, required=True, metavar="CKPT", help="checkpoint whose context tower to use")
+    denoiser.add_argument(
+        "--own-order", type=float, default=0.3, help="share of batches masked as the model's own refinement would (default 0.3)"
+    )
+    _add_training(denoiser, minutes=48.0, ema=0.998)
+    denoiser.set_defaults(run=_denoiser)
+
+
+def _add_corpus(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--corpus", type=Path, help='JSONL with "prompt" and "completion" a line (default: built-in problems)')
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_training(parser: argparse.ArgumentParser, *, minutes: float, ema: float) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint directory to write")
+    parser.add_argument("--run-dir", type=Path, required=True, help="state and metrics; a run found here is resumed")
+    parser.add_argument("--steps", type=_positive, help="end after so many steps (default: by time alone)")
+    parser.add_argument(
+        "--minutes", type=float, help=f"end after this time of training (default {minutes:g}, or none with --steps)"
+    )
+    parser.add_argument("--rows", type=_positive, default=16, help="texts in a batch (default 16)")
+    parser.add_argument("--threads", type=_positive, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--ema", type=float, default=ema, help=f"decay of the averaged weights a step (default {ema:g})")
+    parser.add_argument("--fp32", action="store_true", help="no bf16 anywhere")
+    parser.set_defaults(default_minutes=minutes)
+    _add_corpus(parser)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _corpus(args: argparse.Namespace) -> None:
+    from twotower.train.run import write_corpus
+
+    write_corpus(args.out, args.split, args.count, args.seed)
+
+
+def _tokenizer(args: argparse.Namespace) -> None:
+    from twotower.train.run import write_tokenizer
+
+    write_tokenizer(args.out, args.corpus, args.vocab_size, args.seed)
+
+
+def _context(args: argparse.Namespace) -> None:
+    from twotower.train.run import train_context
+
+    train_context(_config(args), args.tokenizer, args.prompt_weight)
+
+
+def _denoiser(args: argparse.Namespace) -> None:
+    from twotower.train.run import train_denoiser
+
+    train_denoiser(_config(args), args.context, args.own_order)
+
+
+def _config(args: argparse.Namespace) -> TrainConfig:
+    from twotower.train.loop import LoopConfig
+    from twotower.train.run import TrainConfig
+
+    minutes = args.minutes
+    if minutes is None:
+        minutes = math.inf if args.steps is not None else args.default_minutes
+    loop = LoopConfig(
+        steps=args.steps or 10**9,
+        minutes=minutes,
+        ema=args.ema,
+        bf16=not args.fp32,
+        seed=args.seed,
+    )
+    return TrainConfig(args.out, args.run_dir, args.corpus, args.rows, args.threads, loop)

@@ -1,0 +1,129 @@
+"""Where training texts come from: the built-in problems, or a user's JSONL file.
+
+A source gives *pools*: lists of a few thousand examples, each a function of its number alone, so that an
+interrupted run finds its place again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from twotower.errors import ConfigError
+from twotower.train.bpe import EOS
+from twotower.train.problems import problems
+from twotower.train.story import Problem
+
+POOL_SIZE = 2048
+"""Examples of a pool."""
+
+PROMPT_ENDS = (("", 14), ("\n", 2), (" ", 1), ("\nAnswer:", 2), (" Answer:", 1))
+"""What may follow a question, and how often: a user should not need to know how a prompt ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A prompt and what should follow it (without the end-of-sequence token)."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A text as token ids. The completion ends with the end-of-sequence token."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+
+
+Source = Callable[[int], list[Text]]
+"""Number of a pool -> its texts."""
+
+
+DRILL_SHARE = 0.3
+"""Share of the texts that are sums alone: a problem holds only two to four, and arithmetic is what is hard to learn."""
+
+DRILL_SUMS = 10
+
+
+def built_in(seed: int, split: str = "train", size: int = POOL_SIZE) -> Source:
+    """The built-in problems, with prompts that end in various ways, and among them drills of the sums they need."""
+
+    def pool(number: int) -> list[Text]:
+        rng = random.Random(f"prompt ends:{split}:{seed}:{number}")
+        stream = problems(split, seed * 1_000_003 + number)
+        ends = rng.choices([e for e, _ in PROMPT_ENDS], [w for _, w in PROMPT_ENDS], k=size)
+        return [_drill(stream) if rng.random() < DRILL_SHARE else _posed(next(stream), end) for end in ends]
+
+    return pool
+
+
+def _posed(problem: Problem, end: str) -> Text:
+    return Text(problem.question + end, completion_after(end, problem.solution))
+
+
+def _drill(stream: Iterator[Problem]) -> Text:
+    """Sums as they occur in problems."""
+    sums = list(itertools.islice((step for problem in stream for step in problem.steps), DRILL_SUMS))
+    asked = ", ".join(f"{s.left} {s.op} {s.right}" for s in sums)
+    return Text(f"Work out {asked}.", "\n" + "\n".join(f"{'Then' if i else 'First'}, {s}." for i, s in enumerate(sums)))
+
+
+def completion_after(end: str, solution: str) -> str:
+    """A solution begins on a new line, which the model writes itself unless the prompt ended with one."""
+    return solution if end.endswith("\n") else "\n" + solution
+
+
+def from_jsonl(path: Path, seed: int, size: int = POOL_SIZE) -> Source:
+    """A user's texts: one JSON object a line, with "prompt" and "completion". Raises ConfigError.
+
+    Every pool is a shuffled part of the file, each epoch in another order.
+    """
+    texts = read_jsonl(path)
+    size = min(size, len(texts))
+
+    def pool(number: int) -> list[Text]:
+        per_epoch = len(texts) // size
+        epoch, part = divmod(number, per_epoch)
+        order = list(range(len(texts)))
+        random.Random(f"{seed}:{epoch}").shuffle(order)
+        return [texts[i] for i in order[part * size : (part + 1) * size]]
+
+    return pool
+
+
+def read_jsonl(path: Path) -> list[Text]:
+    """All texts of a file. Raises ConfigError, which names the line."""
+    texts = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                    text = Text(row["prompt"], row["completion"])
+                    if not (isinstance(text.prompt, str) and text.prompt and isinstance(text.completion, str)):
+                        raise ValueError("prompt and completion must be text, the prompt not empty")
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ConfigError(f"corpus {path}, line {number}: {error!r}") from None
+                texts.append(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"corpus {path} cannot be read: {error}") from None
+    if not texts:
+        raise ConfigError(f"corpus {path} holds no texts")
+    return texts
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[Text]) -> list[Example]:
+    """Prompt and completion are tokenized apart, as in serving, where the prompt comes alone."""
+    prompts = tokenizer.encode_batch_fast([t.prompt for t in texts], add_special_tokens=False)
+    completions = tokenizer.encode_batch_fast([t.completion for t in texts], add_special_tokens=False)
+    return [Example(tuple(p.ids), (*c.ids, EOS)) for p, c in zip(prompts, completions, strict=True)]

@@ -1,0 +1,180 @@
+"""What both trainers share: the loop with its schedule, log, and checkpoints to resume from."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from twotower.errors import TwoTowerError
+from twotower.train.batches import Place
+from twotower.train.forward import Usage
+from twotower.train.optim import OptimConfig, Optimizer
+
+STATE_FILE = "state.pt"
+METRICS_FILE = "metrics.jsonl"
+
+
+class LossNotFiniteError(TwoTowerError):
+    """The loss became NaN or infinite; the last saved state is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoopConfig:
+    """How long to train, and how often to log and save."""
+
+    steps: int
+    minutes: float = math.inf
+    """Stop after this time of training too, whichever comes first; the schedule follows the nearer end."""
+    warmup: float = 0.03
+    """Share of the run in which the learning rate rises."""
+    ema: float = 0.998
+    """Decay a step of the averaged weights, which are what is exported; shorter in the first steps."""
+    balance: float = 1e-3
+    """Step of the routers' correction bias toward the experts that are used too little."""
+    log_every: int = 20
+    save_minutes: float = 3.0
+    bf16: bool = True
+    """Matrix products in bf16 (autocast); the scan, norms and the loss stay fp32."""
+    seed: int = 0
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+class Task(Protocol):
+    """What differs between the two trainers."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+
+    def batches(self, place: Place) -> Iterator[Any]:
+        """The stream of batches from `place` on."""
+
+    def loss(self, batch: Any, generator: torch.Generator, usage: Usage) -> tuple[Tensor, int]:
+        """The loss of a batch, and its number of tokens. Randomness comes from the generator alone."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run is."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class Loop:
+    """Trains a task until its end, or from where an interrupted run stopped."""
+
+    def __init__(self, task: Task, config: LoopConfig, run_dir: Path) -> None:
+        self.task, self.config, self.run_dir = task, config, run_dir
+        self.progress, self.place = Progress(), Place()
+        self.optimizer = Optimizer(task.model, config.optim)
+        self.ema = {name: p.detach().clone() for name, p in task.model.named_parameters()}
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if (run_dir / STATE_FILE).exists():
+            self._resume()
+
+    def run(self, stop_at: int | None = None) -> None:
+        """Train to the end (or to step `stop_at`), then save. Raises LossNotFiniteError."""
+        config, progress = self.config, self.progress
+        batches = self.task.batches(self.place)
+        last_save, last_log, tokens = time.monotonic(), time.monotonic(), 0
+        sums: list[float] = []
+        while not self._ended() and (stop_at is None or progress.step < stop_at):
+            began = time.monotonic()
+            loss, norm, count = self._step(next(batches))
+            progress.step += 1
+            progress.tokens += count
+            progress.seconds += time.monotonic() - began
+            sums.append(loss)
+            tokens += count
+            if progress.step % config.log_every == 0:
+                now = time.monotonic()
+                self._log(sum(sums) / len(sums), norm, tokens / (now - last_log))
+                sums, tokens, last_log = [], 0, now
+            if time.monotonic() - last_save > 60 * config.save_minutes:
+                self.save()
+                last_save = time.monotonic()
+        self.save()
+
+    def _step(self, batch: Any) -> tuple[float, float, int]:
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.progress.step)
+        usage = Usage()
+        loss, count = self.task.loss(batch, generator, usage)
+        if not math.isfinite(loss.item()):
+            raise LossNotFiniteError(
+                f"loss is {loss.item()} at step {self.progress.step}; the last good state is in {self.run_dir}"
+            )
+        loss.backward()
+        norm = self.optimizer.step(self._schedule())
+        self._balance(usage)
+        decay = min(self.config.ema, (1 + self.progress.step) / (10 + self.progress.step))
+        with torch.no_grad():
+            names = list(self.ema)
+            current = [p.detach() for _, p in self.task.model.named_parameters()]
+            torch._foreach_lerp_([self.ema[n] for n in names], current, 1 - decay)
+        return loss.item(), norm, count
+
+    def _balance(self, usage: Usage) -> None:
+        """Auxiliary-loss-free balancing: experts that get less than their share become easier to choose."""
+        for i, counts in usage.counts.items():
+            for name, bias in self.task.model.named_parameters():
+                if name.endswith(f"layers.{i}.mixer.gate.e_score_correction_bias"):
+                    load = counts.float()
+                    bias.data.add_(torch.sign(load.mean() - load), alpha=self.config.balance)
+
+    def _share(self) -> float:
+        """How much of the run is done, in [0, 1]."""
+        return min(1.0, max(self.progress.step / self.config.steps, self.progress.seconds / 60 / self.config.minutes))
+
+    def _ended(self) -> bool:
+        return self._share() >= 1.0
+
+    def _schedule(self) -> float:
+        """Linear warmup, then a cosine down to a hundredth."""
+        share, warmup = self._share(), self.config.warmup
+        if share < warmup:
+            return max(share, 1e-3) / warmup
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
+
+    def _log(self, loss: float, norm: float, rate: float) -> None:
+        p, share = self.progress, self._share()
+        eta = p.seconds * (1 - share) / max(share, 1e-9)
+        row = {**asdict(p), "loss": loss, "grad_norm": norm, "lr_scale": self._schedule(), "tokens_per_s": rate}
+        with (self.run_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        bar = "#" * round(20 * share)
+        print(
+            f"[{bar:20}] step {p.step}  loss {loss:.4f}  {rate:,.0f} tokens/s  {p.seconds / 60:.1f} min, {eta / 60:.1f} to go",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def save(self) -> None:
+        """Write the state of the run, whole or not at all."""
+        state = {
+            "model": self.task.model.state_dict(),
+            "ema": self.ema,
+            "optimizer": self.optimizer.state_dict(),
+            "progress": asdict(self.progress),
+            "place": asdict(self.place),
+        }
+        part = self.run_dir / (STATE_FILE + ".part")
+        torch.save(state, part)
+        part.replace(self.run_dir / STATE_FILE)
+
+    def _resume(self) -> None:
+        state = torch.load(self.run_dir / STATE_FILE, map_location="cpu", weights_only=True)
+        self.task.model.load_state_dict(state["model"])
+        self.ema = state["ema"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress, self.place = Progress(**state["progress"]), Place(**state["place"])

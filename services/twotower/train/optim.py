@@ -1,0 +1,105 @@
+"""The optimizers: Muon for the matrices of the layers, AdamW for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic iteration (Keller Jordan, "Muon", 2024)."""
+
+_NOT_MUON = ("embeddings.", "lm_head.", "gate.", "conv1d.", "t_embedder.", "t_block.", "scale_shift_tables.")
+
+
+@dataclass(frozen=True, slots=True)
+class OptimConfig:
+    """Peak learning rates; the schedule scales both."""
+
+    muon_lr: float = 0.02
+    adam_lr: float = 3e-3
+    weight_decay: float = 0.01
+    """Decoupled, on matrices."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+
+
+class Optimizer:
+    """Both optimizers as one: step with a scale of the learning rates, save, load."""
+
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        matrices = [p for n, p in trained if p.dim() >= 2 and not any(part in n for part in _NOT_MUON)]
+        chosen = set(map(id, matrices))
+        others = [(n, p) for n, p in trained if id(p) not in chosen]
+        decayed = [p for n, p in others if p.dim() >= 2 and "scale_shift" not in n]
+        plain = [p for n, p in others if p.dim() < 2 or "scale_shift" in n]
+        self._config = config
+        self._parameters = [p for _, p in trained]
+        self._muon = Muon(matrices, config.muon_lr, config.weight_decay)
+        self._adam = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=config.adam_lr,
+            betas=(0.9, 0.98),
+        )
+
+    def step(self, scale: float) -> float:
+        """Clip, update with the learning rates times `scale`, clear the gradients. Returns the gradients' norm."""
+        norm = float(nn.utils.clip_grad_norm_(self._parameters, self._config.clip))
+        for optimizer, lr in ((self._muon, self._config.muon_lr), (self._adam, self._config.adam_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * scale
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a later `load_state_dict`."""
+        return {"muon": self._muon.state_dict(), "adam": self._adam.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self._muon.load_state_dict(state["muon"])
+        self._adam.load_state_dict(state["adam"])
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal, for matrices (R, C) and stacks of them (E, R, C).
+
+    All singular values of an update become about 1, so rare directions are learned as fast as frequent ones;
+    scaled by sqrt(max(1, R / C)) as its author does.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                update = orthogonalize(parameter.grad.lerp(momentum, group["momentum"]))
+                rows, columns = parameter.shape[-2:]
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+
+def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
+    """The nearest (semi-)orthogonal matrix to (..., R, C), roughly, by Newton-Schulz iterations in bf16."""
+    a, b, c = _NEWTON_SCHULZ
+    wide = matrix.shape[-2] <= matrix.shape[-1]
+    x = (matrix if wide else matrix.mT).bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return (x if wide else x.mT).to(matrix.dtype)

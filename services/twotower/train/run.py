@@ -1,0 +1,120 @@
+"""The training commands as functions: corpus, tokenizer, context tower, denoiser."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from twotower.errors import CheckpointError, ConfigError
+from twotower.model.checkpoint import Checkpoint
+from twotower.model.config import ModelConfig
+from twotower.model.weights import export_tensors, load_context_tower, save_checkpoint
+from twotower.train.bpe import train_tokenizer
+from twotower.train.context import ContextTask
+from twotower.train.corpus import Source, built_in, from_jsonl
+from twotower.train.denoiser import DenoiserTask, weights_hash
+from twotower.train.loop import Loop, LoopConfig
+from twotower.train.problems import problems
+from twotower.train.start import WORD_PROBLEMS, new_context_tower, new_denoiser_tower
+
+TOKENIZER_POOLS = range(1_000_000, 1_000_010)
+"""Pools of the built-in problems that the tokenizer learns from; no run reaches them."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """What both trainers are told."""
+
+    out: Path
+    """Checkpoint directory to write."""
+    run_dir: Path
+    """State to resume from, and metrics."""
+    corpus: Path | None
+    """JSONL of the user's own texts; None: the built-in problems."""
+    rows: int
+    """Texts in a batch."""
+    threads: int
+    loop: LoopConfig
+
+
+def write_corpus(path: Path, split: str, count: int, seed: int) -> None:
+    """Built-in problems as JSONL, in the form a user's own corpus has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for p in itertools.islice(problems(split, seed), count):
+            file.write(json.dumps({"prompt": p.question, "completion": "\n" + p.solution, "answer": p.answer}) + "\n")
+
+
+def write_tokenizer(path: Path, corpus: Path | None, vocab_size: int, seed: int) -> None:
+    """Train a tokenizer on the corpus and save it as `tokenizer.json`."""
+    source = _source(corpus, seed)
+    texts = (t.prompt + t.completion for n in (TOKENIZER_POOLS if corpus is None else range(1)) for t in source(n))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(texts, vocab_size).save(str(path))
+
+
+def train_context(config: TrainConfig, tokenizer_path: Path, prompt_weight: float = 0.1) -> None:
+    """Train a context tower from nothing; writes a checkpoint that holds it alone."""
+    torch.set_num_threads(config.threads)
+    tokenizer = _tokenizer(tokenizer_path)
+    raw = {**WORD_PROBLEMS, "vocab_size": tokenizer.get_vocab_size()}
+    model = new_context_tower(ModelConfig.from_dict(raw), config.loop.seed)
+    source = _source(config.corpus, config.loop.seed)
+    task = ContextTask(model, source, tokenizer, rows=config.rows, prompt_weight=prompt_weight, bf16=config.loop.bf16)
+    loop = Loop(task, config.loop, config.run_dir)
+    loop.run()
+    model.load_state_dict(loop.ema)
+    _write(config.out, raw, {**export_tensors(model, torch.bfloat16)}, tokenizer_path)
+
+
+def train_denoiser(config: TrainConfig, context_path: Path, own_order: float = 0.0) -> None:
+    """Train a denoiser against the frozen context tower of a checkpoint; writes a checkpoint of both towers."""
+    torch.set_num_threads(config.threads)
+    checkpoint = Checkpoint.open(context_path, towers=("context",))
+    if checkpoint.tokenizer_path is None:
+        raise CheckpointError(f"{context_path} has no tokenizer.json")
+    context = load_context_tower(checkpoint, torch.float32, torch.device("cpu"))
+    frozen = weights_hash(context)
+    model = new_denoiser_tower(context)
+    # Other problems than the context tower was trained on: the state of a text it knows by heart is no guide.
+    source = _source(config.corpus, config.loop.seed + 1)
+    task = DenoiserTask(
+        model,
+        context,
+        source,
+        _tokenizer(checkpoint.tokenizer_path),
+        rows=config.rows,
+        own_order=own_order,
+        bf16=config.loop.bf16,
+    )
+    loop = Loop(task, config.loop, config.run_dir)
+    loop.run()
+    assert weights_hash(context) == frozen, "the context tower changed while the denoiser was trained"
+    model.load_state_dict(loop.ema)
+    raw = json.loads((context_path / "config.json").read_text(encoding="utf-8"))
+    tensors = export_tensors(context, torch.bfloat16) | export_tensors(model, torch.bfloat16)
+    _write(config.out, raw, tensors, checkpoint.tokenizer_path)
+
+
+def _source(corpus: Path | None, seed: int) -> Source:
+    return built_in(seed) if corpus is None else from_jsonl(corpus, seed)
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise ConfigError(f"tokenizer {path} does not exist")
+    return Tokenizer.from_file(str(path))
+
+
+def _write(out: Path, raw: dict[str, Any], tensors: dict[str, torch.Tensor], tokenizer: Path) -> None:
+    save_checkpoint(out, raw, tensors)
+    if tokenizer.resolve() != (out / "tokenizer.json").resolve():
+        shutil.copy(tokenizer, out / "tokenizer.json")
+    Checkpoint.open(out, towers=("context",))

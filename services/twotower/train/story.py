@@ -1,0 +1,87 @@
+"""A word problem, and one in the making."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+MAX_VALUE = 60
+"""No number in a problem exceeds it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One sum: `left op right = result`."""
+
+    left: int
+    op: str
+    right: int
+
+    @property
+    def result(self) -> int:
+        """The sum's value."""
+        return {"+": self.left + self.right, "-": self.left - self.right, "*": self.left * self.right}[self.op]
+
+    def __str__(self) -> str:
+        return f"{self.left} {self.op} {self.right} = {self.result}"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question and its worked solution."""
+
+    question: str
+    """One paragraph, without a line break."""
+    lines: tuple[str, ...]
+    """The solution's lines; the last states the answer."""
+    steps: tuple[Step, ...]
+    answer: int
+
+    @property
+    def solution(self) -> str:
+        """The lines as one text."""
+        return "\n".join(self.lines)
+
+
+class ImpossibleError(Exception):
+    """The numbers left the allowed range: draw again."""
+
+
+@dataclass(slots=True)
+class Story:
+    """A problem in the making."""
+
+    rng: random.Random
+    told: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+    def pick(self, *choices: str) -> str:
+        """One of several wordings."""
+        return self.rng.choice(choices)
+
+    def number(self, low: int, high: int) -> int:
+        """In [low, high]. Raises ImpossibleError where that is empty."""
+        if low > high:
+            raise ImpossibleError
+        return self.rng.randint(low, high)
+
+    def tell(self, sentence: str) -> None:
+        """A sentence of the question."""
+        self.told.append(sentence)
+
+    def work(self, text: str, left: int, op: str, right: int) -> int:
+        """A line of the solution: `text`, then the sum. Returns its value."""
+        step = Step(left, op, right)
+        if not 1 <= step.result <= MAX_VALUE:
+            raise ImpossibleError
+        start = "First" if not self.steps else "Then"
+        self.steps.append(step)
+        self.lines.append(f"{start}, {text}, so {step}.")
+        return step.result
+
+    def ask(self, question: str) -> Problem:
+        """The finished problem: the last sum is the answer."""
+        answer = self.steps[-1].result
+        self.lines.append(f"The answer is {answer}.")
+        return Problem(" ".join([*self.told, question]), tuple(self.lines), tuple(self.steps), answer)

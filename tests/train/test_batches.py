@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from twotower.errors import ConfigError
+from twotower.train.batches import Place, block_batches, sequence_batches, stream
+from twotower.train.bpe import EOS
+from twotower.train.corpus import Example, built_in, encode, from_jsonl, read_jsonl
+
+BLOCK = 16
+
+
+def examples(tokenizer: Tokenizer) -> list[Example]:
+    return encode(tokenizer, built_in(0, size=100)(0))
+
+
+def test_blocks_start_where_the_prompt_ends_and_hold_every_text_once(tokenizer: Tokenizer) -> None:
+    texts = examples(tokenizer)
+    seen = []
+    for batch in block_batches(texts, 8, BLOCK, random.Random(0)):
+        assert batch.tokens.shape[0] <= 8
+        for row, counts in zip(batch.tokens.tolist(), batch.counts.tolist(), strict=True):
+            completion = row[batch.prompt :]
+            assert len(completion) == len(counts) * BLOCK
+            end = completion.index(EOS) + 1
+            assert set(completion[end:]) <= {EOS}
+            assert sum(counts) == -(-end // BLOCK)
+            assert counts == sorted(counts, reverse=True)
+            seen.append(Example(tuple(row[: batch.prompt]), tuple(completion[:end])))
+    assert sorted(seen, key=str) == sorted(texts, key=str)
+
+
+def test_sequences_weigh_completions_fully_and_padding_not(tokenizer: Tokenizer) -> None:
+    texts = examples(tokenizer)
+    batches = sequence_batches(texts, 8, 0.25, random.Random(0))
+    assert sum(b.tokens.shape[0] for b in batches) == len(texts)
+    assert sum(int((b.weights == 1).sum()) for b in batches) == sum(len(e.completion) for e in texts)
+    assert sum(int((b.weights == 0.25).sum()) for b in batches) == sum(len(e.prompt) for e in texts)
+
+
+def test_stream_continues_from_its_place() -> None:
+    def pool(number: int) -> list[int]:
+        return list(range(10 * number, 10 * number + 3))
+
+    place = Place()
+    whole = list(itertools.islice(stream(pool, Place()), 10))
+    first = list(itertools.islice(stream(pool, place), 4))
+    assert first + list(itertools.islice(stream(pool, place), 6)) == whole
+
+
+def test_pools_are_functions_of_their_number() -> None:
+    assert built_in(0, size=50)(3) == built_in(0, size=50)(3)
+    assert built_in(0, size=50)(3) != built_in(0, size=50)(4)
+
+
+def test_own_corpus_gives_every_text_once_an_epoch(tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(f'{{"prompt": "p{i}", "completion": "c{i}"}}\n' for i in range(6)))
+    pool = from_jsonl(file, seed=0, size=3)
+    assert sorted(t.prompt for t in pool(0) + pool(1)) == [f"p{i}" for i in range(6)]
+    assert pool(0) + pool(1) != pool(2) + pool(3)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"prompt": "a"}', '{"prompt": 1, "completion": "b"}', '{"prompt": "", "completion": "b"}']
+)
+def test_bad_corpus_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"texts\.jsonl"):
+        read_jsonl(file)
+
+
+def test_missing_corpus_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_jsonl(tmp_path / "none.jsonl")

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from twotower.train.bpe import BOS, EOS, MASK, PAD
+from twotower.train.problems import problems
+
+LOADED: dict[str, Tokenizer] = {}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loaded(tokenizer: Tokenizer) -> None:
+    LOADED["t"] = tokenizer
+
+
+def test_special_ids_are_fixed(tokenizer: Tokenizer) -> None:
+    assert [tokenizer.id_to_token(i) for i in range(4)] == ["<pad>", "<bos>", "<eos>", "<mask>"]
+    assert [PAD, BOS, EOS, MASK] == [0, 1, 2, 3]
+
+
+def test_every_digit_is_a_token(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode("1024").tokens == ["1", "0", "2", "4"]
+
+
+@given(st.text())
+def test_any_text_round_trips(text: str) -> None:
+    assume_plain = text.replace("<", "(")  # the names of special tokens are these tokens
+    tokenizer = LOADED["t"]
+    assert tokenizer.decode(tokenizer.encode(assume_plain).ids) == assume_plain
+
+
+def test_prompt_and_completion_apart_are_the_tokens_of_the_whole(tokenizer: Tokenizer) -> None:
+    for _, problem in zip(range(100), problems("eval", 0), strict=False):
+        apart = tokenizer.encode(problem.question).ids + tokenizer.encode("\n" + problem.solution).ids
+        assert apart == tokenizer.encode(f"{problem.question}\n{problem.solution}").ids

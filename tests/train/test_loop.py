@@ -1,0 +1,101 @@
+"""Both trainers on a tiny model: the loss falls, the context stays, an interrupted run continues."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from twotower.model.config import ModelConfig
+from twotower.train.context import ContextTask
+from twotower.train.corpus import Text
+from twotower.train.denoiser import DenoiserTask, draw_counts, weights_hash
+from twotower.train.forward import Usage
+from twotower.train.loop import METRICS_FILE, STATE_FILE, Loop, LoopConfig, LossNotFiniteError
+from twotower.train.optim import orthogonalize
+from twotower.train.start import new_context_tower, new_denoiser_tower
+
+TEXTS = [Text(f"Tom has {i} apples.", f"\nThe answer is {i + 1}.") for i in range(8)]
+
+
+def source(number: int) -> list[Text]:
+    return TEXTS
+
+
+def context_task(config: ModelConfig, tokenizer: Tokenizer) -> ContextTask:
+    return ContextTask(new_context_tower(config, 0), source, tokenizer, rows=4, prompt_weight=0.1, bf16=False)
+
+
+def denoiser_task(config: ModelConfig, tokenizer: Tokenizer) -> DenoiserTask:
+    context = new_context_tower(config, 0)
+    return DenoiserTask(new_denoiser_tower(context), context, source, tokenizer, rows=4, own_order=0.5, bf16=False)
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("make", [context_task, denoiser_task])
+def test_overfits_a_few_texts(
+    make: type[ContextTask | DenoiserTask], config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    Loop(make(config, tokenizer), LoopConfig(steps=40, log_every=10), tmp_path).run()
+    curve = losses(tmp_path)
+    assert curve[-1] < 0.5 * curve[0]
+
+
+@pytest.mark.parametrize("make", [context_task, denoiser_task])
+def test_interrupted_run_continues_to_the_same_weights(
+    make: type[ContextTask | DenoiserTask], config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    settings = LoopConfig(steps=12, log_every=3)
+    whole = Loop(make(config, tokenizer), settings, tmp_path / "whole")
+    whole.run()
+    Loop(make(config, tokenizer), settings, tmp_path / "cut").run(stop_at=6)
+    rest = Loop(make(config, tokenizer), settings, tmp_path / "cut")
+    assert rest.progress.step == 6
+    rest.run()
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for name, value in whole.ema.items():
+        assert torch.equal(rest.ema[name], value), name
+
+
+def test_denoiser_training_leaves_the_context_as_it_is(config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    task = denoiser_task(config, tokenizer)
+    before, denoiser = weights_hash(task.context), task.model.lm_head.weight.clone()
+    Loop(task, LoopConfig(steps=3), tmp_path).run()
+    assert weights_hash(task.context) == before
+    assert all(p.grad is None for p in task.context.parameters())
+    assert not torch.equal(task.model.lm_head.weight, denoiser)
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_state(
+    config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    task = context_task(config, tokenizer)
+    Loop(task, LoopConfig(steps=9), tmp_path).run(stop_at=2)
+    saved = (tmp_path / STATE_FILE).read_bytes()
+
+    class Broken(ContextTask):
+        def loss(self, batch: object, generator: torch.Generator, usage: Usage) -> tuple[Tensor, int]:
+            return torch.tensor(torch.nan), 1
+
+    task.__class__ = Broken
+    with pytest.raises(LossNotFiniteError, match="step 2"):
+        Loop(task, LoopConfig(steps=9), tmp_path).run()
+    assert (tmp_path / STATE_FILE).read_bytes() == saved
+
+
+def test_masked_shares_cover_low_and_high_evenly() -> None:
+    counts = draw_counts(torch.Size((8, 20)), 16, torch.Generator().manual_seed(0))
+    assert counts.flatten().bincount(minlength=17).tolist() == [0] + [10] * 16
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (3, 16, 8)])
+def test_orthogonalize(shape: tuple[int, ...]) -> None:
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+    assert 0.5 < values.min() <= values.max() < 1.5
