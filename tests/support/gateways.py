@@ -51,22 +51,23 @@ class RunningGateway:
 
 @asynccontextmanager
 async def gateway(
-    checkpoint: Path, *contexts: ScriptedContext, denoisers: int = 1, **settings: Any
+    checkpoint: Path, *contexts: ScriptedContext, denoisers: int = 1, replicas: Sequence[Replica] = (), **settings: Any
 ) -> AsyncIterator[RunningGateway]:
-    """Start contexts and a gateway, yield it once it is ready, stop all."""
-    replicas = ReplicaList(denoisers)
+    """Start contexts and a gateway, yield it once it is ready, stop all. `replicas`: contexts that run elsewhere."""
+    known = ReplicaList(denoisers)
+    known.contexts += replicas
     for i, context in enumerate(contexts):
-        replicas.contexts.append(replica("context", f"c{i}", await context.start()))
+        known.contexts.append(replica("context", f"c{i}", await context.start()))
     stop, line = asyncio.Event(), asyncio.get_running_loop().create_future()
     config = GatewayConfig(checkpoint, "redis://unused", model_name="tiny", **settings)
-    task = asyncio.create_task(serve(config, Checkpoint.open(checkpoint), replicas, stop, line.set_result))
+    task = asyncio.create_task(serve(config, Checkpoint.open(checkpoint), known, stop, line.set_result))
     try:
         await asyncio.wait((task, line), return_when=asyncio.FIRST_COMPLETED, timeout=20)
         if task.done():
             task.result()
         word, grpc, http = line.result().split()
         assert word == "ready"
-        yield RunningGateway(grpc.removeprefix("grpc="), "http://" + http.removeprefix("http="), replicas, stop, task)
+        yield RunningGateway(grpc.removeprefix("grpc="), "http://" + http.removeprefix("http="), known, stop, task)
     finally:
         stop.set()
         await asyncio.wait((task,), timeout=20)
