@@ -1,0 +1,122 @@
+"""Both towers in one process over many requests: continuous batching without services.
+
+What the services are measured against, and what `twotower eval` runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from twotower.engine.context_engine import ContextEngine
+from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.refinement import Refinement
+from twotower.engine.session import Session
+from twotower.errors import InvalidArgument
+from twotower.request import FinishReason, GenerationParams, Mode
+
+
+@dataclass(slots=True)
+class Completion:
+    """A request's result, as it was in its batch."""
+
+    index: int
+    """Its place among the requests."""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason = FinishReason.LENGTH
+    forwards: int = 0
+    """Of the denoiser; in AR mode, of the context tower."""
+    blocks: int = 0
+    first_block_s: float = 0.0
+    """From its start (its prefill included) to its first block."""
+    seconds: float = 0.0
+    """From its start to its end."""
+
+
+class _Running:
+    """A request that holds one of the batch's places."""
+
+    def __init__(self, index: int, session: Session) -> None:
+        self.session = session
+        self.result = Completion(index)
+        self.block: Refinement | None = None
+        self._started = time.perf_counter()
+
+    def take(self, tokens: list[int], forwards: int) -> bool:
+        """A finished block; True if the request goes on."""
+        result = self.result
+        result.token_ids += self.session.emit(tokens)
+        result.forwards += forwards
+        result.blocks += 1
+        result.seconds = time.perf_counter() - self._started
+        result.first_block_s = result.first_block_s or result.seconds
+        if self.session.finish_reason is not None:
+            result.finish_reason = self.session.finish_reason
+            return False
+        return True
+
+
+def generate_batch(
+    context: ContextEngine,
+    denoiser: DenoiserEngine,
+    prompts: Iterable[Sequence[int]],
+    params: GenerationParams,
+    batch: int,
+    prefill_chunk: int = 512,
+) -> Iterator[Completion]:
+    """Continue all prompts, at most `batch` at a time; a place that becomes free is taken at once.
+
+    Yields in order of completion. Raises NonFiniteLogits; InvalidArgument for mock-AR, which has no batch.
+    """
+    if params.mode is Mode.MOCK_AR:
+        raise InvalidArgument("mode", "mock-ar has no batched form")
+    waiting = enumerate(prompts)
+    running: list[_Running] = []
+    while True:
+        while len(running) < batch and (request := next(waiting, None)) is not None:
+            index, prompt = request
+            one = _Running(index, context.open(str(index), list(prompt), params))
+            while one.session.prefill_left:
+                context.prefill(one.session, prefill_chunk)
+            running.append(one)
+        if not running:
+            return
+        step = _decode if params.mode is Mode.AR else _refine
+        ended = step(context, denoiser, running)
+        running = [one for one in running if one not in ended]
+        yield from (one.result for one in ended)
+
+
+def _decode(context: ContextEngine, denoiser: DenoiserEngine, running: list[_Running]) -> list[_Running]:
+    """One AR token for each; returns those that ended."""
+    ended = []
+    for one, token in zip(running, context.decode([one.session for one in running]), strict=True):
+        if not isinstance(token, int):
+            raise token
+        if not one.take([token], 1):
+            ended.append(one)
+    return ended
+
+
+def _refine(context: ContextEngine, denoiser: DenoiserEngine, running: list[_Running]) -> list[_Running]:
+    """One denoiser forward for each, and a commit for those whose block is done; returns those that ended."""
+    for one in running:
+        if one.block is None:
+            one.block = denoiser.start(one.session.params, one.session.state, one.session.generated)
+    denoiser.step([one.block for one in running if one.block is not None])
+    ended, commits = [], []
+    for one in running:
+        block = one.block
+        if block is None or not block.done:
+            continue
+        if block.error is not None:
+            raise block.error
+        one.block, tokens = None, block.tokens.tolist()
+        if one.take(tokens, block.forwards):
+            commits.append((one.session, tokens))
+        else:
+            ended.append(one)
+    if commits:
+        context.commit(commits)
+    return ended
