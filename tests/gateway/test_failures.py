@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -274,3 +275,12 @@ async def test_the_last_snapshot_outlives_redis_for_a_while(checkpoint: Path, ca
         await client.wait_ready(10)
         assert (await collect(client, max_tokens=8))[0] == SCRIPT[:8]
     assert caplog.text.count("does not answer") == 1
+
+
+async def test_a_context_that_announces_its_drain_gets_no_sessions(checkpoint: Path) -> None:
+    leaving, other = ScriptedContext(SCRIPT), ScriptedContext(SCRIPT)
+    drains = dataclasses.replace(replica("context", "leaving", await leaving.start(), load=-1), capacity=0)
+    async with gateway(checkpoint, other, replicas=[drains]) as running, running.client() as client:
+        assert (await collect(client, max_tokens=5))[0] == SCRIPT[:5]
+    await leaving.stop()
+    assert (len(leaving.opened), len(other.opened)) == (0, 1)

@@ -25,7 +25,7 @@ ERROR_KEY = "twotower-error"
 RETRY_KEY = "retry-after-s"
 """Trailing metadata of a refusal that is worth another try: after how many seconds."""
 
-MAX_DETAILS = 2000
+MAX_DETAILS = 1000
 """Characters of a message that are sent: headers are small."""
 
 _CLASSES: dict[str, type[TwoTowerError]] = {cls.__name__: cls for cls in STATUS}
