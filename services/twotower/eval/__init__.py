@@ -1,0 +1,1 @@
+"""Quality and speed of a checkpoint, measured: the context tower alone (AR) against both towers (diffusion)."""

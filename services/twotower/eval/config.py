@@ -1,0 +1,36 @@
+"""Settings of an evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from twotower.errors import ConfigError
+from twotower.request import GenerationParams
+
+AMONG = 25
+"""Problems after which the other mode has its turn: both modes see the same state of a noisy machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvalConfig:
+    """Built once by the CLI; every field has its final value."""
+
+    checkpoint: Path
+    seed: int = 1
+    """Of the problems; none of them can occur in training, whatever the seed."""
+    problems: int = 200
+    batches: tuple[int, ...] = (1,)
+    """Requests in flight; the first is the headline, the others are reported beside it."""
+    params: GenerationParams = field(default_factory=GenerationParams)
+    """Of the diffusion mode; AR takes what applies to it."""
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("problems", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: must be at least 1, not {getattr(self, name)}")
+        if not self.batches or min(self.batches) < 1:
+            raise ConfigError(f"batch: must be at least 1, not {self.batches}")

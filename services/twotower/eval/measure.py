@@ -1,0 +1,162 @@
+"""Solves problems in both modes, in turns, and scores them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from twotower.engine.batch import Completion, generate_batch
+from twotower.engine.local import LocalEngine
+from twotower.errors import CheckpointError
+from twotower.eval.config import AMONG, EvalConfig
+from twotower.request import GenerationParams, Mode, check_request
+from twotower.text.tokenizer import Tokenizer
+from twotower.train.answers import is_correct, is_degenerate
+from twotower.train.problems import problems
+from twotower.train.story import Problem
+
+
+@dataclass(slots=True)
+class Score:
+    """What a mode achieved, over all problems."""
+
+    solved: int = 0
+    degenerate: int = 0
+    """Texts that repeat a short piece over and over: wrong, whatever their answer."""
+    problems: int = 0
+    tokens: int = 0
+    forwards: int = 0
+    seconds: float = 0.0
+    latencies: list[float] = field(default_factory=list)
+    first_blocks: list[float] = field(default_factory=list)
+
+    def add(self, result: Completion, text: str, answer: int) -> None:
+        """Count one solution."""
+        self.problems += 1
+        self.solved += is_correct(text, answer)
+        self.degenerate += is_degenerate(text)
+        self.tokens += len(result.token_ids)
+        self.forwards += result.forwards
+        self.latencies.append(result.seconds)
+        self.first_blocks.append(result.first_block_s)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of problems solved."""
+        return self.solved / self.problems
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of all problems over the time of all."""
+        return self.tokens / self.seconds
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Of the denoiser; in AR mode 1."""
+        return self.tokens / self.forwards
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, rounded for reading."""
+        return {
+            "accuracy": round(self.accuracy, 4),
+            "tokens_per_s": round(self.tokens_per_s, 2),
+            "tokens_per_forward": round(self.tokens_per_forward, 3),
+            "problems": self.problems,
+            "degenerate": self.degenerate,
+            "tokens_per_solution": round(self.tokens / self.problems, 1),
+            "latency_p50_s": round(_quantile(self.latencies, 50), 4),
+            "latency_p95_s": round(_quantile(self.latencies, 95), 4),
+            "first_block_p50_s": round(_quantile(self.first_blocks, 50), 4),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Both modes at one batch size, measured in turns."""
+
+    batch: int
+    ar: Score
+    diffusion: Score
+
+    @property
+    def retention(self) -> float:
+        """Accuracy kept by diffusion, of AR's."""
+        return self.diffusion.accuracy / self.ar.accuracy if self.ar.accuracy else float("nan")
+
+    @property
+    def speedup(self) -> float:
+        """Tokens a second over AR's."""
+        return self.diffusion.tokens_per_s / self.ar.tokens_per_s
+
+    def as_json(self) -> dict[str, Any]:
+        """As `twotower eval --json` prints it."""
+        return {
+            "batch": self.batch,
+            "ar": self.ar.as_json(),
+            "diffusion": self.diffusion.as_json(),
+            "retention": round(self.retention, 4),
+            "speedup": round(self.speedup, 3),
+        }
+
+
+class Evaluation:
+    """A checkpoint, and the problems to solve with it."""
+
+    def __init__(self, config: EvalConfig) -> None:
+        """Load both towers. Raises TwoTowerError."""
+        self.engine = LocalEngine(config.checkpoint, dtype=config.dtype, device=config.device, threads=config.threads)
+        path = self.engine.checkpoint.tokenizer_path
+        if path is None:
+            raise CheckpointError(f"{config.checkpoint} has no tokenizer.json, which word problems need")
+        self._tokenizer = Tokenizer.load(path)
+        self.problems: list[Problem] = list(itertools.islice(problems("eval", config.seed), config.problems))
+        self._prompts = [self._tokenizer.encode(problem.question) for problem in self.problems]
+        eos = config.params.eos_token_ids or self.engine.limits.eos_token_ids
+        self.params = dataclasses.replace(config.params, eos_token_ids=eos)
+        check_request(self._prompts[0], self.params, self.engine.limits)
+        for mode in (Mode.AR, Mode.DIFFUSION):  # first use costs are no one's speed
+            self._solve(Score(), mode, self.params, self.problems[:2], self._prompts[:2], 1)
+
+    def compare(self, batch: int) -> Comparison:
+        """Both modes over all problems, in turns."""
+        ar, diffusion = Score(), Score()
+        for start in range(0, len(self.problems), AMONG):
+            part = slice(start, start + AMONG)
+            for mode, score in ((Mode.AR, ar), (Mode.DIFFUSION, diffusion)):
+                self._solve(score, mode, self.params, self.problems[part], self._prompts[part], batch)
+        return Comparison(batch, ar, diffusion)
+
+    def diffusion(self, params: GenerationParams, batch: int) -> Score:
+        """One setting of the diffusion mode over all problems."""
+        score = Score()
+        params = dataclasses.replace(params, eos_token_ids=self.params.eos_token_ids)
+        self._solve(score, Mode.DIFFUSION, params, self.problems, self._prompts, batch)
+        return score
+
+    def _solve(
+        self,
+        score: Score,
+        mode: Mode,
+        params: GenerationParams,
+        asked: Sequence[Problem],
+        prompts: Sequence[list[int]],
+        batch: int,
+    ) -> None:
+        params = dataclasses.replace(params, mode=mode)
+        started = time.perf_counter()
+        results = list(generate_batch(self.engine.context, self.engine.denoiser, prompts, params, batch))
+        score.seconds += time.perf_counter() - started
+        for result in results:
+            score.add(result, self._tokenizer.decode(result.token_ids), asked[result.index].answer)
+
+
+def _quantile(values: Sequence[float], percent: int) -> float:
+    """With linear interpolation; of a single value, itself."""
+    if len(values) < 2:
+        return values[0] if values else float("nan")
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
