@@ -3,10 +3,54 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
 PROTOS := $(wildcard proto/twotower/v1/*.proto)
+STUBS := services/twotower/v1
+PROTOC = $(BIN)/python -m grpc_tools.protoc -Iproto --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy
+# Small matrices: more threads than cores would only wait for one another.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint format proto proto-check
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format proto proto-check clean
 
-proto:  ## Regenerate the committed gRPC stubs
-	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=services --grpc_python_out=services \
-	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --mypy_out=services $(PROTOS)
+help:  ## Show what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+setup: $(STAMP)  ## Make .venv with everything in it
+
+# torch first, and by pip: the version is pinned, and what else needs it then takes what is there.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "twotower needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --progress-bar off torch==2.13.0
+	$(BIN)/python -m pip install --quiet --progress-bar off -e '.[dev,train]'
+	touch $@
+
+demo: setup  ## A prompt through the whole stack: text out
+	$(BIN)/twotower demo
+
+test: setup  ## All tests that take less than a minute each
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow and not gpu'
+
+lint: setup proto-check  ## ruff, mypy, and that the stubs are fresh
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## Let ruff format and sort
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: setup  ## Generate the committed gRPC stubs again
+	$(PROTOC) --python_out=services --grpc_python_out=services --mypy_out=quiet:services $(PROTOS)
+
+proto-check: setup
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && \
+	$(PROTOC) --python_out=$$fresh --grpc_python_out=$$fresh --mypy_out=quiet:$$fresh $(PROTOS) && \
+	diff -r --exclude=__init__.py --exclude=__pycache__ $$fresh/twotower/v1 $(STUBS) || \
+	{ echo "the stubs in $(STUBS) are stale: run 'make proto' and commit" >&2; exit 1; }
+
+clean:  ## Remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -9,6 +9,7 @@ TwoTowerError
 ├── Unavailable            cannot be served now; try again
 │   └── BrokerUnavailable  Redis does not answer
 ├── Overloaded             the queue is full; try again later
+├── DeadlineExceeded       the caller's deadline passed before the end
 ├── Incompatible           two processes (or a frame and a config) do not fit each other
 ├── SessionNotFound        the session has ended, or never was
 ├── LeaseLost              another worker holds the session
@@ -58,6 +59,10 @@ class Overloaded(TwoTowerError):
     """Too much is in flight; nothing was started for this request."""
 
     retry_after_s = 1
+
+
+class DeadlineExceeded(TwoTowerError):
+    """The caller gave a deadline, and it passed; what was generated until then was delivered."""
 
 
 class Incompatible(TwoTowerError):

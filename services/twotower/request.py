@@ -92,9 +92,8 @@ def check_request(prompt: Sequence[int], params: GenerationParams, limits: Model
         if not 0 <= token < limits.vocab_size:
             raise InvalidArgument("eos_token_ids", f"token {token} is outside the vocabulary [0, {limits.vocab_size})")
     if params.mode is Mode.DIFFUSION and params.block_size > limits.block_size:
-        return [
-            f"block_size {params.block_size} is above the {limits.block_size} this checkpoint was trained with: expect worse text"
-        ]
+        trained = limits.block_size
+        return [f"block_size {params.block_size} is above the {trained} this checkpoint was trained with: expect worse text"]
     return []
 
 

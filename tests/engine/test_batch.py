@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tests.support.checkpoints import write_tiny_checkpoint
 
+from tests.support.checkpoints import write_tiny_checkpoint
 from twotower.engine.batch import generate_batch
 from twotower.engine.local import LocalEngine
 from twotower.errors import InvalidArgument

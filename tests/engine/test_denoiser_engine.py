@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.support.checkpoints import write_tiny_checkpoint
 
+from tests.support.checkpoints import write_tiny_checkpoint
 from twotower.engine.local import LocalEngine
 from twotower.engine.refinement import Refinement
 from twotower.request import GenerationParams

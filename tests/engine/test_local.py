@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.checkpoints import write_tiny_checkpoint
 
+from tests.support.checkpoints import write_tiny_checkpoint
 from twotower.engine.local import Generation, LocalEngine
 from twotower.errors import InvalidArgument, NonFiniteLogits
 from twotower.request import FinishReason, GenerationParams, Mode

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+
 from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.tokenizers import VOCAB_SIZE, write_byte_tokenizer
-
 from twotower.cli.main import main
 from twotower.engine.batch import Completion
 from twotower.errors import CheckpointError, ConfigError, InvalidArgument

@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.tokenizers import VOCAB_SIZE, write_byte_tokenizer
-
 from twotower.text.tokenizer import Tokenizer
 
 BLOCK = 4

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import grpc
 import pytest
+
 from tests.support.gateways import gateway, replica
 from tests.support.scripted_context import ScriptedContext
 from tests.support.waiting import until
-
 from twotower.client.grpc_client import GatewayClient
 from twotower.errors import (
     BrokerUnavailable,

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.support.gateways import gateway
 from tests.support.scripted_context import FORWARDS, ScriptedContext
-
 from twotower.errors import InvalidArgument, Unavailable
 from twotower.events import Accepted, Block, Event, Finished
 from twotower.request import FinishReason, Mode

@@ -12,10 +12,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+
 from tests.support.gateways import RunningGateway, gateway
 from tests.support.scripted_context import FORWARDS, ScriptedContext
 from tests.support.waiting import until
-
 from twotower.errors import NonFiniteLogits, Overloaded
 from twotower.text.tokenizer import Tokenizer
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+
 from tests.support.gateways import gateway, replica
 from tests.support.scripted_context import ScriptedContext
 from tests.support.waiting import until
-
 from twotower.broker.connection import connect
 from twotower.broker.registry import Registry
 from twotower.client.grpc_client import GatewayClient

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.support.checkpoints import write_sharded_checkpoint, write_tiny_checkpoint
 
+from tests.support.checkpoints import write_sharded_checkpoint, write_tiny_checkpoint
 from twotower.errors import CheckpointError
 from twotower.model.checkpoint import Checkpoint
 

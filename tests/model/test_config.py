@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.checkpoints import TINY
 
+from tests.support.checkpoints import TINY
 from twotower.errors import CheckpointError
 from twotower.model.config import ModelConfig
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.checkpoints import write_tiny_checkpoint
 from torch import Tensor
 
+from tests.support.checkpoints import write_tiny_checkpoint
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support.checkpoints import write_sharded_checkpoint, write_tiny_checkpoint
 
+from tests.support.checkpoints import write_sharded_checkpoint, write_tiny_checkpoint
 from twotower.errors import CheckpointError, ConfigError
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.tensors import CONTEXT_PREFIXES, DENOISER_PREFIXES

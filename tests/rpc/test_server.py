@@ -31,10 +31,10 @@ class Raises(inference_pb2_grpc.InferenceServicer):
         self.error = error
         self.closed = asyncio.Event()
 
-    async def GetModel(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def GetModel(self, request: Any, context: Any) -> Any:
         raise self.error
 
-    async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
         try:
             yield inference_pb2.GenerateEvent(accepted=inference_pb2.Accepted(request_id="1"))
             if request.text == "hang":

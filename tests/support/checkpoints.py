@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
 from twotower.model.config import ModelConfig
 from twotower.model.tensors import context_tensors, denoiser_tensors
 from twotower.model.weights import save_checkpoint

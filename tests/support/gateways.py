@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.scripted_context import ScriptedContext
-
 from twotower.broker.registry import Kind, Replica
 from twotower.client.grpc_client import GatewayClient
 from twotower.gateway.config import GatewayConfig

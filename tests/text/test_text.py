@@ -8,9 +8,9 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.tokenizers import VOCAB_SIZE, write_byte_tokenizer
 from tokenizers import decoders, models
 
+from tests.support.tokenizers import VOCAB_SIZE, write_byte_tokenizer
 from twotower.errors import CheckpointError, InvalidArgument
 from twotower.text.stream import Detokenizer, TextStream
 from twotower.text.tokenizer import Tokenizer

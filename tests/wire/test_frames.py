@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.checkpoints import write_tiny_checkpoint
 
+from tests.support.checkpoints import write_tiny_checkpoint
 from twotower.engine.context_engine import ContextEngine
 from twotower.errors import Incompatible
 from twotower.model.checkpoint import Checkpoint

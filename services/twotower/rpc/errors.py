@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 
 from twotower.errors import (
+    DeadlineExceeded,
     Incompatible,
     InvalidArgument,
     LeaseLost,
@@ -33,6 +34,7 @@ _CLASSES: dict[str, type[TwoTowerError]] = {cls.__name__: cls for cls in STATUS}
 _BY_CODE: dict[grpc.StatusCode, type[TwoTowerError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.FAILED_PRECONDITION: Incompatible,
     grpc.StatusCode.UNIMPLEMENTED: Incompatible,
@@ -63,7 +65,7 @@ def error_from_rpc(rpc: grpc.aio.AioRpcError) -> TwoTowerError:
     if name is None and rpc.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "message larger than max" in details:
         return InvalidArgument("prompt", f"the request is too large ({details})")
     if name is None and rpc.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return TwoTowerError("the deadline passed before the answer came")
+        return DeadlineExceeded("the deadline passed before the answer came")
     if cls is InvalidArgument:
         field, _, problem = details.partition(": ")
         return InvalidArgument(field, problem) if problem else InvalidArgument("request", details)
