@@ -13,6 +13,7 @@ TwoTowerError
 ├── Incompatible           two processes (or a frame and a config) do not fit each other
 ├── SessionNotFound        the session has ended, or never was
 ├── LeaseLost              another worker holds the session
+├── LossNotFinite          training diverged; the last good state is kept
 └── NonFiniteLogits        the model produced NaN or infinity for this request
 """
 
@@ -75,6 +76,10 @@ class SessionNotFound(TwoTowerError):
 
 class LeaseLost(TwoTowerError):
     """The session was queued again since, or another worker is attached."""
+
+
+class LossNotFinite(TwoTowerError):
+    """The loss of a training run became NaN or infinite; the last saved state is kept."""
 
 
 class NonFiniteLogits(TwoTowerError):

@@ -14,6 +14,7 @@ from twotower.errors import (
     Incompatible,
     InvalidArgument,
     LeaseLost,
+    LossNotFinite,
     NonFiniteLogits,
     Overloaded,
     PortInUse,
@@ -48,6 +49,7 @@ STATUS: dict[type[TwoTowerError], Status] = {
     Incompatible: Status(grpc.StatusCode.FAILED_PRECONDITION, 500, "server_error"),
     SessionNotFound: Status(grpc.StatusCode.NOT_FOUND, 404, "not_found_error"),
     LeaseLost: Status(grpc.StatusCode.ABORTED, 409, "conflict_error"),
+    LossNotFinite: Status(grpc.StatusCode.INTERNAL, 500, "server_error"),
     NonFiniteLogits: Status(grpc.StatusCode.DATA_LOSS, 500, "server_error"),
 }
 

@@ -15,7 +15,7 @@ from twotower.train.context import ContextTask
 from twotower.train.corpus import Text
 from twotower.train.denoiser import DenoiserTask, draw_counts, weights_hash
 from twotower.train.forward import Usage
-from twotower.train.loop import METRICS_FILE, STATE_FILE, Loop, LoopConfig, LossNotFiniteError
+from twotower.train.loop import METRICS_FILE, STATE_FILE, Loop, LoopConfig, LossNotFinite
 from twotower.train.optim import orthogonalize
 from twotower.train.start import new_context_tower, new_denoiser_tower
 
@@ -85,7 +85,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_state(
             return torch.tensor(torch.nan), 1
 
     task.__class__ = Broken
-    with pytest.raises(LossNotFiniteError, match="step 2"):
+    with pytest.raises(LossNotFinite, match="step 2"):
         Loop(task, LoopConfig(steps=9), tmp_path).run()
     assert (tmp_path / STATE_FILE).read_bytes() == saved
 

@@ -60,6 +60,7 @@ def _add_training(parser: argparse.ArgumentParser, *, minutes: float, ema: float
     )
     parser.add_argument("--rows", type=_positive, default=16, help="texts in a batch (default 16)")
     parser.add_argument("--threads", type=_positive, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:N")
     parser.add_argument("--ema", type=float, default=ema, help=f"decay of the averaged weights a step (default {ema:g})")
     parser.add_argument("--fp32", action="store_true", help="no bf16 anywhere")
     parser.set_defaults(default_minutes=minutes)
@@ -111,4 +112,4 @@ def _config(args: argparse.Namespace) -> TrainConfig:
         bf16=not args.fp32,
         seed=args.seed,
     )
-    return TrainConfig(args.out, args.run_dir, args.corpus, args.rows, args.threads, loop)
+    return TrainConfig(args.out, args.run_dir, args.corpus, args.rows, args.threads, args.device, loop)

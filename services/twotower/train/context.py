@@ -25,6 +25,7 @@ class ContextTask:
         self.model = model
         self._source, self._tokenizer = source, tokenizer
         self._rows, self._prompt_weight, self._bf16 = rows, prompt_weight, bf16
+        self._device = model.device
         model.train()
 
     def batches(self, place: Place) -> Iterator[SequenceBatch]:
@@ -38,8 +39,8 @@ class ContextTask:
 
     def loss(self, batch: SequenceBatch, generator: torch.Generator, usage: Usage) -> tuple[Tensor, int]:
         """See `Task.loss`."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
-            logits = context_logits(self.model, batch.tokens[:, :-1], usage)
-        weights = batch.weights[:, 1:].flatten()
-        losses = F.cross_entropy(logits.flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none")
-        return (losses * weights).sum() / weights.sum(), batch.tokens.numel()
+        tokens, weights = batch.tokens.to(self._device), batch.weights[:, 1:].flatten().to(self._device)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            logits = context_logits(self.model, tokens[:, :-1], usage)
+        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        return (losses * weights).sum() / weights.sum(), tokens.numel()

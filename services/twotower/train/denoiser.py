@@ -40,6 +40,7 @@ class DenoiserTask:
         self._source, self._tokenizer = source, tokenizer
         self._rows, self._own_order, self._bf16 = rows, own_order, bf16
         self._block, self._mask_id = model.config.block_size, model.config.mask_token_id
+        self._device = model.device
         context.requires_grad_(False).eval()
         model.train()
 
@@ -54,17 +55,20 @@ class DenoiserTask:
 
     def loss(self, batch: BlockBatch, generator: torch.Generator, usage: Usage) -> tuple[Tensor, int]:
         """See `Task.loss`."""
-        clean = batch.tokens[:, batch.prompt :].unflatten(1, (-1, self._block))
-        masked = draw_counts(clean.shape[:2], self._block, generator)
-        order = torch.rand(clean.shape, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
-            seeds = block_seeds(self.context, batch.tokens, batch.prompt, self._block)
+        device = self._device
+        tokens = batch.tokens.to(device)
+        clean = tokens[:, batch.prompt :].unflatten(1, (-1, self._block))
+        # All chance is drawn on the CPU: equal for equal seeds on any device.
+        masked = draw_counts(clean.shape[:2], self._block, generator).to(device)
+        order = torch.rand(clean.shape, generator=generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
+            seeds = block_seeds(self.context, tokens, batch.prompt, self._block)
             if torch.rand((), generator=generator) < self._own_order:
                 order = self._by_certainty(clean, masked, order, seeds, generator)
             mask = order.argsort(-1).argsort(-1) < masked.unsqueeze(-1)
             noisy = clean.masked_fill(mask, self._mask_id)
             logits = block_logits(self.model, noisy, masked / self._block, seeds, usage)
-        scored = mask & batch.counts.unsqueeze(-1)
+        scored = mask & batch.counts.unsqueeze(-1).to(device)
         losses = F.cross_entropy(logits[scored], clean[scored], reduction="none")
         return losses.mean(), clean.numel()
 
@@ -75,7 +79,7 @@ class DenoiserTask:
         """Order by the model's certainty at an earlier point of the refinement: the least certain first."""
         block = self._block
         # An earlier point: between what is masked now and everything.
-        earlier = masked + ((block - masked + 1) * torch.rand(masked.shape, generator=generator)).long()
+        earlier = masked + ((block - masked + 1) * torch.rand(masked.shape, generator=generator).to(masked.device)).long()
         known = order.argsort(-1).argsort(-1) >= earlier.unsqueeze(-1)
         logits = block_logits(self.model, clean.masked_fill(~known, self._mask_id), earlier / block, seeds)
         logits[..., self._mask_id] = -torch.inf
@@ -94,5 +98,5 @@ def weights_hash(tower: ContextTower) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tower.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

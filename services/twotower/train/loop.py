@@ -14,17 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from twotower.errors import TwoTowerError
+from twotower.errors import LossNotFinite
 from twotower.train.batches import Place
 from twotower.train.forward import Usage
 from twotower.train.optim import OptimConfig, Optimizer
 
 STATE_FILE = "state.pt"
 METRICS_FILE = "metrics.jsonl"
-
-
-class LossNotFiniteError(TwoTowerError):
-    """The loss became NaN or infinite; the last saved state is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +80,7 @@ class Loop:
             self._resume()
 
     def run(self, stop_at: int | None = None) -> None:
-        """Train to the end (or to step `stop_at`), then save. Raises LossNotFiniteError."""
+        """Train to the end (or to step `stop_at`), then save. Raises LossNotFinite."""
         config, progress = self.config, self.progress
         batches = self.task.batches(self.place)
         last_save, last_log, tokens = time.monotonic(), time.monotonic(), 0
@@ -111,9 +107,7 @@ class Loop:
         usage = Usage()
         loss, count = self.task.loss(batch, generator, usage)
         if not math.isfinite(loss.item()):
-            raise LossNotFiniteError(
-                f"loss is {loss.item()} at step {self.progress.step}; the last good state is in {self.run_dir}"
-            )
+            raise LossNotFinite(f"loss is {loss.item()} at step {self.progress.step}; the last good state is in {self.run_dir}")
         loss.backward()
         norm = self.optimizer.step(self._schedule())
         self._balance(usage)
@@ -175,6 +169,7 @@ class Loop:
     def _resume(self) -> None:
         state = torch.load(self.run_dir / STATE_FILE, map_location="cpu", weights_only=True)
         self.task.model.load_state_dict(state["model"])
-        self.ema = state["ema"]
+        for name, value in state["ema"].items():
+            self.ema[name].copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress, self.place = Progress(**state["progress"]), Place(**state["place"])

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from twotower.errors import CheckpointError, ConfigError
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.config import ModelConfig
-from twotower.model.weights import export_tensors, load_context_tower, save_checkpoint
+from twotower.model.weights import export_tensors, load_context_tower, resolve_device, save_checkpoint
 from twotower.train.bpe import train_tokenizer
 from twotower.train.context import ContextTask
 from twotower.train.corpus import Source, built_in, from_jsonl
@@ -41,6 +41,8 @@ class TrainConfig:
     rows: int
     """Texts in a batch."""
     threads: int
+    device: str
+    """auto, cpu, cuda or cuda:N."""
     loop: LoopConfig
 
 
@@ -65,7 +67,7 @@ def train_context(config: TrainConfig, tokenizer_path: Path, prompt_weight: floa
     torch.set_num_threads(config.threads)
     tokenizer = _tokenizer(tokenizer_path)
     raw = {**WORD_PROBLEMS, "vocab_size": tokenizer.get_vocab_size()}
-    model = new_context_tower(ModelConfig.from_dict(raw), config.loop.seed)
+    model = new_context_tower(ModelConfig.from_dict(raw), config.loop.seed).to(resolve_device(config.device))
     source = _source(config.corpus, config.loop.seed)
     task = ContextTask(model, source, tokenizer, rows=config.rows, prompt_weight=prompt_weight, bf16=config.loop.bf16)
     loop = Loop(task, config.loop, config.run_dir)
@@ -80,9 +82,10 @@ def train_denoiser(config: TrainConfig, context_path: Path, own_order: float = 0
     checkpoint = Checkpoint.open(context_path, towers=("context",))
     if checkpoint.tokenizer_path is None:
         raise CheckpointError(f"{context_path} has no tokenizer.json")
-    context = load_context_tower(checkpoint, torch.float32, torch.device("cpu"))
+    device = resolve_device(config.device)
+    context = load_context_tower(checkpoint, torch.float32, device)
     frozen = weights_hash(context)
-    model = new_denoiser_tower(context)
+    model = new_denoiser_tower(context).to(device)
     # Other problems than the context tower was trained on: the state of a text it knows by heart is no guide.
     source = _source(config.corpus, config.loop.seed + 1)
     task = DenoiserTask(
