@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit, urlunsplit
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -17,6 +17,7 @@ from twotower.errors import BrokerUnavailable, ConfigError
 CONNECT_TIMEOUT_S = 3.0
 ANSWER_TIMEOUT_S = 10.0
 """Longer than any blocking read asks the server to wait."""
+MAX_CONNECTIONS = 16
 MIN_MAJOR = 7
 
 
@@ -26,8 +27,11 @@ async def connect(url: str) -> Redis:
     Close it with `await client.aclose()`. Raises ConfigError for a URL that is none, BrokerUnavailable.
     """
     try:
-        client = Redis.from_url(
+        pool = BlockingConnectionPool.from_url(
             url,
+            # A burst waits for a connection instead of being refused one.
+            max_connections=MAX_CONNECTIONS,
+            timeout=ANSWER_TIMEOUT_S,
             decode_responses=True,
             socket_connect_timeout=CONNECT_TIMEOUT_S,
             socket_timeout=ANSWER_TIMEOUT_S,
@@ -36,6 +40,7 @@ async def connect(url: str) -> Redis:
         )
     except ValueError as error:
         raise ConfigError(f"redis: {shown_url(url)} is no Redis URL: {error}") from None
+    client = Redis.from_pool(pool)
     try:
         with broker_errors(url):
             info = await client.info("server")

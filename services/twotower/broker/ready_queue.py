@@ -34,8 +34,9 @@ class ReadySession:
 class ReadyQueue:
     """One stream and one consumer group per checkpoint. All methods raise BrokerUnavailable."""
 
-    def __init__(self, redis: Redis, identity: str) -> None:
+    def __init__(self, redis: Redis, identity: str, claim_idle_ms: int = CLAIM_IDLE_MS) -> None:
         self._redis = redis
+        self._claim_idle_ms = claim_idle_ms
         self._stream = ready_stream(identity)
         self._next_claim = 0.0
 
@@ -55,7 +56,7 @@ class ReadyQueue:
             try:
                 now = asyncio.get_running_loop().time()
                 if now >= self._next_claim:
-                    self._next_claim = now + CLAIM_IDLE_MS / 1000
+                    self._next_claim = now + self._claim_idle_ms / 1000
                     if claimed := await self._claim(worker_id, count):
                         return claimed
                 answer: Any = await self._redis.xreadgroup(
@@ -96,7 +97,7 @@ class ReadyQueue:
                     raise
 
     async def _claim(self, worker_id: str, count: int) -> list[tuple[str, ReadySession]]:
-        answer: Any = await self._redis.xautoclaim(self._stream, GROUP, worker_id, CLAIM_IDLE_MS, count=count)
+        answer: Any = await self._redis.xautoclaim(self._stream, GROUP, worker_id, self._claim_idle_ms, count=count)
         return [_parse(entry) for entry in answer[1] if entry[1]]
 
     async def _make_group(self) -> None:
