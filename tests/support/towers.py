@@ -1,0 +1,117 @@
+"""A context service and denoiser workers in the test's own process: real gRPC, real Redis, a tiny checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from redis.asyncio import Redis
+
+from tests.support.redis_server import embedded_redis
+from twotower.broker.connection import connect
+from twotower.broker.ready_queue import ReadyQueue
+from twotower.context.loop import ContextLoop
+from twotower.context.service import ContextService
+from twotower.denoiser.loop import DenoiserLoop
+from twotower.denoiser.worker import Worker
+from twotower.engine.context_engine import ContextEngine
+from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.model.checkpoint import Checkpoint
+from twotower.model.weights import load_context_tower, load_denoiser_tower
+from twotower.request import GenerationParams
+from twotower.rpc.channel import open_channel
+from twotower.rpc.server import RpcServer
+from twotower.v1 import context_pb2, context_pb2_grpc
+from twotower.wire.params import params_to_pb
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class RunningWorker:
+    """A worker and its tasks."""
+
+    worker: Worker
+    loop: DenoiserLoop
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    async def die(self) -> None:
+        """Vanish without a word: connections cut, nothing handed back."""
+        for task in (*self.tasks, *self.worker._sessions):
+            task.cancel()
+        await asyncio.gather(*self.tasks, *self.worker._sessions, return_exceptions=True)
+        for channel in self.worker._channels.values():
+            await channel.close(None)
+
+
+class Towers:
+    """One context, any number of workers."""
+
+    def __init__(self, checkpoint: Checkpoint, service: ContextService, server: RpcServer, redis: Redis) -> None:
+        self.checkpoint = checkpoint
+        self.service = service
+        self.redis = redis
+        self.queue = ReadyQueue(redis, checkpoint.identity, claim_idle_ms=200)
+        self.channel = open_channel(server.address)
+        self.stub = context_pb2_grpc.ContextTowerStub(self.channel)
+        self.workers: list[RunningWorker] = []
+
+    def start_worker(self, slots: int = 8) -> RunningWorker:
+        """One more."""
+        loop = DenoiserLoop(DenoiserEngine(load_denoiser_tower(self.checkpoint, torch.float32, CPU)))
+        worker = Worker(self.checkpoint, loop, self.queue, f"worker-{len(self.workers)}", slots)
+        running = RunningWorker(worker, loop)
+        running.tasks = [asyncio.create_task(loop.run()), asyncio.create_task(worker.pull())]
+        self.workers.append(running)
+        return running
+
+    def open(self, prompt: list[int], params: GenerationParams, generated: int = 0) -> AsyncIterator[context_pb2.SessionEvent]:
+        """A session's events."""
+        request = context_pb2.OpenRequest(
+            request_id="test", prompt={"ids": prompt}, generated=generated, params=params_to_pb(params)
+        )
+        return self.stub.Open(request)  # type: ignore[no-any-return]
+
+    async def generate(self, prompt: list[int], params: GenerationParams) -> tuple[list[int], int]:
+        """Tokens and forwards of a whole session."""
+        tokens: list[int] = []
+        forwards = 0
+        async for event in self.open(prompt, params):
+            if event.HasField("block"):
+                tokens += event.block.token_ids
+                forwards += event.block.forwards
+        return tokens, forwards
+
+
+@asynccontextmanager
+async def towers(path: Path, max_sessions: int = 64) -> AsyncIterator[Towers]:
+    """A context that serves; everything is gone when left."""
+    checkpoint = Checkpoint.open(path)
+    async with embedded_redis() as server:
+        redis = await connect(server.url)
+        engine = ContextEngine(load_context_tower(checkpoint, torch.float32, CPU))
+        loop = ContextLoop(engine, 64)
+        rpc = RpcServer("127.0.0.1", 0)
+        service = ContextService(checkpoint, engine, loop, ReadyQueue(redis, checkpoint.identity), max_sessions)
+        context_pb2_grpc.add_ContextTowerServicer_to_server(service, rpc.server)
+        await rpc.start(["twotower.v1.ContextTower"])
+        service.address = rpc.address
+        tasks = [asyncio.create_task(loop.run()), asyncio.create_task(service.watch_queue())]
+        running = Towers(checkpoint, service, rpc, redis)
+        try:
+            yield running
+        finally:
+            for worker in running.workers:
+                await worker.die()
+            await running.channel.close(None)
+            await rpc.stop(0)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            with contextlib.suppress(Exception):
+                await redis.aclose()
