@@ -29,6 +29,8 @@ def test_corpus_tokenizer_context_denoiser(tmp_path: Path, capfd: pytest.Capture
     train("tokenizer", "--corpus", corpus, "--vocab-size", "300", "--out", tokenizer)
     short = ("--steps", "2", "--threads", "1", "--corpus", corpus, "--run-dir")
     train("context", "--tokenizer", tokenizer, "--out", str(tmp_path / "context"), *short, str(tmp_path / "run1"))
+    more = ("--init", str(tmp_path / "context"), "--muon-lr", "0.01")
+    train("context", "--tokenizer", tokenizer, "--out", str(tmp_path / "context"), *more, *short, str(tmp_path / "run1b"))
     train("denoiser", "--context", str(tmp_path / "context"), "--out", str(tmp_path / "both"), *short, str(tmp_path / "run2"))
 
     assert json.loads((tmp_path / "both/config.json").read_text())["vocab_size"] == 300

@@ -61,6 +61,10 @@ def _add_training(parser: argparse.ArgumentParser, *, minutes: float, ema: float
     parser.add_argument("--rows", type=_positive, default=16, help="texts in a batch (default 16)")
     parser.add_argument("--threads", type=_positive, default=2, help="CPU threads (default 2)")
     parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:N")
+    parser.add_argument("--init", type=Path, metavar="CKPT", help="start from this checkpoint's weights")
+    parser.add_argument("--muon-lr", type=float, default=0.02, help="peak rate for the layers' matrices (default 0.02)")
+    parser.add_argument("--adam-lr", type=float, default=3e-3, help="peak rate for everything else (default 0.003)")
+    parser.add_argument("--drill-share", type=float, default=0.3, help="drills among the built-in problems (default 0.3)")
     parser.add_argument("--ema", type=float, default=ema, help=f"decay of the averaged weights a step (default {ema:g})")
     parser.add_argument("--fp32", action="store_true", help="no bf16 anywhere")
     parser.set_defaults(default_minutes=minutes)
@@ -100,6 +104,7 @@ def _denoiser(args: argparse.Namespace) -> None:
 
 def _config(args: argparse.Namespace) -> TrainConfig:
     from twotower.train.loop import LoopConfig
+    from twotower.train.optim import OptimConfig
     from twotower.train.run import TrainConfig
 
     minutes = args.minutes
@@ -111,5 +116,8 @@ def _config(args: argparse.Namespace) -> TrainConfig:
         ema=args.ema,
         bf16=not args.fp32,
         seed=args.seed,
+        optim=OptimConfig(muon_lr=args.muon_lr, adam_lr=args.adam_lr),
     )
-    return TrainConfig(args.out, args.run_dir, args.corpus, args.rows, args.threads, args.device, loop)
+    return TrainConfig(
+        args.out, args.run_dir, args.corpus, args.rows, args.threads, args.device, loop, args.init, args.drill_share
+    )

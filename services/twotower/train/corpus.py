@@ -53,14 +53,14 @@ DRILL_SHARE = 0.3
 DRILL_SUMS = 10
 
 
-def built_in(seed: int, split: str = "train", size: int = POOL_SIZE) -> Source:
+def built_in(seed: int, split: str = "train", size: int = POOL_SIZE, drill_share: float = DRILL_SHARE) -> Source:
     """The built-in problems, with prompts that end in various ways, and among them drills of the sums they need."""
 
     def pool(number: int) -> list[Text]:
         rng = random.Random(f"prompt ends:{split}:{seed}:{number}")
         stream = problems(split, seed * 1_000_003 + number)
         ends = rng.choices([e for e, _ in PROMPT_ENDS], [w for _, w in PROMPT_ENDS], k=size)
-        return [_drill(stream) if rng.random() < DRILL_SHARE else _posed(next(stream), end) for end in ends]
+        return [_drill(stream) if rng.random() < drill_share else _posed(next(stream), end) for end in ends]
 
     return pool
 

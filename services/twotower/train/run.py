@@ -15,10 +15,10 @@ from tokenizers import Tokenizer
 from twotower.errors import CheckpointError, ConfigError
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.config import ModelConfig
-from twotower.model.weights import export_tensors, load_context_tower, resolve_device, save_checkpoint
+from twotower.model.weights import export_tensors, load_context_tower, load_denoiser_tower, resolve_device, save_checkpoint
 from twotower.train.bpe import train_tokenizer
 from twotower.train.context import ContextTask
-from twotower.train.corpus import Source, built_in, from_jsonl
+from twotower.train.corpus import DRILL_SHARE, Source, built_in, from_jsonl
 from twotower.train.denoiser import DenoiserTask, weights_hash
 from twotower.train.loop import Loop, LoopConfig
 from twotower.train.problems import problems
@@ -44,6 +44,10 @@ class TrainConfig:
     device: str
     """auto, cpu, cuda or cuda:N."""
     loop: LoopConfig
+    init: Path | None = None
+    """Checkpoint whose weights to start from, instead of fresh ones."""
+    drill_share: float = DRILL_SHARE
+    """Share of drills among the built-in problems."""
 
 
 def write_corpus(path: Path, split: str, count: int, seed: int) -> None:
@@ -56,19 +60,23 @@ def write_corpus(path: Path, split: str, count: int, seed: int) -> None:
 
 def write_tokenizer(path: Path, corpus: Path | None, vocab_size: int, seed: int) -> None:
     """Train a tokenizer on the corpus and save it as `tokenizer.json`."""
-    source = _source(corpus, seed)
+    source = _source(corpus, seed, DRILL_SHARE)
     texts = (t.prompt + t.completion for n in (TOKENIZER_POOLS if corpus is None else range(1)) for t in source(n))
     path.parent.mkdir(parents=True, exist_ok=True)
     train_tokenizer(texts, vocab_size).save(str(path))
 
 
 def train_context(config: TrainConfig, tokenizer_path: Path, prompt_weight: float = 0.1) -> None:
-    """Train a context tower from nothing; writes a checkpoint that holds it alone."""
+    """Train a context tower; writes a checkpoint that holds it alone."""
     torch.set_num_threads(config.threads)
     tokenizer = _tokenizer(tokenizer_path)
     raw = {**WORD_PROBLEMS, "vocab_size": tokenizer.get_vocab_size()}
-    model = new_context_tower(ModelConfig.from_dict(raw), config.loop.seed).to(resolve_device(config.device))
-    source = _source(config.corpus, config.loop.seed)
+    model = new_context_tower(ModelConfig.from_dict(raw), config.loop.seed)
+    if config.init is not None:
+        start = Checkpoint.open(config.init, towers=("context",))
+        model.load_state_dict(load_context_tower(start, torch.float32, torch.device("cpu")).state_dict())
+    model.to(resolve_device(config.device))
+    source = _source(config.corpus, config.loop.seed, config.drill_share)
     task = ContextTask(model, source, tokenizer, rows=config.rows, prompt_weight=prompt_weight, bf16=config.loop.bf16)
     loop = Loop(task, config.loop, config.run_dir)
     loop.run()
@@ -85,9 +93,13 @@ def train_denoiser(config: TrainConfig, context_path: Path, own_order: float = 0
     device = resolve_device(config.device)
     context = load_context_tower(checkpoint, torch.float32, device)
     frozen = weights_hash(context)
-    model = new_denoiser_tower(context).to(device)
+    model = new_denoiser_tower(context)
+    if config.init is not None:
+        start = Checkpoint.open(config.init, towers=("denoiser",))
+        model.load_state_dict(load_denoiser_tower(start, torch.float32, torch.device("cpu")).state_dict())
+    model.to(device)
     # Other problems than the context tower was trained on: the state of a text it knows by heart is no guide.
-    source = _source(config.corpus, config.loop.seed + 1)
+    source = _source(config.corpus, config.loop.seed + 1, config.drill_share)
     task = DenoiserTask(
         model,
         context,
@@ -106,8 +118,8 @@ def train_denoiser(config: TrainConfig, context_path: Path, own_order: float = 0
     _write(config.out, raw, tensors, checkpoint.tokenizer_path)
 
 
-def _source(corpus: Path | None, seed: int) -> Source:
-    return built_in(seed) if corpus is None else from_jsonl(corpus, seed)
+def _source(corpus: Path | None, seed: int, drill_share: float) -> Source:
+    return built_in(seed, drill_share=drill_share) if corpus is None else from_jsonl(corpus, seed)
 
 
 def _tokenizer(path: Path) -> Tokenizer:
