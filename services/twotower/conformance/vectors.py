@@ -42,6 +42,8 @@ def load_cases(directory: Path) -> list[Case]:
     path = directory / "cases.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, list) or not raw:
+            raise ValueError("expected a list of cases")
         return [_case(i, entry) for i, entry in enumerate(raw)]
     except (FileNotFoundError, NotADirectoryError):
         raise InvalidArgument("DIR", f"{path} does not exist") from None

@@ -1,0 +1,117 @@
+"""The command line as a user runs it: real processes, ended whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+START_S = 90
+
+
+def run_cli(*words: object, stdin: str | None = None, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
+    """`twotower WORDS`, to its end."""
+    argv = [sys.executable, "-m", "twotower.cli.main", *map(str, words)]
+    return subprocess.run(argv, input=stdin or "", capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+class Up:
+    """A running `twotower up`."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.log: list[str] = []
+        self.out: list[str] = []
+        self._readers = [
+            threading.Thread(target=self._read, args=(stream, lines), daemon=True)
+            for stream, lines in ((process.stdout, self.out), (process.stderr, self.log))
+        ]
+        for reader in self._readers:
+            reader.start()
+        self.grpc = self.http = ""
+
+    @staticmethod
+    def _read(stream: object, lines: list[str]) -> None:
+        for line in stream:  # type: ignore[attr-defined]
+            lines.append(line.rstrip())
+
+    def wait_ready(self) -> None:
+        """Until its ready line."""
+        deadline = time.monotonic() + START_S
+        while not self.out:
+            assert self.process.poll() is None, "\n".join(self.log)
+            assert time.monotonic() < deadline, "\n".join(self.log)
+            time.sleep(0.02)
+        word, grpc, http = self.out[0].split()
+        assert word == "ready"
+        self.grpc, self.http = grpc.removeprefix("grpc="), http.removeprefix("http=")
+
+    def children(self) -> dict[int, str]:
+        """Pids of its services and Redis, with their command lines."""
+        return {pid: command for pid, (parent, command) in _processes().items() if parent == self.process.pid}
+
+    def child(self, kind: str) -> int:
+        """Pid of one service of a kind."""
+        return next(pid for pid, command in self.children().items() if f"twotower.cli.main {kind} " in command)
+
+    def terminate(self) -> int:
+        """SIGTERM; its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+@contextmanager
+def up(checkpoint: Path, *options: object) -> Iterator[Up]:
+    """A stack on free ports that is ready; killed at the end if it still runs, and its children with it."""
+    argv = [sys.executable, "-m", "twotower.cli.main", "up", "--checkpoint", str(checkpoint)]
+    ports = ["--grpc-port", "0", "--http-port", "0"]
+    process = subprocess.Popen(
+        [*argv, *ports, *map(str, options)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    running = Up(process)
+    try:
+        running.wait_ready()
+        yield running
+    finally:
+        children = running.children()
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for reader in running._readers:
+            reader.join(5)
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def alive(pids: object) -> set[int]:
+    """Which of these processes still run (and are no zombies)."""
+    return {pid for pid in pids if pid in _processes()}  # type: ignore[attr-defined]
+
+
+def _processes() -> dict[int, tuple[int, str]]:
+    """pid -> (parent, command line) of all processes that run."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            stat = (entry / "stat").read_text().rpartition(")")[2].split()
+            if stat[0] != "Z":
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                found[int(entry.name)] = (int(stat[1]), command)
+    return found
