@@ -44,7 +44,7 @@ async def test_a_password() -> None:
         await client.aclose()
         with pytest.raises(BrokerUnavailable):
             await connect(server.url)
-        client = await connect(server.url.replace("redis://", "redis://:secret@"))
+        client = await connect(server.url + "?password=secret")
         assert await client.ping()
         await client.aclose()
 
@@ -52,3 +52,22 @@ async def test_a_password() -> None:
 def test_shown_urls() -> None:
     assert shown_url("redis://h:1/0") == "redis://h:1/0"
     assert shown_url("rediss://u:p@h:1/0?x=1") == "rediss://***@h:1/0?x=1"
+
+
+@pytest.mark.parametrize("url", ["redis://:se/cret@h", "redis://me:secret@[::1", "redis://h:x?password=secret"])
+async def test_a_url_that_is_none_keeps_its_password(url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        await connect(url)
+    assert "cret" not in str(caught.value)
+
+
+async def test_what_accepts_and_says_nothing() -> None:
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(listen, "127.0.0.1", 0)
+    with pytest.raises(BrokerUnavailable, match="no reply in time"):
+        await connect(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    server.close()
+    await server.wait_closed()

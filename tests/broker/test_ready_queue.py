@@ -106,3 +106,29 @@ async def test_a_server_that_is_gone() -> None:
         with pytest.raises(BrokerUnavailable):
             await call
     await client.aclose()
+
+
+async def test_a_server_that_forgets_while_a_worker_waits(redis: Redis) -> None:
+    queue = ReadyQueue(redis, "abc")
+    await _pull_some(queue, "a")
+    waiting = asyncio.create_task(queue.pull("a", 1, 5))
+    await asyncio.sleep(0.05)
+    await redis.flushall()
+    assert await waiting == []
+    await queue.push(_session(1))
+    assert await queue.pull("a", 1, 0.05) or await queue.pull("a", 1, 0.05)
+
+
+async def test_workers_that_are_gone_are_forgotten(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not one that holds an entry, which must be claimed first."""
+    queue = ReadyQueue(redis, "abc", claim_idle_ms=60_000)
+    for number, worker in enumerate(("gone", "dead")):
+        await queue.push(_session(number))
+        ((entry_id, _),) = await _pull_some(queue, worker)
+        if worker == "gone":
+            await queue.done(entry_id)
+    monkeypatch.setattr("twotower.broker.ready_queue.FORGET_IDLE_MS", 20)
+    await asyncio.sleep(0.05)
+    await ReadyQueue(redis, "abc", claim_idle_ms=60_000).pull("here", 1, 0.01)
+    workers = await redis.xinfo_consumers("twotower:abc:ready", "denoisers")
+    assert {worker["name"] for worker in workers} - {"here"} == {"dead"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 from redis.asyncio import Redis
 
@@ -40,3 +41,25 @@ async def test_who_falls_silent_expires(redis: Redis) -> None:
 async def test_other_checkpoints_are_not_listed(redis: Redis) -> None:
     await Registry(redis, "abc").announce(CONTEXT)
     assert await Registry(redis, "abd").replicas("context") == []
+
+
+async def test_nothing_is_left_of_the_dead(redis: Redis) -> None:
+    """Names of replicas that expired go when somebody looks, or when no replica is left."""
+    registry = Registry(redis, "abc")
+    await registry.announce(CONTEXT)
+    await registry.announce(dataclasses.replace(CONTEXT, name="killed"))
+    await redis.delete("twotower:abc:replica:context:killed")
+    assert await registry.replicas("context") == [CONTEXT]
+    assert await redis.smembers("twotower:abc:replicas:context") == {"c1"}  # type: ignore[misc]
+    assert 0 < await redis.pttl("twotower:abc:replicas:context") <= TTL_MS
+    await registry.withdraw(CONTEXT)
+    assert await redis.keys("*") == []
+
+
+async def test_announcements_of_other_versions(redis: Redis) -> None:
+    """One that says more is understood; one that cannot be understood is passed over."""
+    registry = Registry(redis, "abc")
+    for name, said in (("more", {**dataclasses.asdict(CONTEXT), "name": "more", "mood": "good"}), ("less", {"name": "less"})):
+        await registry.announce(dataclasses.replace(CONTEXT, name=name))
+        await redis.set(f"twotower:abc:replica:context:{name}", json.dumps(said))
+    assert await registry.replicas("context") == [dataclasses.replace(CONTEXT, name="more")]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from collections.abc import Iterator
-from urllib.parse import urlsplit, urlunsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from twotower.errors import BrokerUnavailable, ConfigError
 
@@ -38,12 +38,15 @@ async def connect(url: str) -> Redis:
             # A second try at once, for a connection that went stale; what is longer is the caller's decision.
             retry=Retry(NoBackoff(), 1),
         )
-    except ValueError as error:
-        raise ConfigError(f"redis: {shown_url(url)} is no Redis URL: {error}") from None
+    except ValueError:  # its message may hold a piece of the password
+        raise ConfigError(
+            f"redis: {shown_url(url)!r} is no Redis URL; give redis://HOST:PORT, rediss://HOST:PORT or unix:///PATH"
+        ) from None
     client = Redis.from_pool(pool)
     try:
         with broker_errors(url):
-            info = await client.info("server")
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):  # a server that is there answers at once
+                info = await client.info("server")
             version = str(info.get("valkey_version") or info.get("redis_version") or "")
             if int((re.match(r"\d+", version) or ["0"])[0]) < MIN_MAJOR:
                 raise BrokerUnavailable(
@@ -57,10 +60,8 @@ async def connect(url: str) -> Redis:
 
 def shown_url(url: str) -> str:
     """`url` without its password."""
-    parts = urlsplit(url)
-    if "@" not in parts.netloc:
-        return url
-    return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))
+    # By pattern, not by parsing: a password that makes the URL invalid must not be shown either.
+    return re.sub(r"(password=)[^&]*", r"\1***", re.sub(r"//.*@", "//***@", url))
 
 
 @contextlib.contextmanager
@@ -70,5 +71,6 @@ def broker_errors(url: str | None = None) -> Iterator[None]:
         yield
     except (RedisError, OSError) as error:
         where = f" at {shown_url(url)}" if url else ""
-        reason = str(error) or type(error).__name__
-        raise BrokerUnavailable(f"Redis{where} does not answer: {reason}") from None
+        reason = str(error) or "no reply in time"
+        refused = isinstance(error, AuthenticationError | ResponseError)
+        raise BrokerUnavailable(f"Redis{where} {'refuses' if refused else 'does not answer'}: {reason}") from None

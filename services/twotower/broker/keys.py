@@ -10,6 +10,11 @@ def ready_stream(identity: str) -> str:
     return f"{PREFIX}:{identity}:ready"
 
 
+def replicas(identity: str, kind: str) -> str:
+    """Set of the names of replicas, of which some may have died."""
+    return f"{PREFIX}:{identity}:replicas:{kind}"
+
+
 def replica(identity: str, kind: str, name: str) -> str:
     """One replica's announcement; it expires unless renewed."""
     return f"{PREFIX}:{identity}:replica:{kind}:{name}"

@@ -19,6 +19,18 @@ from twotower.broker.keys import ready_stream
 GROUP = "denoisers"
 CLAIM_IDLE_MS = 5_000
 """An entry that was delivered this long ago and never taken off belongs to a worker that died."""
+FORGET_IDLE_MS = 3_600_000
+"""A worker that was given nothing this long, and holds nothing, may be gone; if not, it is known again with its next entry."""
+FORGET_WORKERS = """
+for _, worker in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
+    local is = {}
+    for i = 1, #worker, 2 do is[worker[i]] = worker[i + 1] end
+    if is.pending == 0 and is.idle > tonumber(ARGV[2]) then
+        redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], is.name)
+    end
+end
+"""
+"""In the server, so that no entry is delivered in between: it would be lost with its worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +71,12 @@ class ReadyQueue:
                     self._next_claim = now + self._claim_idle_ms / 1000
                     if claimed := await self._claim(worker_id, count):
                         return claimed
+                    await self._forget_workers()
                 answer: Any = await self._redis.xreadgroup(
                     GROUP, worker_id, {self._stream: ">"}, count=count, block=max(1, round(wait_s * 1000))
                 )
             except ResponseError as error:
-                if not str(error).startswith("NOGROUP"):
+                if not str(error).startswith(("NOGROUP", "UNBLOCKED")):  # UNBLOCKED: lost it while we waited
                     raise
                 await self._make_group()  # the first worker ever, or Redis lost it
                 return []
@@ -87,18 +100,13 @@ class ReadyQueue:
         with broker_errors():
             return int(await self._redis.xlen(self._stream))
 
-    async def forget_worker(self, worker_id: str) -> None:
-        """Remove a worker that leaves from the group; what it still holds can be claimed no more, so give it back first."""
-        with broker_errors():
-            try:
-                await self._redis.xgroup_delconsumer(self._stream, GROUP, worker_id)
-            except ResponseError as error:
-                if not str(error).startswith("NOGROUP"):
-                    raise
-
     async def _claim(self, worker_id: str, count: int) -> list[tuple[str, ReadySession]]:
         answer: Any = await self._redis.xautoclaim(self._stream, GROUP, worker_id, self._claim_idle_ms, count=count)
         return [_parse(entry) for entry in answer[1] if entry[1]]
+
+    async def _forget_workers(self) -> None:
+        """Names of workers that are gone would pile up, one for each that ever was."""
+        await self._redis.eval(FORGET_WORKERS, 1, self._stream, GROUP, FORGET_IDLE_MS)
 
     async def _make_group(self) -> None:
         try:

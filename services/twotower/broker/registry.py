@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from redis.asyncio import Redis
 
@@ -42,20 +42,41 @@ class Registry:
 
     async def announce(self, replica: Replica) -> None:
         """Say that `replica` lives, for the next `TTL_MS`."""
+        names = keys.replicas(self._identity, replica.kind)
         with broker_errors():
-            await self._redis.set(self._key(replica), json.dumps(dataclasses.asdict(replica)), px=TTL_MS)
+            async with self._redis.pipeline(transaction=False) as pipe:
+                pipe.set(self._key(replica), json.dumps(dataclasses.asdict(replica)), px=TTL_MS)
+                pipe.sadd(names, replica.name)
+                pipe.pexpire(names, TTL_MS)  # with the last replica goes all
+                await pipe.execute()
 
     async def withdraw(self, replica: Replica) -> None:
         """It takes no more work."""
         with broker_errors():
-            await self._redis.delete(self._key(replica))
+            async with self._redis.pipeline(transaction=False) as pipe:
+                pipe.delete(self._key(replica))
+                pipe.srem(keys.replicas(self._identity, replica.kind), replica.name)
+                await pipe.execute()
 
-    async def replicas(self, kind: str) -> list[Replica]:
-        """All that live, by name."""
+    async def replicas(self, kind: Kind) -> list[Replica]:
+        """All that live, by name. The cost grows with their number, not with what else the server holds."""
+        index = keys.replicas(self._identity, kind)
         with broker_errors():
-            names = [key async for key in self._redis.scan_iter(match=keys.replica(self._identity, kind, "*"), count=1000)]
-            values = await self._redis.mget(names) if names else []
-        return sorted((Replica(**json.loads(value)) for value in values if value), key=lambda replica: replica.name)
+            members: Any = await self._redis.smembers(index)
+            names = sorted(members)
+            values = await self._redis.mget([keys.replica(self._identity, kind, name) for name in names]) if names else []
+            if dead := [name for name, value in zip(names, values, strict=True) if value is None]:
+                await self._redis.srem(index, *dead)  # one that lives after all is back within a second
+        return [replica for value in values if value is not None and (replica := _parse(value)) is not None]
 
     def _key(self, replica: Replica) -> str:
         return keys.replica(self._identity, replica.kind, replica.name)
+
+
+def _parse(value: str | bytes) -> Replica | None:
+    """A replica as announced, also by a newer version that says more; None if it is none of ours."""
+    try:
+        said = json.loads(value)
+        return Replica(**{field.name: said[field.name] for field in dataclasses.fields(Replica)})
+    except (ValueError, KeyError, TypeError):
+        return None

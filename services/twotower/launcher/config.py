@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,10 @@ class UpConfig:
                 raise ConfigError(f"{name}: must be at least {least}, not {getattr(self, name)}")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads: must be at least 1, not {self.threads}")
+        if not (self.drain_s >= 0 and math.isfinite(self.drain_s)):  # also refuses NaN
+            raise ConfigError(f"drain: must be a finite number of seconds, not {self.drain_s}")
+        if self.grpc_port == self.http_port != 0:
+            raise ConfigError(f"http_port: {self.http_port} is the gRPC port; the two need one each")
 
     @property
     def tower_threads(self) -> int:

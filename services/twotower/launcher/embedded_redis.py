@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-import socket
 import tempfile
 from pathlib import Path
 
@@ -19,10 +18,12 @@ from twotower.launcher.process import Say, ServiceProcess
 
 START_S = 10.0
 POLL_S = 0.02
+MAX_PARENT = 60
+"""Characters of a temporary directory's path; a socket's must stay below 108."""
 
 
 class EmbeddedRedis:
-    """Listens on a loopback port, keeps nothing on disk, and is gone with its parent."""
+    """Listens on a socket that is its user's alone, keeps nothing on disk, and is gone with its parent."""
 
     def __init__(self, say: Say) -> None:
         self._say = say
@@ -36,12 +37,13 @@ class EmbeddedRedis:
             binary = get_binary_path()
         except ValkeyBinaryNotFoundError as error:
             raise ServiceFailed(f"no embedded Redis on this platform; give one with --redis URL ({error})") from None
-        self._directory = Path(tempfile.mkdtemp(prefix="twotower-redis-"))
-        port = _free_port()
-        self.url = f"redis://127.0.0.1:{port}"
+        parent = None if len(tempfile.gettempdir()) <= MAX_PARENT else "/tmp"
+        self._directory = Path(tempfile.mkdtemp(prefix="twotower-redis-", dir=parent))
+        socket = self._directory / "redis.sock"
+        self.url = f"unix://{socket}"
         options = {
-            "bind": "127.0.0.1",
-            "port": port,
+            "port": 0,  # no TCP: no port to lose to another process, and no other user can connect
+            "unixsocket": socket,
             "save": "",
             "appendonly": "no",
             "dir": self._directory,
@@ -52,7 +54,7 @@ class EmbeddedRedis:
         await self.restart()
 
     async def restart(self) -> None:
-        """Start it on the same port; what it held is gone. Raises ServiceFailed."""
+        """Start it at the same place; what it held is gone. Raises ServiceFailed."""
         assert self.process is not None
         await self.process.start()
         ended = asyncio.create_task(self.process.wait())
@@ -82,10 +84,3 @@ class EmbeddedRedis:
             return False
         finally:
             await client.aclose()
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import os
 import signal
 import sys
 from asyncio.subprocess import Process
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from twotower.errors import ServiceFailed
 
@@ -30,6 +32,7 @@ class ServiceProcess:
         self._say = say
         self._process: Process | None = None
         self._tail: list[str] = []
+        self._starting = False
         self._relay: asyncio.Task[None] | None = None
         self._drain: asyncio.Task[None] | None = None
 
@@ -40,7 +43,7 @@ class ServiceProcess:
 
     async def start(self) -> None:
         """Spawn it. Raises ServiceFailed."""
-        self._tail = []
+        self._tail, self._starting = [], True
         try:
             self._process = await asyncio.create_subprocess_exec(
                 *self.argv,
@@ -50,7 +53,7 @@ class ServiceProcess:
                 limit=LINE_BYTES,
                 # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which drains in order.
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=partial(_die_with_parent, os.getpid()),
             )
         except OSError as error:
             raise ServiceFailed(f"{self.name} cannot be started: {error}") from None
@@ -65,6 +68,7 @@ class ServiceProcess:
                 while line := await process.stdout.readline():
                     words = line.decode(errors="replace").split()
                     if words[:1] == ["ready"]:
+                        self._starting = False
                         self._drain = asyncio.create_task(_discard(process.stdout))
                         return dict(word.split("=", 1) for word in words[1:] if "=" in word)
         except TimeoutError:
@@ -118,7 +122,9 @@ class ServiceProcess:
         while line := await _readline(process.stderr):
             text = line.decode(errors="replace").rstrip()
             self._tail = [*self._tail[-TAIL + 1 :], text]
-            self._say(f"[{self.name}] {text}")
+            # Why it did not start is for whoever started it to say (`explain`), once.
+            if not (self._starting and text.startswith("error: ")):
+                self._say(f"[{self.name}] {text}")
 
 
 async def _readline(stream: asyncio.StreamReader) -> bytes:
@@ -138,7 +144,9 @@ async def _discard(stream: asyncio.StreamReader) -> None:
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """In the child, before exec: SIGKILL it when its parent dies, however that happens (Linux)."""
     if _LIBC is not None:
         _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before it could be watched
+            os._exit(1)

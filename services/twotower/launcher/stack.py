@@ -80,7 +80,8 @@ class Stack:
         for task in self._watchers:
             task.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
-        grace = self._config.drain_s + KILL_AFTER_S
+        # Before the start is over there is nothing to drain, only towers that may load for a long time yet.
+        grace = KILL_AFTER_S + (self._config.drain_s if self.grpc_address else 0)
         if self.gateway is not None:
             await self.gateway.stop(grace)
         await asyncio.gather(*(service.stop(grace) for service in self.towers))
