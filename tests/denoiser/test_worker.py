@@ -1,0 +1,138 @@
+"""A worker and its slots: how many sessions it takes, and how it gets rid of those it cannot serve."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.towers import RunningWorker, Towers, towers
+from tests.support.waiting import until
+from twotower.broker.ready_queue import ReadySession
+from twotower.engine.local import LocalEngine
+from twotower.request import GenerationParams
+from twotower.rpc.server import RpcServer
+from twotower.v1 import context_pb2, context_pb2_grpc
+from twotower.wire.params import params_to_pb
+
+PARAMS = GenerationParams(max_tokens=60, gamma=0.3)
+LONG = GenerationParams(max_tokens=96, gamma=0.9)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def local(path: Path) -> LocalEngine:
+    return LocalEngine(path, threads=1)
+
+
+@pytest.fixture
+async def stack(path: Path) -> AsyncIterator[Towers]:
+    async with towers(path) as running:
+        yield running
+
+
+async def _still_works(stack: Towers, worker: RunningWorker, local: LocalEngine) -> None:
+    """Nothing is left of what came before, and a session is served."""
+    assert (await stack.generate([5, 6], PARAMS))[0] == local.generate([5, 6], PARAMS).token_ids
+    async with asyncio.timeout(20):
+        while await stack.queue.depth():
+            await asyncio.sleep(0.01)
+    await until(lambda: worker.worker.load == 0)
+
+
+async def test_no_more_sessions_than_slots(stack: Towers, local: LocalEngine) -> None:
+    worker = stack.start_worker(slots=2)
+    most = 0
+    start = worker.loop.engine.start
+
+    def watch(*args: Any) -> Any:
+        nonlocal most
+        most = max(most, worker.worker.load, sum(live.worker_id is not None for live in stack.service.sessions))
+        return start(*args)
+
+    worker.loop.engine.start = watch  # type: ignore[method-assign]
+    requests = [([5 + i], dataclasses.replace(LONG, seed=i)) for i in range(5)]
+    results = await asyncio.gather(*(stack.generate(*request) for request in requests))
+    assert [tokens for tokens, _ in results] == [local.generate(*request).token_ids for request in requests]
+    assert most == 2
+
+
+async def test_entries_that_lead_nowhere(stack: Towers, local: LocalEngine) -> None:
+    """A session that is over, a context that is gone: taken off, and the next one is served."""
+    for address in (stack.service.address, "127.0.0.1:1"):
+        await stack.queue.push(ReadySession("nobody", 1, address))
+    worker = stack.start_worker(slots=1)
+    await _still_works(stack, worker, local)
+
+
+async def test_a_drain_without_sessions_is_over_at_once(stack: Towers) -> None:
+    worker = stack.start_worker()
+    worker.tasks[1].cancel()
+    async with asyncio.timeout(5):
+        await worker.worker.drain(60)
+
+
+class WrongContext(context_pb2_grpc.ContextTowerServicer):
+    """Answers every attach with the same messages, then waits."""
+
+    def __init__(self, messages: list[context_pb2.ContextMessage]) -> None:
+        self._messages = messages
+
+    async def Attach(self, requests: Any, context: Any) -> AsyncIterator[context_pb2.ContextMessage]:
+        for message in self._messages:
+            yield message
+        await asyncio.Event().wait()
+
+
+@asynccontextmanager
+async def _wrong_context(messages: list[context_pb2.ContextMessage]) -> AsyncIterator[str]:
+    server = RpcServer("127.0.0.1", 0)
+    context_pb2_grpc.add_ContextTowerServicer_to_server(WrongContext(messages), server.server)
+    await server.start(["twotower.v1.ContextTower"])
+    yield server.address
+    await server.stop(0)
+
+
+def _frame(**fields: Any) -> context_pb2.ContextMessage:
+    return context_pb2.ContextMessage(frames={"frames": [{"name": "conv", "layer": 0, **fields}]})
+
+
+ATTACHED = context_pb2.ContextMessage(attached=context_pb2.Attached(params=params_to_pb(PARAMS), length=1))
+REFINE = context_pb2.ContextMessage(refine=context_pb2.Refine(generated=0, length=1))
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([REFINE], "expected attached"),
+        ([ATTACHED, REFINE], "frame 'conv' of layer 0: missing"),
+        ([ATTACHED, _frame(dtype=2, shape=[1])], "frame 'conv' of layer 0: dtype"),
+        ([ATTACHED, _frame(dtype=1, shape=[1])], "frame 'conv' of layer 0: shape"),
+        ([ATTACHED, _frame(name="weights")], "frame 'weights' of layer 0: not expected"),
+        ([ATTACHED, ATTACHED], "expected frames, refine or end"),
+    ],
+)
+async def test_a_context_that_speaks_nonsense(
+    stack: Towers,
+    local: LocalEngine,
+    messages: list[context_pb2.ContextMessage],
+    said: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING)
+    worker = stack.start_worker(slots=1)
+    async with _wrong_context(messages) as address:
+        await stack.queue.push(ReadySession("odd", 1, address))
+        await until(lambda: any("session odd left: " in record.message and said in record.message for record in caplog.records))
+        await _still_works(stack, worker, local)
