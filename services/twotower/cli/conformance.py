@@ -7,8 +7,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from twotower.cli.options import add_stack_size
-from twotower.errors import ConfigError
+from twotower.cli.options import add_stack_size, check_at_least_one, check_target
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,8 +31,9 @@ def run(args: argparse.Namespace) -> int:
     from twotower.launcher.config import UpConfig
     from twotower.launcher.stack import stack
 
-    if args.concurrency < 1:
-        raise ConfigError(f"concurrency: must be at least 1, not {args.concurrency}")
+    check_at_least_one(args, "concurrency")
+    if args.target is not None:
+        check_target(args.target)
 
     async def run_services(directory: Path) -> Tally:
         config = UpConfig(directory, contexts=args.contexts, denoisers=args.denoisers, dtype="float32")
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     total = Tally()
     for directory in args.directories:
-        if args.target:
+        if args.target is not None:
             tally = asyncio.run(run_target(directory, args.target, args.concurrency, print))
         elif args.services:
             tally = asyncio.run(run_services(directory))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
-from twotower.cli.options import DEFAULT_TARGET, add_checkpoint, add_place
+from twotower.cli.options import DEFAULT_TARGET, add_checkpoint, add_place, check_at_least_one, check_target
 from twotower.errors import InvalidArgument, Unavailable
 from twotower.events import Accepted, Block, Event, Finished
 from twotower.request import Mode
@@ -52,6 +52,8 @@ async def _generate(args: argparse.Namespace) -> None:
     prompt = _prompt(args)
     if args.mode == Mode.MOCK_AR.value and not args.local:
         raise InvalidArgument("mode", "mock-ar exists only with --local")
+    check_at_least_one(args, "threads")
+    check_target(args.target)
     result = _Result(stream=not args.json)
     try:
         async for event in _local(args, prompt) if args.local else _remote(args, prompt):

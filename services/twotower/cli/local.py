@@ -9,15 +9,16 @@ from pathlib import Path
 from twotower.engine.local import LocalEngine
 from twotower.events import Accepted, Block, Event, Finished
 from twotower.gateway.request import Request, check_unresolved, resolve
+from twotower.model.checkpoint import Checkpoint
 from twotower.request import FinishReason, check_request
 from twotower.text.stream import TextStream
 from twotower.text.tokenizer import Tokenizer
 
 
 def generate(checkpoint: Path, request: Request, *, dtype: str, device: str, threads: int | None) -> Iterator[Event]:
-    """Load both towers and generate. Raises TwoTowerError; what is wrong with the request, once the checkpoint is known."""
-    engine = LocalEngine(checkpoint, dtype=dtype, device=device, threads=threads)
-    path, limits = engine.checkpoint.tokenizer_path, engine.limits
+    """Check the request against the checkpoint's headers, then load both towers and generate. Raises TwoTowerError."""
+    headers = Checkpoint.open(checkpoint)
+    path, limits = headers.tokenizer_path, headers.limits
     tokenizer = Tokenizer.load(path) if path is not None else None
     check_unresolved(request, tokenizer is not None)
     if isinstance(request.prompt, str):
@@ -28,6 +29,7 @@ def generate(checkpoint: Path, request: Request, *, dtype: str, device: str, thr
     params = resolve(request, len(prompt), limits)
     warnings = check_request(prompt, params, limits)
     text = TextStream(tokenizer, request.stop, (*limits.eos_token_ids, limits.mask_token_id)) if tokenizer else None
+    engine = LocalEngine(checkpoint, dtype=dtype, device=device, threads=threads)
     yield Accepted("local", len(prompt), tuple(warnings))
     started = time.perf_counter()
     tokens = forwards = blocks = 0

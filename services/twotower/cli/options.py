@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
+
+from twotower.errors import ConfigError, InvalidArgument
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "word-problems"
 """The small checkpoint that ships with the package."""
@@ -40,3 +43,24 @@ def add_stack_size(parser: argparse.ArgumentParser) -> None:
     """``--contexts N``, ``--denoisers N``."""
     parser.add_argument("--contexts", type=int, default=1, metavar="N", help="context replicas (default 1)")
     parser.add_argument("--denoisers", type=int, default=1, metavar="N", help="denoiser workers (default 1)")
+
+
+def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Raise ConfigError unless each of these options, where given, is at least 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}: must be at least 1, not {value}")
+
+
+def check_drain(args: argparse.Namespace) -> None:
+    """Raise ConfigError unless ``--drain`` is a time."""
+    if not (args.drain >= 0 and math.isfinite(args.drain)):  # also refuses NaN
+        raise ConfigError(f"drain: must be a finite number of seconds, not {args.drain}")
+
+
+def check_target(target: str) -> None:
+    """Raise InvalidArgument unless `target` is HOST:PORT."""
+    host, _, port = target.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
+        raise InvalidArgument("target", f"must be HOST:PORT, not {target!r}")

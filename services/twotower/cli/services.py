@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from twotower.cli.options import DEFAULT_REDIS, add_checkpoint, add_drain, add_place
-from twotower.errors import ConfigError
+from twotower.cli.options import DEFAULT_REDIS, add_checkpoint, add_drain, add_place, check_at_least_one, check_drain
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -38,7 +37,8 @@ def run_gateway(args: argparse.Namespace) -> None:
     from twotower.gateway.config import GatewayConfig
     from twotower.gateway.main import run
 
-    _at_least_one(args, "max_in_flight")
+    check_at_least_one(args, "max_in_flight")
+    check_drain(args)
     config = GatewayConfig(
         checkpoint=args.checkpoint,
         redis_url=args.redis,
@@ -57,7 +57,8 @@ def run_context(args: argparse.Namespace) -> None:
     from twotower.context.config import ContextConfig
     from twotower.context.main import run
 
-    _at_least_one(args, "threads", "max_sessions", "prefill_chunk")
+    check_at_least_one(args, "threads", "max_sessions", "prefill_chunk")
+    check_drain(args)
     config = ContextConfig(
         checkpoint=args.checkpoint,
         redis_url=args.redis,
@@ -79,7 +80,8 @@ def run_denoiser(args: argparse.Namespace) -> None:
     from twotower.denoiser.config import DenoiserConfig
     from twotower.denoiser.main import run
 
-    _at_least_one(args, "threads", "slots")
+    check_at_least_one(args, "threads", "slots")
+    check_drain(args)
     config = DenoiserConfig(
         checkpoint=args.checkpoint,
         redis_url=args.redis,
@@ -106,9 +108,3 @@ def _add(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: st
 def _add_tower(parser: argparse.ArgumentParser) -> None:
     add_place(parser)
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
-
-
-def _at_least_one(args: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        if getattr(args, name) < 1:
-            raise ConfigError(f"{name}: must be at least 1, not {getattr(args, name)}")
