@@ -46,7 +46,7 @@ async def _still_works(stack: Towers, worker: RunningWorker, local: LocalEngine)
     """Nothing is left of what came before, and a session is served."""
     assert (await stack.generate([5, 6], PARAMS))[0] == local.generate([5, 6], PARAMS).token_ids
     async with asyncio.timeout(20):
-        while await stack.queue.depth():
+        while await stack.queue.depth():  # noqa: ASYNC110  # the queue is in another process
             await asyncio.sleep(0.01)
     await until(lambda: worker.worker.load == 0)
 
