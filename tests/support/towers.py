@@ -26,6 +26,7 @@ from twotower.model.weights import load_context_tower, load_denoiser_tower
 from twotower.request import GenerationParams
 from twotower.rpc.channel import open_channel
 from twotower.rpc.server import RpcServer
+from twotower.tasks import end_tasks
 from twotower.v1 import context_pb2, context_pb2_grpc
 from twotower.wire.params import params_to_pb
 
@@ -42,9 +43,7 @@ class RunningWorker:
 
     async def die(self) -> None:
         """Vanish without a word: connections cut, nothing handed back."""
-        for task in (*self.tasks, *self.worker._sessions):
-            task.cancel()
-        await asyncio.gather(*self.tasks, *self.worker._sessions, return_exceptions=True)
+        await end_tasks(*self.tasks, *self.worker._sessions)
         for channel in self.worker._channels.values():
             await channel.close(None)
 
@@ -110,8 +109,6 @@ async def towers(path: Path, max_sessions: int = 64) -> AsyncIterator[Towers]:
                 await worker.die()
             await running.channel.close(None)
             await rpc.stop(0)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end_tasks(*tasks)
             with contextlib.suppress(Exception):
                 await redis.aclose()

@@ -21,6 +21,7 @@ from twotower.model.weights import load_context_tower, resolve_device, resolve_d
 from twotower.request import GenerationParams
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
+from twotower.tasks import end_tasks, until_stopped
 from twotower.v1 import context_pb2, context_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ async def _serve(
     tasks = [asyncio.create_task(work) for work in (loop.run(), service.watch_queue(), heartbeat(registry, describe))]
     await server.set_serving(True)
     print(f"ready grpc={server.address}", flush=True)
-    await stop.wait()
+    await until_stopped(stop, *tasks)
     log.info("draining %d sessions", len(service.sessions))
     service.draining = True
     await server.set_serving(False)
@@ -84,9 +85,7 @@ async def _serve(
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(service.sessions.empty.wait(), config.drain_s)
     await server.stop(0.5)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await end_tasks(*tasks)
 
 
 def _warm_up(engine: ContextEngine) -> None:

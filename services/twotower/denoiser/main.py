@@ -24,6 +24,7 @@ from twotower.model.weights import load_denoiser_tower, resolve_device, resolve_
 from twotower.request import GenerationParams
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
+from twotower.tasks import end_tasks, until_stopped
 
 log = logging.getLogger(__name__)
 
@@ -70,20 +71,18 @@ async def _work(
         )
 
     await registry.announce(describe())
-    engine_task, pull_task = asyncio.create_task(loop.run()), asyncio.create_task(worker.pull())
-    beat_task = asyncio.create_task(heartbeat(registry, describe))
+    running = asyncio.create_task(loop.run())
+    pulling, beating = asyncio.create_task(worker.pull()), asyncio.create_task(heartbeat(registry, describe))
     await server.set_serving(True)
     print(f"ready grpc={server.address}", flush=True)
-    await stop.wait()
+    await until_stopped(stop, running, pulling, beating)
     log.info("draining %d sessions", worker.load)
     await server.set_serving(False)
-    for task in (pull_task, beat_task):
-        task.cancel()
+    await end_tasks(pulling, beating)
     with contextlib.suppress(Exception):
         await registry.withdraw(describe())
     await worker.drain(config.drain_s)
-    engine_task.cancel()
-    await asyncio.gather(engine_task, pull_task, beat_task, return_exceptions=True)
+    await end_tasks(running)
     await server.stop(0.5)
 
 

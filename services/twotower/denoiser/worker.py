@@ -15,6 +15,7 @@ from twotower.errors import BrokerUnavailable, TwoTowerError
 from twotower.model.checkpoint import Checkpoint
 from twotower.rpc.channel import open_channel
 from twotower.rpc.errors import error_from_rpc
+from twotower.tasks import end_tasks
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +59,11 @@ class Worker:
                 task.add_done_callback(self._leave)
 
     async def drain(self, timeout_s: float) -> None:
-        """Hand every session back at its next block border. `pull` must have been cancelled."""
+        """Hand every session back at its next block border. `pull` must have ended."""
         self._drain.set()
         if self._sessions:
             await asyncio.wait(self._sessions, timeout=timeout_s)
-        for task in self._sessions:
-            task.cancel()
-        await asyncio.gather(*self._sessions, return_exceptions=True)
+        await end_tasks(*self._sessions)
         for channel in self._channels.values():
             await channel.close(None)
 

@@ -22,6 +22,7 @@ from twotower.gateway.replicas import ReplicaPool, ReplicaSource
 from twotower.model.checkpoint import Checkpoint
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
+from twotower.tasks import end_tasks, until_stopped
 from twotower.text.tokenizer import Tokenizer
 from twotower.v1 import inference_pb2_grpc
 
@@ -71,11 +72,11 @@ async def serve(
 
         ready = asyncio.Event()
         watch = asyncio.create_task(pool.watch(_Readiness(core, pool, metrics, rpc, ready)))
-        stack.callback(watch.cancel)
+        stack.push_async_callback(end_tasks, watch)
         if await _first(ready, stop):
             announce(f"ready grpc={rpc.address} http={http.address}")
-            await stop.wait()
-        watch.cancel()
+            await until_stopped(stop, watch)
+        await end_tasks(watch)
         await rpc.set_serving(False)
         await core.drain(config.drain_s)
 

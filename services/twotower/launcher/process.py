@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import sys
 from asyncio.subprocess import Process
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from twotower.errors import ServiceFailed
+from twotower.launcher import leash
 
-PR_SET_PDEATHSIG = 1
 LINE_BYTES = 1 << 20
 TAIL = 20
 """Lines of stderr that are kept to explain a death."""
@@ -46,14 +44,13 @@ class ServiceProcess:
         self._tail, self._starting = [], True
         try:
             self._process = await asyncio.create_subprocess_exec(
-                *self.argv,
+                *_leashed(self.argv),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
                 limit=LINE_BYTES,
                 # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which drains in order.
                 start_new_session=True,
-                preexec_fn=partial(_die_with_parent, os.getpid()),
             )
         except OSError as error:
             raise ServiceFailed(f"{self.name} cannot be started: {error}") from None
@@ -141,12 +138,6 @@ async def _discard(stream: asyncio.StreamReader) -> None:
         pass
 
 
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def _die_with_parent(parent: int) -> None:
-    """In the child, before exec: SIGKILL it when its parent dies, however that happens (Linux)."""
-    if _LIBC is not None:
-        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before it could be watched
-            os._exit(1)
+def _leashed(argv: Sequence[str]) -> list[str]:
+    """`argv` such that it cannot outlive this process. -I -S: the leash needs nothing, and starts in milliseconds."""
+    return [sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), *argv]

@@ -15,6 +15,7 @@ from twotower.launcher.embedded_redis import EmbeddedRedis
 from twotower.launcher.process import Say, ServiceProcess
 from twotower.model.checkpoint import Checkpoint
 from twotower.rpc.address import check_port
+from twotower.tasks import end_tasks
 
 MAX_RESTARTS = 3
 RESTART_WINDOW_S = 60.0
@@ -60,9 +61,7 @@ class Stack:
         try:
             *_, addresses = await asyncio.gather(*starting)
         finally:
-            for task in starting:
-                task.cancel()
-            await asyncio.gather(*starting, return_exceptions=True)
+            await end_tasks(*starting)
         self.grpc_address, self.http_address = addresses["grpc"], addresses["http"]
         # Restarted, the gateway must be where its clients know it to be.
         for option, address in (("--grpc-port", self.grpc_address), ("--http-port", self.http_address)):
@@ -77,9 +76,7 @@ class Stack:
 
     async def stop(self) -> None:
         """Drain: first the gateway, which stops taking requests and sees its own through, then the towers, then Redis."""
-        for task in self._watchers:
-            task.cancel()
-        await asyncio.gather(*self._watchers, return_exceptions=True)
+        await end_tasks(*self._watchers)
         # Before the start is over there is nothing to drain, only towers that may load for a long time yet.
         grace = KILL_AFTER_S + (self._config.drain_s if self.grpc_address else 0)
         if self.gateway is not None:

@@ -1,0 +1,33 @@
+"""Background tasks that live as long as their service: none may die unnoticed, and all must end."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+AGAIN_S = 0.05
+
+
+async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks until they have ended; what they ended with is dropped.
+
+    Once is not enough: a library that is cancelled while it connects or waits for a lock may take that as its own
+    affair and go on, and a loop around it would then run for ever.
+    """
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=AGAIN_S)
+    await asyncio.gather(*tasks, return_exceptions=True)  # so that no exception is reported as never retrieved
+
+
+async def until_stopped(stop: asyncio.Event, *tasks: asyncio.Task[Any]) -> None:
+    """Wait for `stop`. A task that ends before takes the service with it: raises what it raised."""
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        done, _ = await asyncio.wait((stopping, *tasks), return_when=asyncio.FIRST_COMPLETED)
+        for task in done - {stopping}:
+            task.result()
+            raise RuntimeError(f"{task.get_coro()} ended while the service runs")
+    finally:
+        await end_tasks(stopping)
