@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from typing import Any
 
 from twotower.cli.options import DEFAULT_TARGET, add_checkpoint, add_place, check_at_least_one, check_target
@@ -45,10 +45,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> None:
     """Generate and print."""
-    asyncio.run(_generate(args))
-
-
-async def _generate(args: argparse.Namespace) -> None:
     prompt = _prompt(args)
     if args.mode == Mode.MOCK_AR.value and not args.local:
         raise InvalidArgument("mode", "mock-ar exists only with --local")
@@ -56,8 +52,11 @@ async def _generate(args: argparse.Namespace) -> None:
     check_target(args.target)
     result = _Result(stream=not args.json)
     try:
-        async for event in _local(args, prompt) if args.local else _remote(args, prompt):
-            result.take(event)
+        if args.local:  # in no event loop, so that Ctrl-C ends it at once
+            for event in _local(args, prompt):
+                result.take(event)
+        else:
+            asyncio.run(_remote(args, prompt, result))
     finally:
         result.end_line()
     if args.json:
@@ -142,7 +141,8 @@ def _prompt(args: argparse.Namespace) -> str | tuple[int, ...]:
         raise InvalidArgument("prompt", f"standard input is no UTF-8 text: {error}") from None
 
 
-async def _remote(args: argparse.Namespace, prompt: str | tuple[int, ...]) -> AsyncIterator[Event]:
+async def _remote(args: argparse.Namespace, prompt: str | tuple[int, ...], result: _Result) -> None:
+    """Let `result` take the events of a gateway."""
     from twotower.client.grpc_client import GatewayClient
 
     async with GatewayClient(args.target) as client:
@@ -160,14 +160,14 @@ async def _remote(args: argparse.Namespace, prompt: str | tuple[int, ...]) -> As
         )
         try:
             async for event in events:
-                yield event
+                result.take(event)
         except Unavailable as error:
             if str(error).startswith("no gateway answers"):
                 raise Unavailable(f"{error}; start one with `twotower up`, or use --local") from None
             raise
 
 
-async def _local(args: argparse.Namespace, prompt: str | tuple[int, ...]) -> AsyncIterator[Event]:
+def _local(args: argparse.Namespace, prompt: str | tuple[int, ...]) -> Iterator[Event]:
     """The same events, from both towers in this process."""
     from twotower.cli.local import generate
     from twotower.gateway.request import Request
@@ -185,5 +185,4 @@ async def _local(args: argparse.Namespace, prompt: str | tuple[int, ...]) -> Asy
         stop=tuple(args.stop),
         ignore_eos=args.no_eos,
     )
-    for event in generate(args.checkpoint, request, dtype=args.dtype, device=args.device, threads=args.threads):
-        yield event
+    return generate(args.checkpoint, request, dtype=args.dtype, device=args.device, threads=args.threads)
