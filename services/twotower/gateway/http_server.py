@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
-from twotower.rpc.address import bind_socket, join_address
+from twotower.rpc.address import join_address, listening_socket
 
 
 class _Server(uvicorn.Server):
@@ -22,9 +22,9 @@ class HttpServer:
     """An ASGI application on one address."""
 
     def __init__(self, app: ASGIApp, host: str, port: int, option: str) -> None:
-        """Bind at once, so that the port is known or refused. Raises PortInUse, which names `option`."""
+        """Listen at once, so that the port is known or refused. Raises PortInUse, which names `option`."""
         self._host = host
-        self._socket = bind_socket(host, port, option)
+        self._socket = listening_socket(host, port, option)
         config = uvicorn.Config(
             app, http="httptools", ws="none", lifespan="off", log_config=None, log_level="warning", access_log=False
         )

@@ -12,8 +12,8 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def bind_socket(host: str, port: int, option: str) -> socket.socket:
-    """A TCP socket bound to `host:port` (0: any free port), not shared with another process.
+def listening_socket(host: str, port: int, option: str) -> socket.socket:
+    """A TCP socket that listens on `host:port` (0: any free port), not shared with another process.
 
     `option`: the setting that names the port, for the message. Raises PortInUse.
     """
@@ -26,6 +26,7 @@ def bind_socket(host: str, port: int, option: str) -> socket.socket:
             # A port that only waits out an earlier connection is free; one that somebody listens on is not.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
+            sock.listen()  # two may bind a port; the second that listens is refused
         except OSError:
             sock.close()
             raise
@@ -36,10 +37,4 @@ def bind_socket(host: str, port: int, option: str) -> socket.socket:
 
 def check_port(host: str, port: int, option: str) -> None:
     """Raise PortInUse if `host:port` cannot be listened on now."""
-    sock = bind_socket(host, port, option)
-    try:
-        sock.listen(1)
-    except OSError as error:
-        raise PortInUse(f"cannot listen on {join_address(host, port)} ({option}): {error.strerror}") from None
-    finally:
-        sock.close()
+    listening_socket(host, port, option).close()
