@@ -7,6 +7,9 @@ STAMP := $(VENV)/.installed
 PROTOS := $(wildcard proto/twotower/v1/*.proto)
 STUBS := services/twotower/v1
 PROTOC = $(BIN)/python -m grpc_tools.protoc -Iproto --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy
+# Debian's python3 without python3-venv cannot put pip into a new environment; its own pip can.
+VENV_WITHOUT_ENSUREPIP = { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+  $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
 # Small matrices: more threads than cores would only wait for one another.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -23,7 +26,7 @@ setup: $(STAMP)  ## Make .venv with everything in it
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "twotower needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.12" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || $(VENV_WITHOUT_ENSUREPIP)
 	$(BIN)/python -m pip install --quiet --progress-bar off torch==2.13.0
 	$(BIN)/python -m pip install --quiet --progress-bar off -e '.[dev,train]'
 	touch $@

@@ -177,3 +177,8 @@ def test_sigterm_while_starting(checkpoint: Path) -> None:
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert out == ""
+
+
+def test_a_host_that_is_not_ours(checkpoint: Path) -> None:
+    said = _fails("up", "--checkpoint", checkpoint, "--host", "192.0.2.1", "--grpc-port", 0, "--http-port", 0)
+    assert "192.0.2.1:0 (--grpc-port)" in said

@@ -43,8 +43,7 @@ class Stack:
         config = self._config
         Checkpoint.open(config.checkpoint)
         for port, option in ((config.grpc_port, "--grpc-port"), (config.http_port, "--http-port")):
-            if port:
-                check_port(config.host, port, option)
+            check_port(config.host, port, option)  # 0, any free port, tells whether the host is ours
         if config.redis_url is None:
             self._redis = EmbeddedRedis(self._say)
             await self._redis.start()
