@@ -1,0 +1,55 @@
+"""A stack whose service keeps dying; the Redis it brings along."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+from pathlib import Path
+
+import pytest
+
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.redis_server import embedded_redis
+from twotower.errors import ServiceFailed
+from twotower.launcher import embedded_redis as embedded
+from twotower.launcher import stack as stack_module
+from twotower.launcher.config import UpConfig
+from twotower.launcher.stack import stack
+
+
+async def test_a_service_that_dies_too_often_ends_the_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stack_module, "MAX_RESTARTS", 0)
+    log: list[str] = []
+    async with stack(UpConfig(write_tiny_checkpoint(tmp_path)), log.append) as running:
+        denoiser = running.towers[1]
+        assert denoiser.pid is not None
+        os.kill(denoiser.pid, signal.SIGKILL)
+        with pytest.raises(ServiceFailed, match=r"^denoiser-0 was killed by signal 9; it ended 1 times in a minute$"):
+            await running.failed()
+        processes = [*running.towers, running.gateway]
+    assert [process.pid for process in processes if process is not None] == [None] * 3
+
+
+def test_threads_are_shared_out(tmp_path: Path) -> None:
+    cores = os.cpu_count() or 1
+    assert UpConfig(tmp_path).tower_threads == max(1, cores // 2)
+    assert UpConfig(tmp_path, contexts=100, denoisers=1000).tower_threads == 1
+    assert UpConfig(tmp_path, threads=7).tower_threads == 7
+
+
+async def test_the_embedded_redis_is_its_users_alone_and_leaves_nothing() -> None:
+    async with embedded_redis() as server:
+        socket = Path(server.url.removeprefix("unix://"))
+        assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o700
+        assert stat.S_ISSOCK(os.stat(socket).st_mode)
+    assert not socket.parent.exists()
+
+
+async def test_a_platform_without_an_embedded_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise embedded.ValkeyBinaryNotFoundError("no binary for this one")
+
+    monkeypatch.setattr(embedded, "get_binary_path", none)
+    with pytest.raises(ServiceFailed, match="give one with --redis URL"):
+        await embedded.EmbeddedRedis(lambda line: None).start()
