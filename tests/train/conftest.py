@@ -40,3 +40,10 @@ def config() -> ModelConfig:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return train_tokenizer((p.question + "\n" + p.solution for p in itertools.islice(problems("train", 1), 500)), 320)
+
+
+@pytest.fixture(scope="session")
+def full_tokenizer() -> Tokenizer:
+    """With the vocabulary of the shipped one."""
+    texts = (f"{p.question}\n{p.solution}" for p in itertools.islice(problems("train", 0), 4000))
+    return train_tokenizer(texts)

@@ -21,8 +21,9 @@ def test_special_ids_are_fixed(tokenizer: Tokenizer) -> None:
     assert [PAD, BOS, EOS, MASK] == [0, 1, 2, 3]
 
 
-def test_every_digit_is_a_token(tokenizer: Tokenizer) -> None:
-    assert tokenizer.encode("1024").tokens == ["1", "0", "2", "4"]
+def test_words_and_numbers_of_the_problems_are_whole(full_tokenizer: Tokenizer) -> None:
+    pieces = ["Step", " 2", ":", " Tom", " buys", " 7", " more", " apples", ",", " so", " 12", " +", " 7", " =", " 19", "."]
+    assert [full_tokenizer.decode([i]) for i in full_tokenizer.encode("".join(pieces)).ids] == pieces
 
 
 @given(st.text())

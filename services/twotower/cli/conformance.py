@@ -28,12 +28,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Print misses, then the tally; 1 on any miss."""
     from twotower.conformance.run import Tally, run_local, run_target
+    from twotower.conformance.vectors import load_cases
     from twotower.launcher.config import UpConfig
     from twotower.launcher.stack import stack
 
     check_at_least_one(args, "concurrency")
     if args.target is not None:
         check_target(args.target)
+    for directory in args.directories:
+        load_cases(directory)  # what cannot be read is told before anything is run
 
     async def run_services(directory: Path) -> Tally:
         config = UpConfig(directory, contexts=args.contexts, denoisers=args.denoisers, dtype="float32")

@@ -27,7 +27,9 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
 
     tokenizer = parts.add_parser("tokenizer", help="train a byte-level BPE tokenizer", allow_abbrev=False)
     tokenizer.add_argument("--out", type=Path, required=True, help="tokenizer.json to write")
-    tokenizer.add_argument("--vocab-size", type=_positive, default=512)
+    tokenizer.add_argument(
+        "--vocab-size", type=_positive, default=1024, help="at most; fewer where every word is whole (default 1024)"
+    )
     _add_corpus(tokenizer)
     tokenizer.set_defaults(run=_tokenizer)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Protocol
@@ -21,6 +22,10 @@ POLL_S = 1.0
 
 REFUSED_S = 2.0
 """How long a context that refused a session (it is draining, say) is passed over."""
+
+FORGOTTEN_S = 3.0
+"""How long a registry that names nobody any more is not believed: a Redis that was restarted empty has forgotten
+all, and each says within a second that it lives."""
 
 
 class ReplicaSource(Protocol):
@@ -68,6 +73,8 @@ class ReplicaPool:
         self._keep_s = keep_s
         self._clock = clock
         self._refreshed = clock()
+        self._named: dict[Kind, float] = {}
+        """When the registry last named anybody of a kind."""
         self._away = False
         self._live: dict[str, ContextReplica] = {}
         self._gone: list[ContextReplica] = []
@@ -106,8 +113,18 @@ class ReplicaPool:
                 log.warning("the registry answers again")
             self._away = False
             self._refreshed = self._clock()
-        self.denoisers = sum(replica.capacity > 0 for replica in denoisers)
-        await self._take(contexts)
+        if not self._forgotten("denoiser", denoisers):
+            self.denoisers = sum(replica.capacity > 0 for replica in denoisers)
+        if not self._forgotten("context", contexts):
+            await self._take(contexts)
+
+    def _forgotten(self, kind: Kind, named: Sequence[Replica]) -> bool:
+        """Whether a list that is empty all at once should not be believed yet."""
+        now = self._clock()
+        if named:
+            self._named[kind] = now
+            return False
+        return now - self._named.get(kind, -math.inf) < FORGOTTEN_S
 
     async def _take(self, contexts: Sequence[Replica]) -> None:
         loads = {replica.address: replica.load for replica in contexts if replica.capacity > 0}  # 0: it drains

@@ -73,7 +73,7 @@ def _drill(stream: Iterator[Problem]) -> Text:
     """Sums as they occur in problems."""
     sums = list(itertools.islice((step for problem in stream for step in problem.steps), DRILL_SUMS))
     asked = ", ".join(f"{s.left} {s.op} {s.right}" for s in sums)
-    return Text(f"Work out {asked}.", "\n" + "\n".join(f"{'Then' if i else 'First'}, {s}." for i, s in enumerate(sums)))
+    return Text(f"Work out {asked}.", "\n" + "\n".join(f"Step {i}: so {s}." for i, s in enumerate(sums, 1)))
 
 
 def completion_after(end: str, solution: str) -> str:

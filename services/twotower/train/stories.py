@@ -16,7 +16,7 @@ def inventory(s: Story) -> Problem:
     """Somebody's things, gained and lost."""
     name, other = s.rng.sample(words.NAMES, 2)
     thing, box = s.rng.choice(words.THINGS), s.rng.choice(words.BOXES)
-    events = s.number(2, 4)
+    events = s.number(3, 4)
     if s.rng.random() < 0.5:
         a, b = s.number(*TABLE), s.number(*TABLE)
         s.tell(
@@ -26,7 +26,7 @@ def inventory(s: Story) -> Problem:
                 f"{name} owns {a} {box}, each with {b} {thing}.",
             )
         )
-        have = s.work(f"{name} has {a} {box} of {b} {thing}", a, "*", b)
+        have = s.work(f"{name} has {a} {box} of {b} {thing}", a, "*", b, thing)
         events -= 1
     else:
         have = s.number(3, 40)
@@ -37,19 +37,19 @@ def inventory(s: Story) -> Problem:
         if kind == "boxes" and events >= 2:
             a, b = s.number(*TABLE), s.number(*TABLE)
             s.tell(s.pick(f"{who} buys {a} {box} of {b} {thing}.", f"{who} gets {a} more {box} with {b} {thing} in each."))
-            more = s.work(f"{a} {box} of {b} {thing} come in", a, "*", b)
-            have = s.work(f"{name} gets these {more} more {thing}", have, "+", more)
+            more = s.work(f"{a} {box} of {b} {thing} come in", a, "*", b, thing)
+            have = s.work(f"{name} gets these {more} more {thing}", have, "+", more, thing)
             events -= 1
         elif kind == "times" and have <= MAX_VALUE // 2:
             a = s.number(2, 3)
             s.tell(
                 s.pick(f"{who} makes the number of {thing} {a} times as big.", f"{who} ends up with {a} times as many {thing}.")
             )
-            have = s.work(f"{name} has {a} times as many {thing}", have, "*", a)
+            have = s.work(f"{name} has {a} times as many {thing}", have, "*", a, thing)
         elif kind in ("gain", "boxes"):
             a, verb = s.number(2, 20), s.pick("buys", "finds", "gets", "picks", "wins")
             s.tell(s.pick(f"{who} {verb} {a} more {thing}.", f"{who} {verb} {a} more.", f"{who} {verb} another {a} {thing}."))
-            have = s.work(f"{name} {verb} {a} more {thing}", have, "+", a)
+            have = s.work(f"{name} {verb} {a} more {thing}", have, "+", a, thing)
         else:
             a = s.number(2, min(20, have - 1))
             if s.rng.random() < 0.5:
@@ -60,11 +60,11 @@ def inventory(s: Story) -> Problem:
                         f"{who} gives {other} {a} {thing}.",
                     )
                 )
-                have = s.work(f"{name} gives {a} {thing} to {other}", have, "-", a)
+                have = s.work(f"{name} gives {a} {thing} to {other}", have, "-", a, thing)
             else:
                 verb = s.pick("loses", "sells", "uses")
                 s.tell(s.pick(f"{who} {verb} {a} {thing}.", f"{who} {verb} {a} of them."))
-                have = s.work(f"{name} {verb} {a} {thing}", have, "-", a)
+                have = s.work(f"{name} {verb} {a} {thing}", have, "-", a, thing)
         events -= 1
     return s.ask(
         s.pick(
@@ -78,7 +78,7 @@ def inventory(s: Story) -> Problem:
 
 def comparison(s: Story) -> Problem:
     """Several people's things, each compared with the one before."""
-    people = s.rng.sample(words.NAMES, s.number(2, 3))
+    people = s.rng.sample(words.NAMES, s.pick(2, 3, 3))
     thing, verb = s.rng.choice(words.THINGS), s.pick("has", "has", "collects", "counts")
     have = s.number(3, 30)
     s.tell(f"{people[0]} {verb} {have} {thing}.")
@@ -88,24 +88,24 @@ def comparison(s: Story) -> Problem:
         if kind == "more":
             a = s.number(2, 20)
             s.tell(s.pick(f"{name} {verb} {a} more {thing} than {before}.", f"{name} {verb} {a} more than {before}."))
-            have = s.work(f"{name} {verb} {a} more {thing} than {before}", have, "+", a)
+            have = s.work(f"{name} {verb} {a} more {thing} than {before}", have, "+", a, thing)
         elif kind == "less":
             a = s.number(2, min(20, have - 1))
             s.tell(s.pick(f"{name} {verb} {a} fewer {thing} than {before}.", f"{name} {verb} {a} fewer than {before}."))
-            have = s.work(f"{name} {verb} {a} fewer {thing} than {before}", have, "-", a)
+            have = s.work(f"{name} {verb} {a} fewer {thing} than {before}", have, "-", a, thing)
         else:
             a = s.number(2, 3)
             s.tell(
                 s.pick(f"{name} {verb} {a} times as many {thing} as {before}.", f"{name} {verb} {a} times as many as {before}.")
             )
-            have = s.work(f"{name} {verb} {a} times as many {thing} as {before}", have, "*", a)
+            have = s.work(f"{name} {verb} {a} times as many {thing} as {before}", have, "*", a, thing)
         amounts.append(have)
-    if len(people) == 3 and s.rng.random() < 0.3:
+    if len(people) == 3 and s.rng.random() < 0.2:
         return s.ask(f"How many {thing} does {people[-1]} have?")
     total = amounts[0]
     for before, name, amount in zip(people, people[1:], amounts[1:], strict=False):
         first = before if before == people[0] else "the others"
-        total = s.work(f"we add the {thing} of {first} and {name}", total, "+", amount)
+        total = s.work(f"we add the {thing} of {first} and {name}", total, "+", amount, thing)
     return s.ask(
         s.pick(
             f"How many {thing} do they have together?",
@@ -129,13 +129,13 @@ def shopping(s: Story) -> Problem:
         )
     )
     s.tell(s.pick(f"{name} buys {n} {many} and {n2} {many2}.", f"{name} takes {n} {many} and {n2} {many2}."))
-    first = s.work(f"{n} {many} at {price} dollars each cost money", n, "*", price)
-    second = s.work(f"{n2} {many2} at {price2} dollars each cost money", n2, "*", price2)
-    total = s.work(f"{name} pays for the {many} and the {many2}", first, "+", second)
+    first = s.work(f"{n} {many} at {price} dollars each cost money", n, "*", price, "dollars")
+    second = s.work(f"{n2} {many2} at {price2} dollars each cost money", n2, "*", price2, "dollars")
+    total = s.work(f"{name} pays for the {many} and the {many2}", first, "+", second, "dollars")
     if s.rng.random() < 0.5:
         cash = s.number(total + 1, min(MAX_VALUE, total + 20))
         s.tell(s.pick(f"{she} has {cash} dollars.", f"{she} takes along {cash} dollars."))
-        s.work(f"{name} has {cash} dollars and spends {total} dollars", cash, "-", total)
+        s.work(f"{name} has {cash} dollars and spends {total} dollars", cash, "-", total, "dollars")
         return s.ask(
             s.pick(
                 f"How many dollars does {name} have left?",
@@ -162,17 +162,17 @@ def rate(s: Story) -> Problem:
             f"For {days} {unit}s, {name} {verb} {a} {things} each {unit}.",
         )
     )
-    done = s.work(f"{name} {verb} {a} {things} a {unit} for {days} {unit}s", a, "*", days)
-    kind = s.pick("more", "goal", "both")
+    done = s.work(f"{name} {verb} {a} {things} a {unit} for {days} {unit}s", a, "*", days, things)
+    kind = s.pick("more", "goal", "both", "both")
     if kind in ("more", "both"):
         extra = s.number(2, 20)
         s.tell(s.pick(f"{she} {verb} {extra} more {things} after that.", f"Then {name} {verb} {extra} more {things}."))
-        done = s.work(f"{name} {verb} {extra} more {things}", done, "+", extra)
+        done = s.work(f"{name} {verb} {extra} more {things}", done, "+", extra, things)
     if kind == "more":
         return s.ask(s.pick(f"How many {things} is that in all?", f"How many {things} is that altogether?"))
     goal = s.number(done + 1, min(MAX_VALUE, done + 20))
     s.tell(s.pick(f"The goal is {goal} {things}.", f"In all, {goal} {things} are needed."))
-    s.work(f"the goal is {goal} {things} and {done} are done", goal, "-", done)
+    s.work(f"the goal is {goal} {things} and {done} are done", goal, "-", done, things)
     return s.ask(
         s.pick(f"How many {things} are left?", f"How many more {things} are needed?", f"How many {things} are still to go?")
     )
@@ -183,16 +183,16 @@ def places(s: Story) -> Problem:
     place, row, seat = s.rng.choice(words.PLACES)
     a, b = s.number(*TABLE), s.number(*TABLE)
     s.tell(s.pick(f"A {place} has {a} {row} of {b} {seat}.", f"There are {a} {row} with {b} {seat} in each in a {place}."))
-    left = s.work(f"the {place} has {a} {row} of {b} {seat}", a, "*", b)
-    for i in range(s.number(1, 3)):
+    left = s.work(f"the {place} has {a} {row} of {b} {seat}", a, "*", b, seat)
+    for i in range(s.number(2, 3)):
         add = s.rng.random() < 0.35
         n = s.number(2, 20 if add else min(20, left - 1))
         if add:
             s.tell(s.pick(f"{n} more {seat} are added.", f"Then {n} {seat} are added."))
-            left = s.work(f"{n} {seat} are added", left, "+", n)
+            left = s.work(f"{n} {seat} are added", left, "+", n, seat)
         else:
             s.tell(s.pick(f"{n} {seat} are taken away.", f"{'Then' if i else 'First'} {n} of the {seat} are taken away."))
-            left = s.work(f"{n} {seat} are taken away", left, "-", n)
+            left = s.work(f"{n} {seat} are taken away", left, "-", n, seat)
     return s.ask(
         s.pick(
             f"How many {seat} are there now?",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-MAX_VALUE = 60
+MAX_VALUE = 50
 """No number in a problem exceeds it."""
 
 
@@ -70,14 +70,13 @@ class Story:
         """A sentence of the question."""
         self.told.append(sentence)
 
-    def work(self, text: str, left: int, op: str, right: int) -> int:
-        """A line of the solution: `text`, then the sum. Returns its value."""
+    def work(self, text: str, left: int, op: str, right: int, what: str) -> int:
+        """A line of the solution: `text`, then the sum and what it counts. Returns its value."""
         step = Step(left, op, right)
         if not 1 <= step.result <= MAX_VALUE:
             raise ImpossibleError
-        start = "First" if not self.steps else "Then"
         self.steps.append(step)
-        self.lines.append(f"{start}, {text}, so {step}.")
+        self.lines.append(f"Step {len(self.steps)}: {text}, so {step} {what}.")
         return step.result
 
     def ask(self, question: str) -> Problem:
