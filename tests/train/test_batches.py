@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from twotower.errors import ConfigError
 from twotower.train.batches import Place, block_batches, sequence_batches, stream
 from twotower.train.bpe import EOS
-from twotower.train.corpus import Example, built_in, encode, from_jsonl, read_jsonl
+from twotower.train.corpus import PROMPT_GRID, Example, built_in, encode, from_corpus, read_jsonl, read_plain
 
 BLOCK = 16
 
@@ -61,7 +61,7 @@ def test_pools_are_functions_of_their_number() -> None:
 def test_own_corpus_gives_every_text_once_an_epoch(tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(f'{{"prompt": "p{i}", "completion": "c{i}"}}\n' for i in range(6)))
-    pool = from_jsonl(file, seed=0, size=3)
+    pool = from_corpus(file, seed=0, size=3)
     assert sorted(t.prompt for t in pool(0) + pool(1)) == [f"p{i}" for i in range(6)]
     assert pool(0) + pool(1) != pool(2) + pool(3)
 
@@ -79,3 +79,30 @@ def test_bad_corpus_is_refused(tmp_path: Path, text: str) -> None:
 def test_missing_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read_jsonl(tmp_path / "none.jsonl")
+
+
+def test_plain_text_becomes_prompts_and_how_they_go_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    long = " ".join(f"word{i}" for i in range(400)) + "\n"
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/long.txt").write_text(long)
+    (tmp_path / "short.txt").write_text("One short text. ")
+    (tmp_path / "other.md").write_text("not read")
+    texts = read_plain(tmp_path, seed=0)
+    assert texts == read_plain(tmp_path, seed=0) != read_plain(tmp_path, seed=1)
+    assert "".join(t.prompt + t.completion for t in texts[:-1]) == long.rstrip()
+    assert texts[-1].prompt + texts[-1].completion == "One short text."
+    assert [(t.open_start, t.open_end) for t in texts] == [(False, True), (True, True), (True, False), (False, False)]
+
+    encoded = encode(tokenizer, texts)
+    assert [e.completion[-1] == EOS for e in encoded] == [False, False, True, True]
+    assert all(len(e.prompt) % PROMPT_GRID == 0 for e in encoded[1:3])
+    for batch in block_batches(encoded, 8, BLOCK, random.Random(0)):
+        ends = [e for e in encoded if len(e.prompt) == batch.prompt and not e.open_end]
+        assert (batch.tokens == EOS).any() == bool(ends)  # what is cut off is not said to end
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe bad", b"word"])
+def test_plain_text_that_is_none_is_one_clear_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ConfigError, match="corpus"):
+        from_corpus(tmp_path / "a.txt", 0)

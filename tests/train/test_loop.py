@@ -17,6 +17,7 @@ from twotower.train.denoiser import DenoiserTask, draw_counts, weights_hash
 from twotower.train.forward import Usage
 from twotower.train.loop import METRICS_FILE, STATE_FILE, Loop, LoopConfig, LossNotFinite
 from twotower.train.optim import orthogonalize
+from twotower.train.plot import plot_loss
 from twotower.train.start import new_context_tower, new_denoiser_tower
 
 TEXTS = [Text(f"Tom has {i} apples.", f"\nThe answer is {i + 1}.") for i in range(8)]
@@ -62,6 +63,29 @@ def test_interrupted_run_continues_to_the_same_weights(
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     for name, value in whole.ema.items():
         assert torch.equal(rest.ema[name], value), name
+
+
+def test_a_run_that_was_killed_after_its_last_save_logs_no_step_twice(
+    config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    settings = LoopConfig(steps=8, log_every=1)
+    Loop(context_task(config, tokenizer), settings, tmp_path).run(stop_at=4)
+    row = json.loads((tmp_path / METRICS_FILE).read_text().splitlines()[-1])
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write(json.dumps({**row, "step": 5}) + "\n" + json.dumps(row)[:20])  # the last line was being written
+    Loop(context_task(config, tokenizer), settings, tmp_path).run()
+    rows = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+
+
+def test_the_curve_is_drawn(tmp_path: Path) -> None:
+    out = tmp_path / "loss.png"
+    plot_loss(tmp_path / METRICS_FILE, out)
+    assert not out.exists()  # nothing was logged
+    rows = [{"step": i, "tokens": 100 * i, "seconds": 2.0 * i, "loss": 1 / i} for i in range(1, 30)]
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_loss(tmp_path / METRICS_FILE, out)
+    assert out.read_bytes().startswith(b"\x89PNG")
 
 
 def test_denoiser_training_leaves_the_context_as_it_is(config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:

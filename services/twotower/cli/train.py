@@ -49,7 +49,8 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _add_corpus(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--corpus", type=Path, help='JSONL with "prompt" and "completion" a line (default: built-in problems)')
+    forms = 'JSONL with "prompt" and "completion" a line, a .txt file, or a directory of these'
+    parser.add_argument("--corpus", type=Path, help=f"{forms} (default: built-in problems)")
     parser.add_argument("--seed", type=int, default=0)
 
 

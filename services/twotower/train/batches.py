@@ -67,7 +67,9 @@ def _sequences(group: list[Example], prompt_weight: float) -> SequenceBatch:
 
 def block_batches(examples: list[Example], rows: int, block: int, rng: random.Random) -> list[BlockBatch]:
     """Prompts of equal length and completions of like length together, so that the block grid starts where
-    every prompt ends: at most `rows` texts in a batch, in random order."""
+    every prompt ends: at most `rows` texts in a batch, in random order. Of a text that is cut off, the last
+    part of a block is left out."""
+    examples = [e for e in (_whole_blocks(e, block) for e in examples) if e.completion]
 
     def key(e: Example) -> tuple[int, int]:
         return len(e.prompt), -(-len(e.completion) // block)
@@ -80,6 +82,12 @@ def block_batches(examples: list[Example], rows: int, block: int, rng: random.Ra
         batches += [_blocks(members[i : i + size], prompt, block) for i in range(0, len(members), size)]
     rng.shuffle(batches)
     return batches
+
+
+def _whole_blocks(e: Example, block: int) -> Example:
+    if not e.open_end:
+        return e
+    return Example(e.prompt, e.completion[: len(e.completion) // block * block], open_end=True)
 
 
 def _blocks(group: list[Example], prompt: int, block: int) -> BlockBatch:

@@ -1,4 +1,4 @@
-"""Where training texts come from: the built-in problems, or a user's JSONL file.
+"""Where training texts come from: the built-in problems, a user's JSONL file, or plain text.
 
 A source gives *pools*: lists of a few thousand examples, each a function of its number alone, so that an
 interrupted run finds its place again.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +34,20 @@ class Text:
 
     prompt: str
     completion: str
+    open_start: bool = False
+    """The prompt is a piece out of a longer text: tokens at its start may be dropped."""
+    open_end: bool = False
+    """The completion is cut off: nothing ends where it does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A text as token ids. The completion ends with the end-of-sequence token."""
+    """A text as token ids."""
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
+    """Ends with the end-of-sequence token, if it ends."""
+    open_end: bool = False
 
 
 Source = Callable[[int], list[Text]]
@@ -81,12 +88,12 @@ def completion_after(end: str, solution: str) -> str:
     return solution if end.endswith("\n") else "\n" + solution
 
 
-def from_jsonl(path: Path, seed: int, size: int = POOL_SIZE) -> Source:
-    """A user's texts: one JSON object a line, with "prompt" and "completion". Raises ConfigError.
+def from_corpus(path: Path, seed: int, size: int = POOL_SIZE) -> Source:
+    """A user's texts: a JSONL file, or plain text in a .txt file or a directory of them. Raises ConfigError.
 
-    Every pool is a shuffled part of the file, each epoch in another order.
+    Every pool is a shuffled part of the corpus, each epoch in another order.
     """
-    texts = read_jsonl(path)
+    texts = read_plain(path, seed) if path.is_dir() or path.suffix == ".txt" else read_jsonl(path)
     size = min(size, len(texts))
 
     def pool(number: int) -> list[Text]:
@@ -97,6 +104,44 @@ def from_jsonl(path: Path, seed: int, size: int = POOL_SIZE) -> Source:
         return [texts[i] for i in order[part * size : (part + 1) * size]]
 
     return pool
+
+
+WINDOW_WORDS = 160
+"""Plain text is cut into pieces of so many words."""
+
+PROMPT_SHARE = (0.1, 0.5)
+"""How much of a piece is its prompt, drawn once for each."""
+
+PROMPT_GRID = 16
+"""Prompts that may lose tokens at their start are cut to a multiple, so that many are of equal length (`block_batches`)."""
+
+
+def read_plain(path: Path, seed: int) -> list[Text]:
+    """Pieces of all .txt files of a directory (or of one file), each a prompt and how the text goes on. Raises ConfigError."""
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    rng = random.Random(f"prompts of plain text:{seed}")
+    texts: list[Text] = []
+    try:
+        for file in files:
+            texts += _pieces(file.read_text(encoding="utf-8"), rng)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"corpus {path} cannot be read: {error}") from None
+    if not texts:
+        raise ConfigError(f"corpus {path} holds no texts")
+    return texts
+
+
+def _pieces(document: str, rng: random.Random) -> Iterator[Text]:
+    document = document.rstrip()
+    starts = [word.start() for word in re.finditer(r"\s*\S+", document)]
+    for first in range(0, len(starts), WINDOW_WORDS):
+        last = min(first + WINDOW_WORDS, len(starts))
+        middle = first + max(1, round((last - first) * rng.uniform(*PROMPT_SHARE)))
+        if middle >= last:
+            continue  # one word: nothing to go on with
+        end = starts[last] if last < len(starts) else len(document)
+        prompt, completion = document[starts[first] : starts[middle]], document[starts[middle] : end]
+        yield Text(prompt, completion, open_start=first > 0, open_end=last < len(starts))
 
 
 def read_jsonl(path: Path) -> list[Text]:
@@ -126,4 +171,10 @@ def encode(tokenizer: Tokenizer, texts: Sequence[Text]) -> list[Example]:
     """Prompt and completion are tokenized apart, as in serving, where the prompt comes alone."""
     prompts = tokenizer.encode_batch_fast([t.prompt for t in texts], add_special_tokens=False)
     completions = tokenizer.encode_batch_fast([t.completion for t in texts], add_special_tokens=False)
-    return [Example(tuple(p.ids), (*c.ids, EOS)) for p, c in zip(prompts, completions, strict=True)]
+    return [_example(t, p.ids, c.ids) for t, p, c in zip(texts, prompts, completions, strict=True)]
+
+
+def _example(text: Text, prompt: list[int], completion: list[int]) -> Example:
+    if text.open_start and len(prompt) > PROMPT_GRID:
+        prompt = prompt[len(prompt) % PROMPT_GRID :]
+    return Example(tuple(prompt), tuple(completion) if text.open_end else (*completion, EOS), text.open_end)

@@ -173,3 +173,12 @@ class Loop:
             self.ema[name].copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress, self.place = Progress(**state["progress"]), Place(**state["place"])
+        self._forget_what_follows()
+
+    def _forget_what_follows(self) -> None:
+        """Drop what was logged after the state was saved: those steps are taken again."""
+        path = self.run_dir / METRICS_FILE
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.progress.step]
+            path.write_text("".join(kept), encoding="utf-8")

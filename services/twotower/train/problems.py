@@ -2,7 +2,7 @@
 
 A solution is a function of its question: all variety is in the question (names, things, order, wording), so
 that a model can be sure of what it writes. Each step names what happens and shows one small sum, as in
-``Step 2: Tom buys 7 more apples, so 12 + 7 = 19 apples.``, and the last line is ``The answer is 19.``
+``Step 2: on Friday Tom buys 7 more apples, so 12 + 7 = 19 apples.``, and the last line is ``The answer is 19.``
 
 Training and evaluation never share a question: a hash of the question decides which split it belongs to,
 whatever the seed.

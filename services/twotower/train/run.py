@@ -18,9 +18,10 @@ from twotower.model.config import ModelConfig
 from twotower.model.weights import export_tensors, load_context_tower, load_denoiser_tower, resolve_device, save_checkpoint
 from twotower.train.bpe import train_tokenizer
 from twotower.train.context import ContextTask
-from twotower.train.corpus import DRILL_SHARE, Source, built_in, from_jsonl
+from twotower.train.corpus import DRILL_SHARE, Source, built_in, from_corpus
 from twotower.train.denoiser import DenoiserTask, weights_hash
-from twotower.train.loop import Loop, LoopConfig
+from twotower.train.loop import METRICS_FILE, Loop, LoopConfig, Task
+from twotower.train.plot import can_plot, plot_loss
 from twotower.train.problems import problems
 from twotower.train.start import WORD_PROBLEMS, new_context_tower, new_denoiser_tower
 
@@ -37,7 +38,7 @@ class TrainConfig:
     run_dir: Path
     """State to resume from, and metrics."""
     corpus: Path | None
-    """JSONL of the user's own texts; None: the built-in problems."""
+    """The user's own texts (`from_corpus`); None: the built-in problems."""
     rows: int
     """Texts in a batch."""
     threads: int
@@ -78,8 +79,7 @@ def train_context(config: TrainConfig, tokenizer_path: Path, prompt_weight: floa
     model.to(resolve_device(config.device))
     source = _source(config.corpus, config.loop.seed, config.drill_share)
     task = ContextTask(model, source, tokenizer, rows=config.rows, prompt_weight=prompt_weight, bf16=config.loop.bf16)
-    loop = Loop(task, config.loop, config.run_dir)
-    loop.run()
+    loop = _run(task, config)
     model.load_state_dict(loop.ema)
     _write(config.out, raw, {**export_tensors(model, torch.bfloat16)}, tokenizer_path)
 
@@ -109,8 +109,7 @@ def train_denoiser(config: TrainConfig, context_path: Path, own_order: float = 0
         own_order=own_order,
         bf16=config.loop.bf16,
     )
-    loop = Loop(task, config.loop, config.run_dir)
-    loop.run()
+    loop = _run(task, config)
     assert weights_hash(context) == frozen, "the context tower changed while the denoiser was trained"
     model.load_state_dict(loop.ema)
     raw = json.loads((context_path / "config.json").read_text(encoding="utf-8"))
@@ -118,8 +117,19 @@ def train_denoiser(config: TrainConfig, context_path: Path, own_order: float = 0
     _write(config.out, raw, tensors, checkpoint.tokenizer_path)
 
 
+def _run(task: Task, config: TrainConfig) -> Loop:
+    """Train to the end; the curve is drawn whether it ends well or not."""
+    loop = Loop(task, config.loop, config.run_dir)
+    try:
+        loop.run()
+    finally:
+        if can_plot():
+            plot_loss(config.run_dir / METRICS_FILE, config.run_dir / "loss.png")
+    return loop
+
+
 def _source(corpus: Path | None, seed: int, drill_share: float) -> Source:
-    return built_in(seed, drill_share=drill_share) if corpus is None else from_jsonl(corpus, seed)
+    return built_in(seed, drill_share=drill_share) if corpus is None else from_corpus(corpus, seed)
 
 
 def _tokenizer(path: Path) -> Tokenizer:

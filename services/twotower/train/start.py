@@ -18,7 +18,7 @@ WORD_PROBLEMS: dict[str, Any] = {
     "architectures": ["NemotronHTwoTowerForCausalLM"],
     "model_type": "nemotron_h",
     "torch_dtype": "bfloat16",
-    "vocab_size": 853,
+    "vocab_size": 879,
     "hidden_size": 192,
     "num_hidden_layers": 9,
     "hybrid_override_pattern": "M*EM*EM*E",

@@ -32,12 +32,13 @@ def inventory(s: Story) -> Problem:
         have = s.number(3, 40)
         s.tell(s.pick(f"{name} has {have} {thing}.", f"{name} starts with {have} {thing}.", f"{name} owns {have} {thing}."))
     while events > 0:
-        who = s.pick(name, words.pronoun(name), f"Then {words.pronoun(name).lower()}", f"Later {name}", f"After that, {name}")
+        day = s.day()
+        who = s.pick(f"On {day} {name}", f"On {day} {words.pronoun(name).lower()}")
         kind = s.pick("gain", "gain", "lose", "lose", "lose", "boxes", "times")
         if kind == "boxes" and events >= 2:
             a, b = s.number(*TABLE), s.number(*TABLE)
             s.tell(s.pick(f"{who} buys {a} {box} of {b} {thing}.", f"{who} gets {a} more {box} with {b} {thing} in each."))
-            more = s.work(f"{a} {box} of {b} {thing} come in", a, "*", b, thing)
+            more = s.work(f"on {day} {a} {box} of {b} {thing} come in", a, "*", b, thing)
             have = s.work(f"{name} gets these {more} more {thing}", have, "+", more, thing)
             events -= 1
         elif kind == "times" and have <= MAX_VALUE // 2:
@@ -45,11 +46,11 @@ def inventory(s: Story) -> Problem:
             s.tell(
                 s.pick(f"{who} makes the number of {thing} {a} times as big.", f"{who} ends up with {a} times as many {thing}.")
             )
-            have = s.work(f"{name} has {a} times as many {thing}", have, "*", a, thing)
+            have = s.work(f"on {day} {name} has {a} times as many {thing}", have, "*", a, thing)
         elif kind in ("gain", "boxes"):
             a, verb = s.number(2, 20), s.pick("buys", "finds", "gets", "picks", "wins")
             s.tell(s.pick(f"{who} {verb} {a} more {thing}.", f"{who} {verb} {a} more.", f"{who} {verb} another {a} {thing}."))
-            have = s.work(f"{name} {verb} {a} more {thing}", have, "+", a, thing)
+            have = s.work(f"on {day} {name} {verb} {a} more {thing}", have, "+", a, thing)
         else:
             a = s.number(2, min(20, have - 1))
             if s.rng.random() < 0.5:
@@ -60,11 +61,11 @@ def inventory(s: Story) -> Problem:
                         f"{who} gives {other} {a} {thing}.",
                     )
                 )
-                have = s.work(f"{name} gives {a} {thing} to {other}", have, "-", a, thing)
+                have = s.work(f"on {day} {name} gives {a} {thing} to {other}", have, "-", a, thing)
             else:
                 verb = s.pick("loses", "sells", "uses")
                 s.tell(s.pick(f"{who} {verb} {a} {thing}.", f"{who} {verb} {a} of them."))
-                have = s.work(f"{name} {verb} {a} {thing}", have, "-", a, thing)
+                have = s.work(f"on {day} {name} {verb} {a} {thing}", have, "-", a, thing)
         events -= 1
     return s.ask(
         s.pick(
@@ -78,7 +79,7 @@ def inventory(s: Story) -> Problem:
 
 def comparison(s: Story) -> Problem:
     """Several people's things, each compared with the one before."""
-    people = s.rng.sample(words.NAMES, s.pick(2, 3, 3))
+    people = s.rng.sample(words.NAMES, s.rng.choice((2, 3, 3)))
     thing, verb = s.rng.choice(words.THINGS), s.pick("has", "has", "collects", "counts")
     have = s.number(3, 30)
     s.tell(f"{people[0]} {verb} {have} {thing}.")
@@ -184,15 +185,15 @@ def places(s: Story) -> Problem:
     a, b = s.number(*TABLE), s.number(*TABLE)
     s.tell(s.pick(f"A {place} has {a} {row} of {b} {seat}.", f"There are {a} {row} with {b} {seat} in each in a {place}."))
     left = s.work(f"the {place} has {a} {row} of {b} {seat}", a, "*", b, seat)
-    for i in range(s.number(2, 3)):
-        add = s.rng.random() < 0.35
+    for _ in range(s.number(2, 3)):
+        day, add = s.day(), s.rng.random() < 0.35
         n = s.number(2, 20 if add else min(20, left - 1))
         if add:
-            s.tell(s.pick(f"{n} more {seat} are added.", f"Then {n} {seat} are added."))
-            left = s.work(f"{n} {seat} are added", left, "+", n, seat)
+            s.tell(s.pick(f"On {day} {n} more {seat} are added.", f"On {day} {n} {seat} are added."))
+            left = s.work(f"on {day} {n} {seat} are added", left, "+", n, seat)
         else:
-            s.tell(s.pick(f"{n} {seat} are taken away.", f"{'Then' if i else 'First'} {n} of the {seat} are taken away."))
-            left = s.work(f"{n} {seat} are taken away", left, "-", n, seat)
+            s.tell(s.pick(f"On {day} {n} {seat} are taken away.", f"On {day} {n} of the {seat} are taken away."))
+            left = s.work(f"on {day} {n} {seat} are taken away", left, "-", n, seat)
     return s.ask(
         s.pick(
             f"How many {seat} are there now?",

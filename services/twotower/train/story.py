@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 MAX_VALUE = 50
 """No number in a problem exceeds it."""
 
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -55,6 +57,12 @@ class Story:
     told: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    _days: int | None = None
+
+    def day(self) -> str:
+        """The day of the next event; the first is any, then they follow one another."""
+        self._days = self.rng.randrange(len(DAYS)) if self._days is None else self._days + 1
+        return DAYS[self._days % len(DAYS)]
 
     def pick(self, *choices: str) -> str:
         """One of several wordings."""
