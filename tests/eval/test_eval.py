@@ -13,8 +13,8 @@ from twotower.cli.main import main
 from twotower.engine.batch import Completion
 from twotower.errors import CheckpointError, ConfigError, InvalidArgument
 from twotower.eval.config import EvalConfig
-from twotower.eval.measure import Comparison, Evaluation, Score
-from twotower.request import GenerationParams
+from twotower.eval.measure import Comparison, Evaluation, Score, Settings
+from twotower.request import GenerationParams, Mode
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_scores() -> None:
         score.add(_completion(40, forwards, 1.5), "The answer is 6.", 5)
     diffusion.add(_completion(40, 10, 1.0), "7 7 7 7 7 7 7 7 7 7 The answer is 5.", 5)  # right, and degenerate
     assert (ar.accuracy, diffusion.accuracy, diffusion.degenerate) == (1 / 2, 1 / 3, 1)
-    comparison = Comparison(1, ar, diffusion)
+    comparison = Comparison(1, ar, diffusion, Settings(1, False), Settings(2, True))
     assert comparison.retention == pytest.approx(2 / 3)
     assert comparison.speedup == pytest.approx((120 / 1.0) / (80 / 4.0))
     assert diffusion.tokens_per_forward == pytest.approx(4.0)
@@ -45,7 +45,7 @@ def test_scores() -> None:
 
 
 def test_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = f"eval --checkpoint {checkpoint} --problems 3 --batch 1 2 --max-tokens 20 --json"
+    words = f"eval --checkpoint {checkpoint} --problems 3 --batch 1 2 --max-tokens 20 --compile no --json"
     assert main(words.split()) == 0
     told = json.loads(capsys.readouterr().out)
     assert {"ar", "diffusion", "retention", "speedup", "batch", "batches", "settings"} <= told.keys()
@@ -55,7 +55,7 @@ def test_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_sweep_writes_a_table_and_a_picture(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = f"eval --checkpoint {checkpoint} --problems 2 --max-tokens 20 --sweep --out {tmp_path}"
+    words = f"eval --checkpoint {checkpoint} --problems 2 --max-tokens 20 --compile no --threads 1 --sweep --out {tmp_path}"
     assert main(words.split()) == 0
     lines = (tmp_path / "sweep.md").read_text().splitlines()
     assert sum(line.startswith("| gamma") for line in lines) == 6
@@ -77,3 +77,21 @@ def test_bad_settings(checkpoint: Path, tmp_path: Path) -> None:
         Evaluation(EvalConfig(checkpoint, problems=1, params=GenerationParams(gamma=2.0)))
     with pytest.raises(CheckpointError, match="tokenizer"):
         Evaluation(EvalConfig(write_tiny_checkpoint(tmp_path), problems=1))
+
+
+def test_the_fastest_settings_are_found_once_for_each_mode(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluation = Evaluation(EvalConfig(checkpoint, problems=1, params=GenerationParams(max_tokens=4)))
+    evaluation._threads = (1, 2)
+    asked: list[tuple[Mode, Settings]] = []
+
+    def seconds(mode: Mode, batch: int, settings: Settings) -> float:
+        asked.append((mode, settings))
+        return 1.0 - 0.1 * settings.compiled - (0.2 if mode is Mode.DIFFUSION else -0.2) * settings.threads
+
+    monkeypatch.setattr(evaluation, "_time", seconds)
+    assert evaluation.tune(Mode.AR, 1) == Settings(1, True)
+    assert evaluation.tune(Mode.DIFFUSION, 1) == Settings(2, True)
+    assert evaluation.tune(Mode.DIFFUSION, 4) == Settings(2, False)  # graphs are for single requests
+    count = len(asked)
+    assert evaluation.tune(Mode.AR, 1) == Settings(1, True)
+    assert len(asked) == count

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from twotower_kernels.experts import active_experts, all_experts, grouped_experts, relu2, route
+from twotower_kernels.experts import (
+    active_experts,
+    all_experts,
+    dense_experts,
+    gathered_experts,
+    grouped_experts,
+    relu2,
+    route,
+    wide_down,
+)
 
 
 def _loop(hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -34,6 +43,28 @@ def test_forms_agree_with_a_loop(n: int) -> None:
     torch.testing.assert_close(all_experts(*inputs), expected, rtol=1e-4, atol=1e-4)
     if n == 1:
         torch.testing.assert_close(active_experts(*inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 16, 64])
+def test_the_dense_form_in_bf16_is_as_close_as_the_grouped(n: int) -> None:
+    hidden, experts, weights, up, down = _inputs(n)
+    exact = _loop(hidden, experts, weights, up, down)
+    low = (hidden.bfloat16(), experts, weights, up.bfloat16())
+    wide = wide_down(down.bfloat16(), top_k=3)
+    assert wide is not None
+    error = (dense_experts(*low, wide) - exact).abs().max()
+    assert error < 2e-2 * exact.abs().max()
+    assert error < 2 * (grouped_experts(*low, down.bfloat16()) - exact).abs().max()
+
+
+def test_the_dense_form_is_not_taken_where_it_does_not_pay() -> None:
+    assert wide_down(torch.zeros(8, 24, 16), top_k=3) is None  # fp32
+    assert wide_down(torch.zeros(32, 24, 16, dtype=torch.bfloat16), top_k=3) is None  # too many experts
+
+
+def test_one_token_in_a_compiled_graph() -> None:
+    inputs = _inputs(1)
+    torch.testing.assert_close(gathered_experts(*inputs), _loop(*inputs), rtol=1e-4, atol=1e-4)
 
 
 def test_experts_without_tokens() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,28 @@ def test_bf16_stays_near_fp32(tmp_path: Path, towers: Towers) -> None:
     masks = torch.full((1, 16), 3)
     a, b = denoiser.denoise(masks, torch.ones(1), states[:1]), half[1].denoise(masks, torch.ones(1), states[1:])
     assert (a - b).abs().mean() < 0.1 * a.std()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on the import of its compiler
+@pytest.mark.skipif(shutil.which("g++") is None, reason="graphs are compiled with g++")
+def test_compiled_graphs_compute_the_same(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path, hybrid_override_pattern="ME*", num_hidden_layers=3))
+    context = load_context_tower(checkpoint, torch.float32, CPU)
+    denoiser = load_denoiser_tower(checkpoint, torch.float32, CPU)
+    results = []
+    for compiled in (False, True):
+        context.compiled = denoiser.compiled = compiled
+        state, logits = context.new_state(), []
+        context.prefill(_tokens(21), state)
+        for i in range(2):  # the second time with a longer context: nothing is compiled anew
+            logits.append(denoiser.denoise(_tokens(8, i).unsqueeze(0), torch.tensor([0.5]), [state]))
+            context.commit(_tokens(8, i).unsqueeze(0), [state])
+            _, last = context.commit(_tokens(1, i).unsqueeze(0), [state], need_logits=True)
+            assert last is not None
+            logits.append(last)
+        results.append((logits, _tensors(state)))
+    (plain, plain_state), (fused, fused_state) = results
+    for expected, got in zip(plain, fused, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    for name, expected in plain_state.items():
+        torch.testing.assert_close(fused_state[name], expected, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from twotower.cli.options import add_checkpoint, add_place
 
 if TYPE_CHECKING:
-    from twotower.eval.measure import Comparison
+    from twotower.eval.measure import Comparison, Settings
     from twotower.eval.sweep import Point
 
 
@@ -30,7 +30,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0")
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="default 256")
     add_place(parser)
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: the fastest for each mode)")
+    parser.add_argument(
+        "--compile",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="compiled graphs at batch 1 (auto: whatever is faster for each mode)",
+    )
     parser.add_argument("--sweep", action="store_true", help="vary gamma, steps and block size as well")
     parser.add_argument(
         "--out", type=Path, default=Path("eval"), metavar="DIR", help="where --sweep writes sweep.md and sweep.png"
@@ -61,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         device=args.device,
         threads=args.threads,
+        compiled={"auto": None, "yes": True, "no": False}[args.compile],
     )
     if args.sweep:
         from twotower.eval.sweep import plot, require_matplotlib, sweep, table
@@ -81,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"wrote {args.out / 'sweep.md'} and {args.out / 'sweep.png'}", file=sys.stderr)
     if args.json:
         settings = {"seed": args.seed, "gamma": args.gamma, "block_size": args.block_size, "steps": args.steps}
-        place = {"dtype": args.dtype, "device": str(evaluation.engine.context.tower.device), "threads": args.threads}
+        place = {"dtype": args.dtype, "device": str(evaluation.engine.context.tower.device)}
         headline, *others = [comparison.as_json() for comparison in comparisons]
         extra = {"sweep": [point.as_json() for point in points]} if points else {}
         print(json.dumps({**headline, "batches": others, "settings": {**settings, **place}, **extra}))
@@ -93,8 +100,13 @@ def _row(c: Comparison) -> str:
         f"batch {c.batch}: AR {ar.accuracy:.1%} at {ar.tokens_per_s:,.0f} tokens/s; "
         f"diffusion {diffusion.accuracy:.1%} at {diffusion.tokens_per_s:,.0f} tokens/s, "
         f"{diffusion.tokens_per_forward:.2f} tokens a forward; "
-        f"retention {c.retention:.1%}, speedup {c.speedup:.2f}x ({ar.problems} problems)"
+        f"retention {c.retention:.1%}, speedup {c.speedup:.2f}x ({ar.problems} problems; "
+        f"AR {_settings(c.ar_settings)}, diffusion {_settings(c.diffusion_settings)})"
     )
+
+
+def _settings(s: Settings) -> str:
+    return f"{'compiled' if s.compiled else 'eager'} on {s.threads} thread{'' if s.threads == 1 else 's'}"
 
 
 def _point(point: Point) -> str:

@@ -26,11 +26,14 @@ class EvalConfig:
     """Of the diffusion mode; AR takes what applies to it."""
     dtype: str = "auto"
     device: str = "auto"
-    threads: int = 1
+    threads: int | None = None
+    """CPU threads; None: whatever is fastest, found out for each mode."""
+    compiled: bool | None = None
+    """Compiled graphs for single requests; None: whatever is faster, found out for each mode."""
 
     def __post_init__(self) -> None:
         for name in ("problems", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: must be at least 1, not {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name}: must be at least 1, not {value}")
         if not self.batches or min(self.batches) < 1:
             raise ConfigError(f"batch: must be at least 1, not {self.batches}")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from twotower.engine.batch import Completion, generate_batch
 from twotower.engine.local import LocalEngine
@@ -19,6 +22,9 @@ from twotower.text.tokenizer import Tokenizer
 from twotower.train.answers import is_correct, is_degenerate
 from twotower.train.problems import problems
 from twotower.train.story import Problem
+
+TUNED_ON = 6
+"""Problems on which settings are compared."""
 
 
 @dataclass(slots=True)
@@ -76,12 +82,24 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class Settings:
+    """How the engine runs a mode."""
+
+    threads: int
+    """CPU threads."""
+    compiled: bool
+    """Compiled graphs instead of the plain forward."""
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """Both modes at one batch size, measured in turns."""
 
     batch: int
     ar: Score
     diffusion: Score
+    ar_settings: Settings
+    diffusion_settings: Settings
 
     @property
     def retention(self) -> float:
@@ -97,8 +115,8 @@ class Comparison:
         """As `twotower eval --json` prints it."""
         return {
             "batch": self.batch,
-            "ar": self.ar.as_json(),
-            "diffusion": self.diffusion.as_json(),
+            "ar": {**self.ar.as_json(), **dataclasses.asdict(self.ar_settings)},
+            "diffusion": {**self.diffusion.as_json(), **dataclasses.asdict(self.diffusion_settings)},
             "retention": round(self.retention, 4),
             "speedup": round(self.speedup, 3),
         }
@@ -109,50 +127,78 @@ class Evaluation:
 
     def __init__(self, config: EvalConfig) -> None:
         """Load both towers. Raises TwoTowerError."""
-        self.engine = LocalEngine(config.checkpoint, dtype=config.dtype, device=config.device, threads=config.threads)
+        self.engine = LocalEngine(config.checkpoint, dtype=config.dtype, device=config.device)
         path = self.engine.checkpoint.tokenizer_path
         if path is None:
             raise CheckpointError(f"{config.checkpoint} has no tokenizer.json, which word problems need")
         self._tokenizer = Tokenizer.load(path)
         self.problems: list[Problem] = list(itertools.islice(problems("eval", config.seed), config.problems))
         self._prompts = [self._tokenizer.encode(problem.question) for problem in self.problems]
+        self.settings: dict[tuple[Mode, int], Settings] = {}
+        """The engine's settings by mode and batch."""
+        self._threads = (config.threads,) if config.threads is not None else _thread_counts()
+        self._compiled = (config.compiled,) if config.compiled is not None else (False, True)
         eos = config.params.eos_token_ids or self.engine.limits.eos_token_ids
         self.params = dataclasses.replace(config.params, eos_token_ids=eos)
         check_request(self._prompts[0], self.params, self.engine.limits)
-        for mode in (Mode.AR, Mode.DIFFUSION):  # first use costs are no one's speed
-            self._solve(Score(), mode, self.params, self.problems[:2], self._prompts[:2], 1)
+
+    def tune(self, mode: Mode, batch: int) -> Settings:
+        """The engine's fastest settings for a mode and batch, found out on the first problems."""
+        if (mode, batch) not in self.settings:
+            first = self._compiled[0]
+            timed = {s: self._time(mode, batch, s) for s in (Settings(threads, first) for threads in self._threads)}
+            if len(self._compiled) > 1 and batch == 1:  # graphs are for single requests, and take a while to make
+                best = dataclasses.replace(min(timed, key=timed.__getitem__), compiled=True)
+                timed[best] = self._time(mode, batch, best)
+            self.settings[mode, batch] = min(timed, key=timed.__getitem__)
+        return self.settings[mode, batch]
+
+    def _time(self, mode: Mode, batch: int, settings: Settings) -> float:
+        """Seconds for the first problems: the faster of two rounds, after one that is not counted."""
+        seconds = []
+        for _ in range(3):
+            score = Score()
+            self._solve(score, mode, self.params, settings, range(min(TUNED_ON, len(self.problems))), batch)
+            seconds.append(score.seconds)
+        return min(seconds[1:])
 
     def compare(self, batch: int) -> Comparison:
-        """Both modes over all problems, in turns."""
+        """Both modes over all problems, in turns, each with its best settings."""
         ar, diffusion = Score(), Score()
+        turns = [(mode, score, self.tune(mode, batch)) for mode, score in ((Mode.AR, ar), (Mode.DIFFUSION, diffusion))]
         for start in range(0, len(self.problems), AMONG):
-            part = slice(start, start + AMONG)
-            for mode, score in ((Mode.AR, ar), (Mode.DIFFUSION, diffusion)):
-                self._solve(score, mode, self.params, self.problems[part], self._prompts[part], batch)
-        return Comparison(batch, ar, diffusion)
+            part = range(start, min(start + AMONG, len(self.problems)))
+            for mode, score, settings in turns:
+                self._solve(score, mode, self.params, settings, part, batch)
+        return Comparison(batch, ar, diffusion, turns[0][2], turns[1][2])
 
     def diffusion(self, params: GenerationParams, batch: int) -> Score:
         """One setting of the diffusion mode over all problems."""
-        score = Score()
+        score, everything = Score(), range(len(self.problems))
         params = dataclasses.replace(params, eos_token_ids=self.params.eos_token_ids)
-        self._solve(score, Mode.DIFFUSION, params, self.problems, self._prompts, batch)
+        settings = self.tune(Mode.DIFFUSION, batch)
+        self._solve(Score(), Mode.DIFFUSION, params, settings, everything[:2], batch)  # a new block size may compile anew
+        self._solve(score, Mode.DIFFUSION, params, settings, everything, batch)
         return score
 
     def _solve(
-        self,
-        score: Score,
-        mode: Mode,
-        params: GenerationParams,
-        asked: Sequence[Problem],
-        prompts: Sequence[list[int]],
-        batch: int,
+        self, score: Score, mode: Mode, params: GenerationParams, settings: Settings, which: Sequence[int], batch: int
     ) -> None:
         params = dataclasses.replace(params, mode=mode)
+        engine, prompts = self.engine, [self._prompts[i] for i in which]
+        torch.set_num_threads(settings.threads)
+        engine.context.tower.compiled = engine.denoiser.tower.compiled = settings.compiled
         started = time.perf_counter()
-        results = list(generate_batch(self.engine.context, self.engine.denoiser, prompts, params, batch))
+        results = list(generate_batch(engine.context, engine.denoiser, prompts, params, batch))
         score.seconds += time.perf_counter() - started
         for result in results:
-            score.add(result, self._tokenizer.decode(result.token_ids), asked[result.index].answer)
+            score.add(result, self._tokenizer.decode(result.token_ids), self.problems[which[result.index]].answer)
+
+
+def _thread_counts() -> tuple[int, ...]:
+    """One, a half and all of the CPUs this process may use."""
+    cpus = len(os.sched_getaffinity(0))
+    return tuple(sorted({1, max(1, cpus // 2), cpus}))
 
 
 def _quantile(values: Sequence[float], percent: int) -> float:

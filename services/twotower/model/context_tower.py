@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from twotower.model.config import ATTENTION, MAMBA, ModelConfig
 from twotower.model.layers import Attention, Mamba2, MambaFactors, linear
 from twotower.model.state import ContextState, Delta, KVDelta, MambaDelta
-from twotower.model.tower import Layer, Tower, cat_rows, stack_rows
+from twotower.model.tower import Layer, LazyGraph, Tower, cat_rows, stack_rows
 from twotower_kernels.scan import apply_factors, chunk_scan
 
 
@@ -24,6 +24,9 @@ class ContextTower(nn.Module):
         self.context_lm_head = linear(config.hidden_size, config.vocab_size)
         stateful = (*config.layers_of(MAMBA), *config.layers_of(ATTENTION))
         self._last_stateful = max(stateful, default=-1)
+        self.compiled = False
+        """Whether one session's commits and AR steps go through compiled graphs, which are made on first use."""
+        self._graph = LazyGraph(self._forward)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,7 +65,8 @@ class ContextTower(nn.Module):
         Returns what changed, per row, and the logits of the last position (B, vocab) fp32 where needed.
         The states change by the deltas alone (`ContextState.apply`), as they will on a worker.
         """
-        h, deltas = self._forward(tokens, states, prefill=False, need_hidden=need_logits)
+        forward = self._graph.get() if self.compiled and len(states) == 1 else self._forward
+        h, deltas = forward(tokens, states, prefill=False, need_hidden=need_logits)
         for state in states:
             state.length += tokens.shape[1]
         return deltas, self._logits(h[:, -1]) if need_logits else None

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from twotower.model.config import ATTENTION, MAMBA, ModelConfig
 from twotower.model.layers import Attention, Mamba2, Modulation, TimestepEmbedder, linear
 from twotower.model.state import ContextState
-from twotower.model.tower import Layer, Tower, cat_rows, stack_rows
+from twotower.model.tower import Layer, LazyGraph, Tower, cat_rows, stack_rows
 
 
 class DenoiserTower(nn.Module):
@@ -26,6 +26,9 @@ class DenoiserTower(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden)
         self.t_block = nn.Sequential(nn.SiLU(), linear(hidden, 3 * hidden, bias=True))
         self.scale_shift_tables = nn.ParameterList(torch.empty(3, hidden) for _ in range(config.num_layers))
+        self.compiled = False
+        """Whether one block alone goes through a compiled graph, which is made on first use."""
+        self._graph = LazyGraph(self._forward)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,6 +55,10 @@ class DenoiserTower(nn.Module):
         None for no time conditioning (mock-AR), states: each row's context. The states are read, never
         changed. Bidirectional over [context, block] in attention, a forward scan over the block in Mamba.
         """
+        forward = self._graph.get() if self.compiled and len(states) == 1 else self._forward
+        return forward(tokens, t, states)
+
+    def _forward(self, tokens: Tensor, t: Tensor | None, states: Sequence[ContextState]) -> Tensor:
         modulations = None if t is None else self.modulations(t)
         h = self.denoiser_tower.embeddings(tokens)
         for i, layer in enumerate(self.denoiser_tower.layers):

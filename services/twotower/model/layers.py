@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from twotower.model.config import TIME_EMBEDDING_SIZE, ModelConfig
 from twotower_kernels.conv import causal_conv
-from twotower_kernels.experts import relu2, route, run_experts
+from twotower_kernels.experts import relu2, route, run_experts, wide_down
 from twotower_kernels.scan import chunk_scan
 
 
@@ -213,12 +213,18 @@ class MoE(nn.Module):
         self.gate = Router(config)
         self.experts = Experts(config)
         self.shared_experts = MLP(config.hidden_size, config.moe_shared_expert_intermediate_size)
+        self._top_k = config.num_experts_per_tok
+        self._wide: Tensor | None = None
+
+    def prepare(self) -> None:
+        """Lay the loaded weights out for the fastest form; they must not change afterwards."""
+        self._wide = wide_down(self.experts.down_proj, self._top_k)
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, L, hidden) -> (B, L, hidden)."""
         flat = h.flatten(0, -2)
         experts, weights = self.gate(flat)
-        routed = run_experts(flat, experts, weights, self.experts.up_proj, self.experts.down_proj)
+        routed = run_experts(flat, experts, weights, self.experts.up_proj, self.experts.down_proj, self._wide)
         return routed.to(h.dtype).view_as(h) + self.shared_experts(h)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Generic, ParamSpec, TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +12,9 @@ from twotower.model.config import ATTENTION, MAMBA, MOE, ModelConfig
 from twotower.model.layers import MLP, Attention, Mamba2, MoE, RMSNorm
 
 Mixer = Mamba2 | Attention | MoE | MLP
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Layer(nn.Module):
@@ -30,6 +36,24 @@ class Tower(nn.Module):
         self.embeddings = nn.utils.skip_init(nn.Embedding, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(kind, config) for kind in config.hybrid_override_pattern)
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+
+
+class LazyGraph(Generic[P, R]):
+    """A forward as a compiled graph, made at its first use: what is never used costs nothing, not even an import.
+
+    Sizes are symbols, so that a growing context compiles nothing anew. Results may differ from the plain
+    forward's in the last bits: fused operations round less.
+    """
+
+    def __init__(self, forward: Callable[P, R]) -> None:
+        self._forward = forward
+        self._compiled: Callable[P, R] | None = None
+
+    def get(self) -> Callable[P, R]:
+        """The compiled forward."""
+        if self._compiled is None:
+            self._compiled = torch.compile(self._forward, dynamic=True)
+        return self._compiled
 
 
 def _mixer(kind: str, config: ModelConfig) -> Mixer:

@@ -19,6 +19,7 @@ from twotower.errors import CheckpointError, ConfigError
 from twotower.model.checkpoint import SINGLE_FILE, Checkpoint
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
+from twotower.model.layers import MoE
 from twotower.model.tensors import context_tensors, denoiser_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -134,6 +135,9 @@ def _load(
     tower.to(device)  # moves the computed buffers; the parameters are there already
     assert not any(p.is_meta for p in tower.parameters())
     tower.requires_grad_(False).eval()
+    for module in tower.modules():
+        if isinstance(module, MoE):
+            module.prepare()
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
