@@ -33,7 +33,9 @@ def context_task(config: ModelConfig, tokenizer: Tokenizer) -> ContextTask:
 
 def denoiser_task(config: ModelConfig, tokenizer: Tokenizer) -> DenoiserTask:
     context = new_context_tower(config, 0)
-    return DenoiserTask(new_denoiser_tower(context), context, source, tokenizer, rows=4, own_order=0.5, bf16=False)
+    return DenoiserTask(
+        new_denoiser_tower(context), context, source, tokenizer, rows=4, all_masked=0.2, own_order=0.5, bf16=False
+    )
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -115,8 +117,11 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_state(
 
 
 def test_masked_shares_cover_low_and_high_evenly() -> None:
-    counts = draw_counts(torch.Size((8, 20)), 16, torch.Generator().manual_seed(0))
+    counts = draw_counts(torch.Size((8, 20)), 16, 0.0, torch.Generator().manual_seed(0))
     assert counts.flatten().bincount(minlength=17).tolist() == [0] + [10] * 16
+    counts = draw_counts(torch.Size((8, 40)), 16, 0.5, torch.Generator().manual_seed(0))
+    assert counts.flatten().bincount(minlength=17).tolist() == [0] + [10] * 15 + [170]
+    assert (draw_counts(torch.Size((8, 40)), 16, 1.0, torch.Generator()) == 16).all()
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (3, 16, 8)])

@@ -35,14 +35,20 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
 
     context = parts.add_parser("context", help="train a context tower from nothing", allow_abbrev=False)
     context.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json (see `twotower train tokenizer`)")
-    context.add_argument("--prompt-weight", type=float, default=0.1, help="weight of prompt tokens in the loss (default 0.1)")
+    context.add_argument("--prompt-weight", type=_share, default=0.1, help="weight of prompt tokens in the loss (default 0.1)")
     _add_training(context, minutes=17.0, ema=0.99)
     context.set_defaults(run=_context)
 
     denoiser = parts.add_parser("denoiser", help="train a denoiser against a frozen context tower", allow_abbrev=False)
     denoiser.add_argument("--context", type=Path, required=True, metavar="CKPT", help="checkpoint whose context tower to use")
     denoiser.add_argument(
-        "--own-order", type=float, default=0.3, help="share of batches masked as the model's own refinement would (default 0.3)"
+        "--own-order",
+        type=_share,
+        default=0.3,
+        help="share of batches masked as the model's own refinement would (default 0.3)",
+    )
+    denoiser.add_argument(
+        "--all-masked", type=_share, default=0.3, help="share of blocks masked whole, as refinement starts (default 0.3)"
     )
     _add_training(denoiser, minutes=48.0, ema=0.998)
     denoiser.set_defaults(run=_denoiser)
@@ -67,7 +73,7 @@ def _add_training(parser: argparse.ArgumentParser, *, minutes: float, ema: float
     parser.add_argument("--init", type=Path, metavar="CKPT", help="start from this checkpoint's weights")
     parser.add_argument("--muon-lr", type=float, default=0.02, help="peak rate for the layers' matrices (default 0.02)")
     parser.add_argument("--adam-lr", type=float, default=3e-3, help="peak rate for everything else (default 0.003)")
-    parser.add_argument("--drill-share", type=float, default=0.3, help="drills among the built-in problems (default 0.3)")
+    parser.add_argument("--drill-share", type=_share, default=0.3, help="drills among the built-in problems (default 0.3)")
     parser.add_argument("--ema", type=float, default=ema, help=f"decay of the averaged weights a step (default {ema:g})")
     parser.add_argument("--fp32", action="store_true", help="no bf16 anywhere")
     parser.set_defaults(default_minutes=minutes)
@@ -78,6 +84,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1], not {value:g}")
     return value
 
 
@@ -102,7 +115,7 @@ def _context(args: argparse.Namespace) -> None:
 def _denoiser(args: argparse.Namespace) -> None:
     from twotower.train.run import train_denoiser
 
-    train_denoiser(_config(args), args.context, args.own_order)
+    train_denoiser(_config(args), args.context, all_masked=args.all_masked, own_order=args.own_order)
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:

@@ -21,7 +21,8 @@ from twotower.train.forward import BlockSeeds, Usage, block_logits, block_seeds
 class DenoiserTask:
     """Cross entropy on the masked tokens of every block of the completions.
 
-    A share `own_order` of the batches is masked as the model's own refinement would have it at some point:
+    A share `all_masked` of the blocks is masked whole, as every refinement starts; in the others the masked share is
+    uniform. A share `own_order` of the batches is masked as the model's own refinement would have it at some point:
     the most certain tokens are known. The others are masked at random.
     """
 
@@ -33,12 +34,14 @@ class DenoiserTask:
         tokenizer: Tokenizer,
         *,
         rows: int,
+        all_masked: float,
         own_order: float,
         bf16: bool,
     ) -> None:
         self.model, self.context = model, context
         self._source, self._tokenizer = source, tokenizer
-        self._rows, self._own_order, self._bf16 = rows, own_order, bf16
+        self._rows, self._bf16 = rows, bf16
+        self._all_masked, self._own_order = all_masked, own_order
         self._block, self._mask_id = model.config.block_size, model.config.mask_token_id
         self._device = model.device
         context.requires_grad_(False).eval()
@@ -59,7 +62,7 @@ class DenoiserTask:
         tokens = batch.tokens.to(device)
         clean = tokens[:, batch.prompt :].unflatten(1, (-1, self._block))
         # All chance is drawn on the CPU: equal for equal seeds on any device.
-        masked = draw_counts(clean.shape[:2], self._block, generator).to(device)
+        masked = draw_counts(clean.shape[:2], self._block, self._all_masked, generator).to(device)
         order = torch.rand(clean.shape, generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
             seeds = block_seeds(self.context, tokens, batch.prompt, self._block)
@@ -86,10 +89,14 @@ class DenoiserTask:
         return logits.softmax(-1).amax(-1) + known * 2.0
 
 
-def draw_counts(shape: torch.Size, block: int, generator: torch.Generator) -> Tensor:
-    """How many tokens of each block are masked, in 1..block: t uniform in (0, 1], stratified over the batch."""
+def draw_counts(shape: torch.Size, block: int, all_masked: float, generator: torch.Generator) -> Tensor:
+    """How many tokens of each block are masked, in 1..block.
+
+    t is uniform in (0, 1], stratified over the batch; beyond that, a share `all_masked` of the blocks has t = 1.
+    """
     n = shape.numel()
     t = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
+    t = (t / (1 - all_masked)).clamp(max=1.0) if all_masked < 1 else torch.ones(n)
     return (1 + (t * block).floor()).clamp(max=block).long().view(shape)
 
 

@@ -84,7 +84,7 @@ def train_context(config: TrainConfig, tokenizer_path: Path, prompt_weight: floa
     _write(config.out, raw, {**export_tensors(model, torch.bfloat16)}, tokenizer_path)
 
 
-def train_denoiser(config: TrainConfig, context_path: Path, own_order: float = 0.0) -> None:
+def train_denoiser(config: TrainConfig, context_path: Path, *, all_masked: float = 0.0, own_order: float = 0.0) -> None:
     """Train a denoiser against the frozen context tower of a checkpoint; writes a checkpoint of both towers."""
     torch.set_num_threads(config.threads)
     checkpoint = Checkpoint.open(context_path, towers=("context",))
@@ -106,6 +106,7 @@ def train_denoiser(config: TrainConfig, context_path: Path, own_order: float = 0
         source,
         _tokenizer(checkpoint.tokenizer_path),
         rows=config.rows,
+        all_masked=all_masked,
         own_order=own_order,
         bf16=config.loop.bf16,
     )
