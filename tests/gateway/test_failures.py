@@ -184,6 +184,21 @@ async def test_a_full_context_is_passed_over(checkpoint: Path) -> None:
     assert ids == SCRIPT[:9]
 
 
+async def test_a_session_that_lost_its_context_waits_for_room_on_a_full_one(checkpoint: Path) -> None:
+    leaving, full = ScriptedContext(SCRIPT, fail_at(1, Unavailable("this context is draining"))), ScriptedContext(SCRIPT)
+
+    async def full_at_first(number: int) -> None:
+        if len(full.opened) < 4:
+            raise Overloaded("64 sessions")
+
+    full.before = full_at_first
+    async with gateway(checkpoint, leaving) as running, running.client() as client:
+        running.replicas.contexts.append(replica("context", "full", await full.start(), load=5))
+        assert (await collect(client, max_tokens=9))[0] == SCRIPT[:9]
+    await full.stop()
+    assert len(full.opened) == 4
+
+
 async def test_sessions_spread_over_contexts_by_load(checkpoint: Path) -> None:
     contexts = [ScriptedContext(SCRIPT, hang_at(1)) for _ in range(3)]
     async with gateway(checkpoint, *contexts) as running, running.client() as client:

@@ -61,6 +61,8 @@ class SessionStream:
     async def events(self) -> AsyncGenerator[SessionEvent, None]:
         """Blocks, then why the session ended. Closing this generator ends the session. Raises TwoTowerError."""
         reopens = 0
+        clock = asyncio.get_running_loop().time
+        give_up = 0.0
         while True:
             replica = await self._replica()
             try:
@@ -73,7 +75,12 @@ class SessionStream:
             except Overloaded as error:
                 self._full.add(replica)
                 if self._pool.pick(self._full) is None:
-                    raise
+                    if clock() >= give_up:
+                        raise
+                    # It was admitted once, and lost its place by no fault of its own: room is waited for.
+                    self._full.clear()
+                    await asyncio.sleep(BACKOFF_S)
+                    continue
                 log.info("request %s: %s; trying another context", self._job.request_id, error)
             except _LostError as lost:
                 reopens += 1
@@ -84,6 +91,7 @@ class SessionStream:
                     raise Unavailable(f"the context failed {reopens} times in this request; the last time: {lost}") from None
                 log.warning("request %s: context %s was lost (%s)", self._job.request_id, replica.address, lost)
                 self._on_reopen()
+                give_up = clock() + self._wait_s
                 await asyncio.sleep(BACKOFF_S * 2 ** (reopens - 1))
 
     async def _replica(self) -> ContextReplica:
