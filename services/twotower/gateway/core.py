@@ -145,9 +145,13 @@ class Core:
         finally:
             self._count(params.mode, outcome)
 
+    def refuse(self) -> None:
+        """Take no new requests from now on."""
+        self._draining = True
+
     async def drain(self, limit_s: float) -> None:
         """Refuse new requests, and wait up to `limit_s` for those in flight."""
-        self._draining = True
+        self.refuse()
         try:
             async with asyncio.timeout(limit_s):
                 await self._idle.wait()

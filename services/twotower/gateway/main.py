@@ -76,8 +76,9 @@ async def serve(
         if await _first(ready, stop):
             announce(f"ready grpc={rpc.address} http={http.address}")
             await until_stopped(stop, watch)
-        await end_tasks(watch)
+        core.refuse()  # first: the watch would call a gateway ready that takes requests
         await rpc.set_serving(False)
+        await end_tasks(watch)
         await core.drain(config.drain_s)
 
 
