@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.support.gateways import gateway, replica
 from tests.support.scripted_context import ScriptedContext
@@ -24,6 +25,7 @@ from twotower.errors import (
 )
 from twotower.events import Block, Finished
 from twotower.request import FinishReason, Mode
+from twotower.rpc.channel import open_channel
 
 EOS = 2
 SCRIPT = list(range(10, 300))
@@ -53,15 +55,6 @@ async def collect(client: GatewayClient, **arguments: object) -> tuple[list[int]
         if isinstance(event, Finished):
             return ids, event
     raise AssertionError("no end")
-
-
-async def serving(client: GatewayClient) -> bool:
-    try:
-        await client.wait_ready(0.3)
-    except Unavailable as error:
-        assert "is not ready" in str(error)
-        return False
-    return True
 
 
 async def test_a_cancelled_generation_ends_at_the_context(checkpoint: Path) -> None:
@@ -264,8 +257,12 @@ async def test_a_drain_lets_requests_finish_and_refuses_new_ones(checkpoint: Pat
         held = asyncio.create_task(collect(client, max_tokens=12))
         await until(lambda: context.running)
         running.stop.set()
-        while await serving(client):
-            await asyncio.sleep(0.05)
+        async with asyncio.timeout(10), open_channel(running.grpc) as channel:
+            health, asked = health_pb2_grpc.HealthStub(channel), health_pb2.HealthCheckRequest()
+            while (await health.Check(asked)).status != health_pb2.HealthCheckResponse.NOT_SERVING:
+                pass  # it takes a moment
+        with pytest.raises(Unavailable, match="is not ready"):
+            await client.wait_ready(0.3)
         with pytest.raises(Unavailable, match="shutting down"):
             await collect(client)
         go_on.set()
