@@ -1,5 +1,6 @@
 """A session's state and its deltas as named tensors: what a worker receives, and how it becomes a state again.
 
+Of a conv tail only the K - 1 columns travel that the next position reads; the oldest is zero on the worker.
 State, per layer: Mamba ``conv ssm`` and ``a`` (the context tower's decay rates, needed to apply deltas),
 attention ``k v``. Delta, per layer: Mamba ``x b dt conv``, attention ``k v`` of the committed tokens.
 """
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from twotower.model.config import ATTENTION, MAMBA, ModelConfig
 from twotower.model.state import ContextState, Delta, KVDelta, MambaDelta
@@ -19,7 +21,7 @@ from twotower.wire.frames import Key, Spec
 def state_tensors(state: ContextState, decay_rates: Mapping[int, Tensor]) -> Iterator[tuple[Key, Tensor]]:
     """All tensors of a state."""
     for i, mamba in state.mamba.items():
-        yield Key("conv", i), mamba.conv
+        yield Key("conv", i), mamba.conv[:, 1:]
         yield Key("ssm", i), mamba.ssm
         yield Key("a", i), decay_rates[i]
     for i, kv in state.kv.items():
@@ -32,7 +34,7 @@ def state_spec(config: ModelConfig, dtype: torch.dtype, length: int) -> dict[Key
     """What a state of `length` tokens consists of."""
     spec = {}
     for i in config.layers_of(MAMBA):
-        spec[Key("conv", i)] = Spec(dtype, (config.conv_dim, config.conv_kernel))
+        spec[Key("conv", i)] = Spec(dtype, (config.conv_dim, config.conv_kernel - 1))
         spec[Key("ssm", i)] = Spec(torch.float32, (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size))
         spec[Key("a", i)] = Spec(torch.float32, (config.mamba_num_heads,))
     return spec | _kv_spec(config, dtype, length)
@@ -44,7 +46,7 @@ def state_from(
     """The state and the decay rates, from tensors that fit `state_spec`."""
     state = ContextState(config, dtype, device)
     for i, mamba in state.mamba.items():
-        mamba.conv, mamba.ssm = tensors[Key("conv", i)], tensors[Key("ssm", i)]
+        mamba.conv, mamba.ssm = _whole_tail(tensors[Key("conv", i)]), tensors[Key("ssm", i)]
     for i, kv in state.kv.items():
         kv.write(0, tensors[Key("k", i)], tensors[Key("v", i)])
     state.length = length
@@ -58,7 +60,7 @@ def delta_tensors(delta: Delta) -> Iterator[tuple[Key, Tensor]]:
             yield Key("x", i), change.x
             yield Key("b", i), change.b
             yield Key("dt", i), change.dt
-            yield Key("conv", i), change.conv
+            yield Key("conv", i), change.conv[:, 1:]
         else:
             yield Key("k", i), change.k
             yield Key("v", i), change.v
@@ -71,17 +73,28 @@ def delta_spec(config: ModelConfig, dtype: torch.dtype, length: int) -> dict[Key
         spec[Key("x", i)] = Spec(dtype, (length, config.mamba_num_heads, config.mamba_head_dim))
         spec[Key("b", i)] = Spec(dtype, (length, config.n_groups, config.ssm_state_size))
         spec[Key("dt", i)] = Spec(torch.float32, (length, config.mamba_num_heads))
-        spec[Key("conv", i)] = Spec(dtype, (config.conv_dim, config.conv_kernel))
+        spec[Key("conv", i)] = Spec(dtype, (config.conv_dim, config.conv_kernel - 1))
     return spec | _kv_spec(config, dtype, length)
 
 
 def delta_from(tensors: Mapping[Key, Tensor], config: ModelConfig, length: int) -> Delta:
     """The delta, from tensors that fit `delta_spec`."""
     layers: dict[int, MambaDelta | KVDelta] = {
-        i: MambaDelta(**{name: tensors[Key(name, i)] for name in ("x", "b", "dt", "conv")}) for i in config.layers_of(MAMBA)
+        i: MambaDelta(
+            x=tensors[Key("x", i)],
+            b=tensors[Key("b", i)],
+            dt=tensors[Key("dt", i)],
+            conv=_whole_tail(tensors[Key("conv", i)]),
+        )
+        for i in config.layers_of(MAMBA)
     }
     layers |= {i: KVDelta(tensors[Key("k", i)], tensors[Key("v", i)]) for i in config.layers_of(ATTENTION)}
     return Delta(length, layers)
+
+
+def _whole_tail(columns: Tensor) -> Tensor:
+    """(conv_dim, K - 1) -> (conv_dim, K)."""
+    return F.pad(columns, (1, 0))
 
 
 def _kv_spec(config: ModelConfig, dtype: torch.dtype, length: int) -> dict[Key, Spec]:

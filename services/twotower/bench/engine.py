@@ -1,0 +1,70 @@
+"""The engine in one process: what batching brings, and what the plain way would give."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from twotower.bench.baseline import generate_plain, with_looped_experts
+from twotower.bench.workload import Result, Workload
+from twotower.engine.batch import generate_batch
+from twotower.engine.local import LocalEngine
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRow:
+    """One batch size."""
+
+    batch: int
+    result: Result
+
+
+def run_batch(engine: LocalEngine, workload: Workload, requests: int, batch: int) -> Result:
+    """So many requests, at most `batch` at a time."""
+    params, prompts = workload.params, workload.prompts(requests)
+    list(generate_batch(engine.context, engine.denoiser, prompts[:1], params, 1))  # first use costs are no one's speed
+    result, started = Result(requests), time.perf_counter()
+    for done in generate_batch(engine.context, engine.denoiser, prompts, params, batch):
+        result.tokens += len(done.token_ids)
+        result.first_block_s.append(done.first_block_s)
+        result.latency_s.append(done.seconds)
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def engine_rows(
+    engine: LocalEngine, workload: Workload, batches: Sequence[int], rounds: int, report: Callable[[EngineRow], None]
+) -> list[EngineRow]:
+    """Every batch size, over `rounds` times as many requests."""
+    rows = []
+    for batch in batches:
+        rows.append(EngineRow(batch, run_batch(engine, workload, rounds * batch, batch)))
+        report(rows[-1])
+    return rows
+
+
+def plain_result(checkpoint: Path, workload: Workload, requests: int, *, dtype: str, device: str, threads: int) -> Result:
+    """The baseline at batch 1, on the same weights; its tokens are checked against nothing here but counted alike."""
+    engine = LocalEngine(checkpoint, dtype=dtype, device=device, threads=threads)
+    with_looped_experts(engine.context.tower.context_tower)
+    with_looped_experts(engine.denoiser.tower.denoiser_tower)
+    prompts = workload.prompts(requests)
+    generate_plain(engine.context, engine.denoiser, prompts[0], workload.params)
+    result = Result(requests)
+    started = time.perf_counter()
+    for prompt in prompts:
+        result.tokens += len(generate_plain(engine.context, engine.denoiser, prompt, workload.params))
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def open_engine(checkpoint: Path, *, dtype: str, device: str, threads: int, compiled: bool = False) -> LocalEngine:
+    """Both towers, ready to be timed."""
+    engine = LocalEngine(checkpoint, dtype=dtype, device=device, threads=threads)
+    engine.context.tower.compiled = engine.denoiser.tower.compiled = compiled
+    torch.set_num_threads(threads)
+    return engine

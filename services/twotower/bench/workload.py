@@ -1,0 +1,68 @@
+"""What benchmarks ask for, and how they time it."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from twotower.request import GenerationParams
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests of one shape, with random prompts.
+
+    Random weights are never sure of a token, so refinement always takes all its `steps`: 5 make 3.2 tokens a
+    forward in blocks of 16, which is what the published model does on arithmetic.
+    """
+
+    vocab_size: int
+    prompt_tokens: int = 64
+    max_tokens: int = 64
+    steps: int = 5
+    block_size: int = 16
+    seed: int = 0
+
+    @property
+    def params(self) -> GenerationParams:
+        """No end-of-sequence: every request writes `max_tokens`."""
+        return GenerationParams(max_tokens=self.max_tokens, steps=self.steps, block_size=self.block_size, gamma=1.0)
+
+    def prompts(self, count: int) -> list[list[int]]:
+        """Equal for equal seeds."""
+        rng = random.Random(self.seed)
+        return [[rng.randrange(4, self.vocab_size) for _ in range(self.prompt_tokens)] for _ in range(count)]
+
+
+@dataclass(slots=True)
+class Result:
+    """A run over some requests."""
+
+    requests: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    first_block_s: list[float] = field(default_factory=list)
+    latency_s: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all requests together."""
+        return self.tokens / self.seconds
+
+    @property
+    def ttft_ms(self) -> float:
+        """Median time to the first block, ms."""
+        return 1e3 * statistics.median(self.first_block_s)
+
+    def quantile_ms(self, percent: int) -> float:
+        """Of the latency, ms."""
+        return 1e3 * quantile(self.latency_s, percent)
+
+
+def quantile(values: Sequence[float], percent: int) -> float:
+    """With linear interpolation; of a single value, itself."""
+    if len(values) < 2:
+        return values[0] if values else float("nan")
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]

@@ -1,0 +1,210 @@
+"""`twotower bench`: what the parts and the whole can do, as tables for people and JSON for machines."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twotower.cli.options import add_place, add_stack_size, check_at_least_one
+from twotower.errors import ConfigError
+
+if TYPE_CHECKING:
+    from twotower.bench.workload import Result, Workload
+
+Commands = argparse._SubParsersAction
+
+
+def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
+    """The command and its parts."""
+    bench = commands.add_parser("bench", help="measure the engine, the services, and what travels", allow_abbrev=False)
+    parts = bench.add_subparsers(title="parts", metavar="PART", required=True)
+
+    checkpoint = parts.add_parser("checkpoint", help="write a middle-sized checkpoint of random weights", allow_abbrev=False)
+    checkpoint.add_argument("--out", type=Path, required=True, help="directory to write (about 0.9 GB)")
+    checkpoint.add_argument("--seed", type=int, default=0)
+    checkpoint.set_defaults(run=_checkpoint)
+
+    engine = parts.add_parser("engine", help="both towers in one process, by batch size, and the plain way", allow_abbrev=False)
+    _add_work(engine)
+    engine.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], metavar="B")
+    engine.add_argument("--no-plain", action="store_true", help="leave the baseline out, which is slow")
+    engine.set_defaults(run=_engine)
+
+    serving = parts.add_parser("serving", help="the whole stack against the engine", allow_abbrev=False)
+    _add_work(serving)
+    add_stack_size(serving)
+    serving.add_argument(
+        "--concurrency", type=int, nargs="+", default=[1, 16], metavar="C", help="requests in flight (default 1 16)"
+    )
+    serving.add_argument("--rate", type=float, metavar="R", help="send R requests a second at random moments instead")
+    serving.add_argument("--slots", type=int, default=16, metavar="N", help="sessions each denoiser refines together")
+    serving.set_defaults(run=_serving)
+
+    transport = parts.add_parser("transport", help="bytes of a snapshot and of a delta at the real size", allow_abbrev=False)
+    transport.add_argument("--json", action="store_true", help="print one JSON object")
+    transport.set_defaults(run=_transport)
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="see `twotower bench checkpoint`")
+    parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="default 64")
+    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="default 64")
+    parser.add_argument("--steps", type=int, default=5, metavar="T", help="forwards a block (default 5: 3.2 tokens a forward)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="requests for each place in the batch (default 3)")
+    add_place(parser)
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of the engine (default: all)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _checkpoint(args: argparse.Namespace) -> None:
+    from twotower.bench.checkpoint import write_random_checkpoint
+
+    parameters = write_random_checkpoint(args.out, args.seed)
+    print(f"{args.out}: {parameters / 1e6:.0f} M parameters a tower")
+
+
+def _engine(args: argparse.Namespace) -> None:
+    from twotower.bench.engine import EngineRow, engine_rows, open_engine, plain_result
+
+    check_at_least_one(args, "rounds", "threads")
+    threads, workload = _threads(args), _workload(args)
+
+    def report(row: EngineRow) -> None:
+        _say(args, f"batch {row.batch:>3}: {_told(row.result)}")
+
+    engine = open_engine(args.checkpoint, dtype=args.dtype, device=args.device, threads=threads)
+    rows = engine_rows(engine, workload, args.batch, args.rounds, report)
+    told: dict[str, Any] = {"threads": threads, "rows": [{"batch": row.batch, **_as_json(row.result)} for row in rows]}
+    told["batch_gain"] = rows[-1].result.tokens_per_s / rows[0].result.tokens_per_s
+    _say(args, f"batch {rows[-1].batch} over batch {rows[0].batch}: {told['batch_gain']:.2f}x")
+    if not args.no_plain:
+        plain = plain_result(
+            args.checkpoint, workload, args.rounds, dtype=args.dtype, device=args.device, threads=threads
+        ).tokens_per_s
+        told |= {"plain_tokens_per_s": plain, "engine_over_plain": rows[0].result.tokens_per_s / plain}
+        _say(args, f"plain, batch 1: {plain:,.1f} tokens/s; engine over plain: {told['engine_over_plain']:.2f}x")
+    _finish(args, told)
+
+
+def _serving(args: argparse.Namespace) -> None:
+    from twotower.bench.engine import engine_rows, open_engine
+    from twotower.bench.sizes import delta_bytes, snapshot_bytes
+
+    check_at_least_one(args, "rounds", "threads", "contexts", "denoisers", "slots")
+    if args.rate is not None and not args.rate > 0:
+        raise ConfigError(f"rate: must be positive, not {args.rate}")
+    threads, workload = _threads(args), _workload(args)
+    most = max(args.concurrency)
+    engine = open_engine(args.checkpoint, dtype=args.dtype, device=args.device, threads=threads)
+    batches = sorted({1, most})
+    rows = {
+        row.batch: row.result
+        for row in engine_rows(
+            engine, workload, batches, args.rounds, lambda row: _say(args, f"engine, batch {row.batch:>3}: {_told(row.result)}")
+        )
+    }
+    del engine  # its memory and its threads are the services' now
+    results = asyncio.run(_served(args, workload))
+    told = {
+        "threads": threads,
+        "contexts": args.contexts,
+        "denoisers": args.denoisers,
+        "concurrency": most,
+        "engine_tokens_per_s": rows[most].tokens_per_s,
+        "services_tokens_per_s": results[most].tokens_per_s,
+        "services_over_engine": results[most].tokens_per_s / rows[most].tokens_per_s,
+        "batch_gain": rows[most].tokens_per_s / rows[1].tokens_per_s,
+        "ttft_ms": results[min(results)].ttft_ms,
+        "engine_ttft_ms": rows[1].ttft_ms,
+        "delta_bytes_real_size": delta_bytes(),
+        "snapshot_bytes_real_size": snapshot_bytes(),
+        "rows": [{"concurrency": c, **_as_json(result)} for c, result in results.items()],
+    }
+    _say(args, f"services over engine at {most}: {told['services_over_engine']:.3f}; batch gain {told['batch_gain']:.2f}x")
+    _say(args, f"time to the first block: {told['ttft_ms']:.1f} ms, the engine's own {told['engine_ttft_ms']:.1f} ms")
+    _finish(args, told)
+
+
+async def _served(args: argparse.Namespace, workload: Workload) -> dict[int, Result]:
+    """A stack, and the load; by concurrency (under a rate: by the greatest that was asked for)."""
+    from twotower.bench.serving import closed_loop, open_loop
+    from twotower.launcher.config import UpConfig
+    from twotower.launcher.stack import stack
+
+    config = UpConfig(
+        args.checkpoint,
+        contexts=args.contexts,
+        denoisers=args.denoisers,
+        dtype=args.dtype,
+        device=args.device,
+        slots=args.slots,
+        max_sessions=max(64, *args.concurrency),
+    )
+    results: dict[int, Result] = {}
+    async with stack(config, lambda line: print(line, file=sys.stderr)) as running:
+        for concurrency in args.concurrency if args.rate is None else [max(args.concurrency)]:
+            requests = args.rounds * concurrency
+            if args.rate is None:
+                result = await closed_loop(running.grpc_address, workload, requests, concurrency)
+            else:
+                result = await open_loop(running.grpc_address, workload, requests, args.rate)
+            results[concurrency] = result
+            how = f"concurrency {concurrency:>3}" if args.rate is None else f"{args.rate:g} requests/s"
+            _say(args, f"services, {how}: {_told(result)}")
+    return results
+
+
+def _transport(args: argparse.Namespace) -> None:
+    from twotower.bench.sizes import delta_bytes, snapshot_bytes
+
+    told = {"delta_bytes_real_size": delta_bytes(), "snapshot_bytes_real_size": snapshot_bytes()}
+    _say(args, f"delta of a 16-token block: {told['delta_bytes_real_size']:,} bytes")
+    _say(args, f"snapshot at 1,024 tokens: {told['snapshot_bytes_real_size']:,} bytes")
+    _finish(args, told)
+
+
+def _workload(args: argparse.Namespace) -> Workload:
+    from twotower.bench.workload import Workload
+    from twotower.model.checkpoint import Checkpoint
+    from twotower.request import check_request
+
+    limits = Checkpoint.open(args.checkpoint).limits
+    workload = Workload(limits.vocab_size, args.prompt_tokens, args.max_tokens, args.steps, limits.block_size)
+    check_request(workload.prompts(1)[0], workload.params, limits)
+    return workload
+
+
+def _threads(args: argparse.Namespace) -> int:
+    threads: int = args.threads or len(os.sched_getaffinity(0))
+    return threads
+
+
+def _told(result: Result) -> str:
+    return (
+        f"{result.tokens_per_s:>8,.1f} tokens/s, first block {result.ttft_ms:,.0f} ms, "
+        f"p50 {result.quantile_ms(50):,.0f} ms, p95 {result.quantile_ms(95):,.0f} ms ({result.requests} requests)"
+    )
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    return {
+        "requests": result.requests,
+        "tokens_per_s": round(result.tokens_per_s, 2),
+        "ttft_ms": round(result.ttft_ms, 2),
+        "latency_p50_ms": round(result.quantile_ms(50), 2),
+        "latency_p95_ms": round(result.quantile_ms(95), 2),
+    }
+
+
+def _say(args: argparse.Namespace, line: str) -> None:
+    print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+
+def _finish(args: argparse.Namespace, told: dict[str, Any]) -> None:
+    if args.json:
+        print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in told.items()}))
