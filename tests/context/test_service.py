@@ -95,7 +95,7 @@ async def test_a_worker_holds_the_same_bits_as_the_context(stack: Towers) -> Non
             assert ours.length == theirs.length
             for i, mamba in ours.mamba.items():
                 assert torch.equal(mamba.ssm, theirs.mamba[i].ssm)
-                assert torch.equal(mamba.conv, theirs.mamba[i].conv)
+                assert torch.equal(mamba.conv[:, 1:], theirs.mamba[i].conv[:, 1:])  # the oldest column is never read
             for i, kv in ours.kv.items():
                 for a, b in zip(kv.slice(0, ours.length), theirs.kv[i].slice(0, ours.length), strict=True):
                     assert torch.equal(a, b)

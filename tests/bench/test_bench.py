@@ -1,0 +1,68 @@
+"""The benchmarks on a tiny checkpoint: they do the work they time, and tell what they promise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.checkpoints import TINY, write_tiny_checkpoint
+from twotower.bench.baseline import generate_plain, with_looped_experts
+from twotower.bench.checkpoint import write_random_checkpoint
+from twotower.bench.sizes import delta_bytes, snapshot_bytes
+from twotower.bench.workload import Workload
+from twotower.cli.main import main
+from twotower.engine.local import LocalEngine
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def test_the_plain_way_writes_the_engines_tokens(checkpoint: Path) -> None:
+    workload = Workload(vocab_size=96, prompt_tokens=9, max_tokens=40)
+    engine, plain = LocalEngine(checkpoint, threads=1), LocalEngine(checkpoint, threads=1)
+    with_looped_experts(plain.context.tower.context_tower)
+    with_looped_experts(plain.denoiser.tower.denoiser_tower)
+    for prompt in workload.prompts(3):
+        expected = engine.generate(prompt, workload.params)
+        assert expected.forwards == 5 * expected.blocks
+        assert generate_plain(plain.context, plain.denoiser, prompt, workload.params) == expected.token_ids
+
+
+def test_a_blocks_delta_at_the_real_size_is_at_most_5_megabytes() -> None:
+    assert delta_bytes() <= 5_000_000
+    assert 10 * delta_bytes() < snapshot_bytes()
+
+
+def test_a_random_checkpoint_can_be_served(tmp_path: Path) -> None:
+    assert write_random_checkpoint(tmp_path, raw=TINY) > 0
+    assert len(LocalEngine(tmp_path, threads=1).generate([5], Workload(96, max_tokens=20).params).token_ids) == 20
+
+
+def test_engine(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"bench engine --checkpoint {checkpoint} --threads 1 --batch 1 3 --rounds 1 --max-tokens 20 --json"
+    assert main(words.split()) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["batch"] for row in told["rows"]] == [1, 3]
+    assert min(told["batch_gain"], told["engine_over_plain"], told["plain_tokens_per_s"]) > 0
+
+
+@pytest.mark.parametrize("load", ["--concurrency 1 4", "--concurrency 4 --rate 20"])
+def test_serving(checkpoint: Path, capfd: pytest.CaptureFixture[str], load: str) -> None:
+    words = f"bench serving --checkpoint {checkpoint} --threads 1 {load} --rounds 1 --max-tokens 20 --json"
+    assert main(words.split()) == 0
+    told = json.loads(capfd.readouterr().out)
+    promised = "engine_tokens_per_s services_tokens_per_s services_over_engine batch_gain ttft_ms delta_bytes_real_size"
+    assert {*promised.split(), "snapshot_bytes_real_size"} <= told.keys()
+    assert told["rows"][-1] | {"requests": 4, "concurrency": 4} == told["rows"][-1]
+
+
+@pytest.mark.parametrize(("words", "named"), [("--rate 0", "rate"), ("--rounds 0", "rounds"), ("--max-tokens 0", "max_tokens")])
+def test_bad_settings(checkpoint: Path, capsys: pytest.CaptureFixture[str], words: str, named: str) -> None:
+    assert main(f"bench serving --checkpoint {checkpoint} {words}".split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert named in error
