@@ -1,0 +1,60 @@
+"""Attention of a short block over a context's K and V in pages, and over the block's own.
+
+A page holds K (or V) of `page` consecutive tokens of one session, all KV heads, as (kv_heads, page, head_dim):
+a tile of one head is contiguous. A session is a row of page numbers, its last page partly filled. Query head i
+reads KV head i // (heads / kv_heads). No position encoding, scale 1/sqrt(head_dim).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def gather_pages(pages: Tensor, table: Tensor, length: int) -> Tensor:
+    """One session's K or V as one tensor.
+
+    pages (pages, kv_heads, page, d), table (width,) integer, of which ceil(length / page) are read.
+    Returns (kv_heads, length, d), a copy.
+    """
+    used = -(-length // pages.shape[2])
+    assert used <= table.shape[0]
+    return pages[table[:used].long()].transpose(0, 1).flatten(1, 2)[:, :length]
+
+
+def scatter_pages(pages: Tensor, table: Tensor, start: int, rows: Tensor) -> None:
+    """Write rows (kv_heads, L, d) at positions [start, start + L) of the session that `table` (width,) lists."""
+    page = pages.shape[2]
+    at = torch.arange(start, start + rows.shape[1], device=pages.device)
+    pages[table.long()[at // page], :, at % page] = rows.transpose(0, 1)
+
+
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor, *, causal: bool = False
+) -> Tensor:
+    """Each row's block over [its context, the block], row by row: the plain form others are tested against.
+
+    q (B, heads, L, d), k and v (B, kv_heads, L, d): the block's; k_pages and v_pages (pages, kv_heads, page, d),
+    table (B, width) int32 page numbers, lengths (B,) int32: the contexts', 0 allowed. What lies in the pages
+    behind a context's length is never read, nor are page numbers behind its last page.
+    Every query sees the whole block, as the denoiser does; with `causal` the block's positions up to its own, as
+    a commit does. Returns (B, heads, L, d) in q's dtype.
+    """
+    batch, heads, length, d = q.shape
+    kv_heads = k.shape[1]
+    assert heads % kv_heads == 0
+    assert k.shape == v.shape == (batch, kv_heads, length, d)
+    assert k_pages.shape == v_pages.shape
+    assert k_pages.shape[1] == kv_heads
+    assert k_pages.shape[3] == d
+    assert table.shape[0] == lengths.shape[0] == batch
+    out = torch.empty_like(q)
+    for row, context in enumerate(lengths.tolist()):
+        keys = torch.cat([gather_pages(k_pages, table[row], context), k[row]], 1)
+        values = torch.cat([gather_pages(v_pages, table[row], context), v[row]], 1)
+        mask = None
+        if causal:
+            mask = torch.ones(length, context + length, dtype=torch.bool, device=q.device).tril(context)
+        out[row] = F.scaled_dot_product_attention(q[row], keys, values, attn_mask=mask, enable_gqa=True)
+    return out
