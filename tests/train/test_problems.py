@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from twotower.train.answers import final_answer, is_correct, is_degenerate
 from twotower.train.problems import problems, split_of
-from twotower.train.story import MAX_VALUE, Problem
+from twotower.train.story import MAX_NUMBER, Problem
 
 SUM = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+) [a-z]+\.$")
 
@@ -42,7 +42,7 @@ def test_every_line_is_a_right_sum_and_leads_to_the_answer() -> None:
             assert found is not None, line
             left, op, right, result = int(found[1]), found[2], int(found[3]), int(found[4])
             assert result == {"+": left + right, "-": left - right, "*": left * right}[op]
-            assert 0 < result <= MAX_VALUE
+            assert 0 < result <= MAX_NUMBER
         assert last == f"The answer is {result}."
         assert problem.answer == result
 
@@ -53,6 +53,12 @@ def test_every_number_of_a_sum_is_given_or_was_worked_out() -> None:
         for step in problem.steps:
             assert {step.left, step.right} <= known, problem
             known.add(step.result)
+
+
+@pytest.mark.parametrize("most", [12, 20, 50])
+def test_no_number_is_greater_than_asked_for(most: int) -> None:
+    texts = [f"{p.question} {p.solution}" for p in itertools.islice(problems("train", 0, most), 500)]
+    assert max(int(n) for text in texts for n in re.findall(r"\d+", text)) == most
 
 
 def test_solution_is_a_function_of_the_question() -> None:

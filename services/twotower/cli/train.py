@@ -74,6 +74,7 @@ def _add_training(parser: argparse.ArgumentParser, *, minutes: float, ema: float
     parser.add_argument("--muon-lr", type=float, default=0.02, help="peak rate for the layers' matrices (default 0.02)")
     parser.add_argument("--adam-lr", type=float, default=3e-3, help="peak rate for everything else (default 0.003)")
     parser.add_argument("--drill-share", type=_share, default=0.3, help="drills among the built-in problems (default 0.3)")
+    parser.add_argument("--max-number", type=_positive, default=20, help="greatest in the built-in problems (default 20)")
     parser.add_argument("--ema", type=float, default=ema, help=f"decay of the averaged weights a step (default {ema:g})")
     parser.add_argument("--fp32", action="store_true", help="no bf16 anywhere")
     parser.set_defaults(default_minutes=minutes)
@@ -135,5 +136,14 @@ def _config(args: argparse.Namespace) -> TrainConfig:
         optim=OptimConfig(muon_lr=args.muon_lr, adam_lr=args.adam_lr),
     )
     return TrainConfig(
-        args.out, args.run_dir, args.corpus, args.rows, args.threads, args.device, loop, args.init, args.drill_share
+        args.out,
+        args.run_dir,
+        args.corpus,
+        args.rows,
+        args.threads,
+        args.device,
+        loop,
+        args.init,
+        args.drill_share,
+        args.max_number,
     )

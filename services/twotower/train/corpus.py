@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from twotower.errors import ConfigError
 from twotower.train.bpe import EOS
 from twotower.train.problems import problems
-from twotower.train.story import Problem
+from twotower.train.story import MAX_NUMBER, Problem
 
 POOL_SIZE = 2048
 """Examples of a pool."""
@@ -60,12 +60,18 @@ DRILL_SHARE = 0.3
 DRILL_SUMS = 10
 
 
-def built_in(seed: int, split: str = "train", size: int = POOL_SIZE, drill_share: float = DRILL_SHARE) -> Source:
+def built_in(
+    seed: int,
+    split: str = "train",
+    size: int = POOL_SIZE,
+    drill_share: float = DRILL_SHARE,
+    max_number: int = MAX_NUMBER,
+) -> Source:
     """The built-in problems, with prompts that end in various ways, and among them drills of the sums they need."""
 
     def pool(number: int) -> list[Text]:
         rng = random.Random(f"prompt ends:{split}:{seed}:{number}")
-        stream = problems(split, seed * 1_000_003 + number)
+        stream = problems(split, seed * 1_000_003 + number, max_number)
         ends = rng.choices([e for e, _ in PROMPT_ENDS], [w for _, w in PROMPT_ENDS], k=size)
         return [_drill(stream) if rng.random() < drill_share else _posed(next(stream), end) for end in ends]
 

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 
 from twotower.train.stories import KINDS
-from twotower.train.story import ImpossibleError, Problem, Story
+from twotower.train.story import MAX_NUMBER, ImpossibleError, Problem, Story
 
 SPLITS = ("train", "eval")
 EVAL_SHARE = 16
@@ -27,18 +27,18 @@ def split_of(question: str) -> str:
     return SPLITS[zlib.crc32(question.encode()) % EVAL_SHARE == 0]
 
 
-def problems(split: str, seed: int) -> Iterator[Problem]:
+def problems(split: str, seed: int, max_number: int = MAX_NUMBER) -> Iterator[Problem]:
     """An endless stream of problems; equal for equal arguments. No question occurs in two splits."""
     assert split in SPLITS, split
     rng = random.Random(f"{split}:{seed}")
     while True:
-        problem = _draw(rng)
+        problem = _draw(rng, max_number)
         if problem is not None and split_of(problem.question) == split:
             yield problem
 
 
-def _draw(rng: random.Random) -> Problem | None:
-    story = Story(rng)
+def _draw(rng: random.Random, max_number: int) -> Problem | None:
+    story = Story(rng, max_number)
     try:
         return rng.choice(KINDS)(story)
     except ImpossibleError:

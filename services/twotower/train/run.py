@@ -24,9 +24,13 @@ from twotower.train.loop import METRICS_FILE, Loop, LoopConfig, Task
 from twotower.train.plot import can_plot, plot_loss
 from twotower.train.problems import problems
 from twotower.train.start import WORD_PROBLEMS, new_context_tower, new_denoiser_tower
+from twotower.train.story import MAX_NUMBER
 
 TOKENIZER_POOLS = range(1_000_000, 1_000_010)
 """Pools of the built-in problems that the tokenizer learns from; no run reaches them."""
+
+MAX_NUMBER_IN_WORDS = 50
+"""Up to here the built-in tokenizer keeps numbers whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,8 @@ class TrainConfig:
     """Checkpoint whose weights to start from, instead of fresh ones."""
     drill_share: float = DRILL_SHARE
     """Share of drills among the built-in problems."""
+    max_number: int = MAX_NUMBER
+    """Greatest number in the built-in problems."""
 
 
 def write_corpus(path: Path, split: str, count: int, seed: int) -> None:
@@ -61,7 +67,7 @@ def write_corpus(path: Path, split: str, count: int, seed: int) -> None:
 
 def write_tokenizer(path: Path, corpus: Path | None, vocab_size: int, seed: int) -> None:
     """Train a tokenizer on the corpus and save it as `tokenizer.json`."""
-    source = _source(corpus, seed, DRILL_SHARE)
+    source = built_in(seed, max_number=MAX_NUMBER_IN_WORDS) if corpus is None else from_corpus(corpus, seed)
     texts = (t.prompt + t.completion for n in (TOKENIZER_POOLS if corpus is None else range(1)) for t in source(n))
     path.parent.mkdir(parents=True, exist_ok=True)
     train_tokenizer(texts, vocab_size).save(str(path))
@@ -77,7 +83,7 @@ def train_context(config: TrainConfig, tokenizer_path: Path, prompt_weight: floa
         start = Checkpoint.open(config.init, towers=("context",))
         model.load_state_dict(load_context_tower(start, torch.float32, torch.device("cpu")).state_dict())
     model.to(resolve_device(config.device))
-    source = _source(config.corpus, config.loop.seed, config.drill_share)
+    source = _source(config, config.loop.seed)
     task = ContextTask(model, source, tokenizer, rows=config.rows, prompt_weight=prompt_weight, bf16=config.loop.bf16)
     loop = _run(task, config)
     model.load_state_dict(loop.ema)
@@ -99,7 +105,7 @@ def train_denoiser(config: TrainConfig, context_path: Path, *, all_masked: float
         model.load_state_dict(load_denoiser_tower(start, torch.float32, torch.device("cpu")).state_dict())
     model.to(device)
     # Other problems than the context tower was trained on: the state of a text it knows by heart is no guide.
-    source = _source(config.corpus, config.loop.seed + 1, config.drill_share)
+    source = _source(config, config.loop.seed + 1)
     task = DenoiserTask(
         model,
         context,
@@ -129,8 +135,10 @@ def _run(task: Task, config: TrainConfig) -> Loop:
     return loop
 
 
-def _source(corpus: Path | None, seed: int, drill_share: float) -> Source:
-    return built_in(seed, drill_share=drill_share) if corpus is None else from_corpus(corpus, seed)
+def _source(config: TrainConfig, seed: int) -> Source:
+    if config.corpus is not None:
+        return from_corpus(config.corpus, seed)
+    return built_in(seed, drill_share=config.drill_share, max_number=config.max_number)
 
 
 def _tokenizer(path: Path) -> Tokenizer:

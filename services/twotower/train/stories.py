@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 
 from twotower.train import words
-from twotower.train.story import MAX_VALUE, Problem, Story
+from twotower.train.story import Problem, Story
 
 TABLE = (2, 9)
 """Factors of products between given numbers."""
@@ -41,7 +41,7 @@ def inventory(s: Story) -> Problem:
             more = s.work(f"on {day} {a} {box} of {b} {thing} come in", a, "*", b, thing)
             have = s.work(f"{name} gets these {more} more {thing}", have, "+", more, thing)
             events -= 1
-        elif kind == "times" and have <= MAX_VALUE // 2:
+        elif kind == "times" and have <= s.max_number // 2:
             a = s.number(2, 3)
             s.tell(
                 s.pick(f"{who} makes the number of {thing} {a} times as big.", f"{who} ends up with {a} times as many {thing}.")
@@ -134,7 +134,7 @@ def shopping(s: Story) -> Problem:
     second = s.work(f"{n2} {many2} at {price2} dollars each cost money", n2, "*", price2, "dollars")
     total = s.work(f"{name} pays for the {many} and the {many2}", first, "+", second, "dollars")
     if s.rng.random() < 0.5:
-        cash = s.number(total + 1, min(MAX_VALUE, total + 20))
+        cash = s.number(total + 1, min(s.max_number, total + 20))
         s.tell(s.pick(f"{she} has {cash} dollars.", f"{she} takes along {cash} dollars."))
         s.work(f"{name} has {cash} dollars and spends {total} dollars", cash, "-", total, "dollars")
         return s.ask(
@@ -171,7 +171,7 @@ def rate(s: Story) -> Problem:
         done = s.work(f"{name} {verb} {extra} more {things}", done, "+", extra, things)
     if kind == "more":
         return s.ask(s.pick(f"How many {things} is that in all?", f"How many {things} is that altogether?"))
-    goal = s.number(done + 1, min(MAX_VALUE, done + 20))
+    goal = s.number(done + 1, min(s.max_number, done + 20))
     s.tell(s.pick(f"The goal is {goal} {things}.", f"In all, {goal} {things} are needed."))
     s.work(f"the goal is {goal} {things} and {done} are done", goal, "-", done, things)
     return s.ask(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-MAX_VALUE = 50
-"""No number in a problem exceeds it."""
+MAX_NUMBER = 20
+"""No number in a problem exceeds it, unless asked for otherwise: arithmetic is what takes long to learn."""
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
@@ -54,6 +54,7 @@ class Story:
     """A problem in the making."""
 
     rng: random.Random
+    max_number: int = MAX_NUMBER
     told: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -69,7 +70,8 @@ class Story:
         return self.rng.choice(choices)
 
     def number(self, low: int, high: int) -> int:
-        """In [low, high]. Raises ImpossibleError where that is empty."""
+        """In [low, high], and at most `max_number`. Raises ImpossibleError where that is empty."""
+        high = min(high, self.max_number)
         if low > high:
             raise ImpossibleError
         return self.rng.randint(low, high)
@@ -81,7 +83,7 @@ class Story:
     def work(self, text: str, left: int, op: str, right: int, what: str) -> int:
         """A line of the solution: `text`, then the sum and what it counts. Returns its value."""
         step = Step(left, op, right)
-        if not 1 <= step.result <= MAX_VALUE:
+        if not 1 <= step.result <= self.max_number:
             raise ImpossibleError
         self.steps.append(step)
         self.lines.append(f"Step {len(self.steps)}: {text}, so {step} {what}.")
