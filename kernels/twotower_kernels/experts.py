@@ -98,7 +98,7 @@ def wide_down(down: Tensor, top_k: int) -> Tensor | None:
 
 
 def dense_experts(hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor, wide: Tensor) -> Tensor:
-    """As `grouped_experts`, through all experts in two products; those not chosen get weight 0. wide: `wide_down`'s (H, E I)."""
+    """As `grouped_experts`, through all experts in two products; those not chosen weigh 0. wide (H, E I): from `wide_down`."""
     gates = torch.zeros(hidden.shape[0], up.shape[0], dtype=torch.float32, device=hidden.device)
     gates = gates.scatter(1, experts, weights)
     mid = relu2(F.linear(hidden, up.flatten(0, 1))).unflatten(1, up.shape[:2])

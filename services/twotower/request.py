@@ -17,6 +17,8 @@ MAX_BLOCK_SIZE = 256
 
 MAX_SEED = 2**63 - 1
 
+MAX_TOP_K = 2**31 - 1
+
 
 class Mode(enum.Enum):
     """How text is generated. Mock-AR checks the two towers against each other, in one process only."""
@@ -55,6 +57,10 @@ class GenerationParams:
     steps: int = 16
     gamma: float = 0.8
     temperature: float = 0.0
+    top_k: int = 0
+    """Draw among so many of the likeliest tokens only; 0: among all. Nothing at temperature 0."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together have this probability. Nothing at temperature 0."""
     seed: int = 0
     eos_token_ids: tuple[int, ...] = ()
     """Generation ends after the first of these; empty: at `max_tokens` only."""
@@ -86,6 +92,10 @@ def check_request(prompt: Sequence[int], params: GenerationParams, limits: Model
         raise InvalidArgument("gamma", f"must be in [0, 1], not {params.gamma}")
     if not (params.temperature >= 0.0 and math.isfinite(params.temperature)):
         raise InvalidArgument("temperature", f"must be a finite number of at least 0, not {params.temperature}")
+    if not 0 <= params.top_k <= MAX_TOP_K:
+        raise InvalidArgument("top_k", f"must be in [0, {MAX_TOP_K}] (0: all tokens), not {params.top_k}")
+    if not 0.0 < params.top_p <= 1.0:
+        raise InvalidArgument("top_p", f"must be in (0, 1], not {params.top_p}")
     if not 0 <= params.seed <= MAX_SEED:
         raise InvalidArgument("seed", f"must be in [0, 2^63), not {params.seed}")
     for token in params.eos_token_ids:

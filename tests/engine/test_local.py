@@ -75,6 +75,14 @@ def test_seeds(engine: LocalEngine) -> None:
         assert runs[0] == runs[1] != runs[2]
 
 
+def test_the_likeliest_token_alone_is_the_greedy_one(engine: LocalEngine) -> None:
+    for mode in (Mode.AR, Mode.DIFFUSION):
+        greedy = _run(engine, mode=mode)
+        for only in ({"top_k": 1}, {"top_p": 1e-9}):
+            assert _run(engine, mode=mode, temperature=5.0, **only).token_ids == greedy.token_ids
+        assert _run(engine, mode=mode, temperature=5.0, top_k=2).token_ids != greedy.token_ids
+
+
 def test_a_long_prompt_in_chunks_gives_the_same_tokens(engine: LocalEngine, tmp_path: Path) -> None:
     chunked = LocalEngine(engine.checkpoint.path, threads=1, prefill_chunk=7)
     prompt = torch.randint(4, 96, (100,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -98,6 +106,10 @@ def test_a_long_prompt_in_chunks_gives_the_same_tokens(engine: LocalEngine, tmp_
         (PROMPT, {"gamma": float("nan")}, "gamma"),
         (PROMPT, {"temperature": -1.0}, "temperature"),
         (PROMPT, {"temperature": float("inf")}, "temperature"),
+        (PROMPT, {"top_k": -1}, "top_k"),
+        (PROMPT, {"top_p": 0.0}, "top_p"),
+        (PROMPT, {"top_p": 1.5}, "top_p"),
+        (PROMPT, {"top_p": float("nan")}, "top_p"),
         (PROMPT, {"seed": -1}, "seed"),
         (PROMPT, {"eos_token_ids": (96,)}, "eos_token_ids"),
     ],

@@ -74,6 +74,22 @@ async def test_the_default_is_16_tokens(checkpoint: Path) -> None:
             assert body["choices"][0]["finish_reason"] == "length"
 
 
+async def test_several_choices_have_seeds_of_their_own_and_one_prompt(checkpoint: Path) -> None:
+    context = ScriptedContext(SCRIPT)
+    asked = {"prompt": [[5, 6, 7], [8]], "n": 3, "seed": 4, "max_tokens": 8, "temperature": 1, "top_p": 0.9, "top_k": 40}
+    async with http(checkpoint, context) as client:
+        body = (await client.post("/v1/completions", json=asked)).json()
+        text = (
+            await client.post("/v1/completions", json={**asked, "stream": True, "stream_options": {"include_usage": True}})
+        ).text
+    assert [choice["index"] for choice in body["choices"]] == list(range(6))
+    assert (body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"]) == (4, 48)
+    assert events_of(text)[-2]["usage"] == body["usage"]
+    opened = sorted((len(request.prompt.ids), request.params.seed) for request in context.opened[:6])
+    assert opened == [(n, seed) for n in (1, 3) for seed in (4, 5, 6)]
+    assert {(request.params.top_k, request.params.top_p) for request in context.opened} == {(40, 0.9)}
+
+
 async def test_a_stream_has_a_chunk_per_block(checkpoint: Path, tokenizer: Tokenizer) -> None:
     ids = [*tokenizer.encode(TEXT), EOS]
     async with http(checkpoint, ScriptedContext(ids)) as client:
@@ -181,7 +197,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x", "stop": ["a"] * 17}, "stop"),
     ({"prompt": "x", "mode": "mock-ar"}, "mode"),
     ({"prompt": "x", "eos_token_ids": [-1]}, "eos_token_ids"),
-    ({"prompt": "x", "n": 2}, "n"),
+    ({"prompt": "x", "n": 9}, "n"),
+    ({"prompt": "x", "top_k": -1}, "top_k"),
+    ({"prompt": "x", "top_p": 0}, "top_p"),
     ({"prompt": "x", "frobnicate": 1}, "frobnicate"),
     ({"prompt": "x", "\ud800": 1}, "\ud800"),
 ]

@@ -34,14 +34,13 @@ def test_forms_of_a_prompt(prompt: Any, expected: list[Any]) -> None:
 
 def test_all_fields() -> None:
     call = parse(
-        model="m", max_tokens=3.0, temperature=1, seed=7, stop=["a", "b"], stream=True, user="u",
+        model="m", max_tokens=3.0, temperature=1, seed=7, stop=["a", "b"], stream=True, user="u", top_p=0.9, top_k=5,
         stream_options={"include_usage": True, "include_obfuscation": False},
         mode="ar", gamma=0.5, block_size=8, steps=4, eos_token_ids=[5],
     )  # fmt: skip
     assert call == CompletionCall(
-        requests=(
-            Request("x", DEFAULT_MAX_TOKENS, Mode.AR, 3, 8, 4, 0.5, 1.0, 7, ("a", "b"), ignore_eos=False, eos_token_ids=(5,)),
-        ),
+        requests=(Request("x", DEFAULT_MAX_TOKENS, Mode.AR, 3, 8, 4, 0.5, 1.0, 5, 0.9, 7, ("a", "b"), eos_token_ids=(5,)),),
+        n=1,
         model="m",
         stream=True,
         include_usage=True,
@@ -54,6 +53,13 @@ def test_absent_and_null_are_the_same() -> None:
     neutral = ("n", "best_of", "echo", "logprobs", "suffix", "top_p", "presence_penalty", "frequency_penalty", "logit_bias")
     assert parse(**dict.fromkeys((*names, *neutral, "block_size", "ignore_eos", "eos_token_ids"))) == parse()
     assert parse().requests == (Request("x", DEFAULT_MAX_TOKENS),)
+
+
+def test_choices_follow_their_prompt_and_differ_by_seed() -> None:
+    requests = parse(prompt=["a", "b"], n=3, seed=7).requests
+    assert [(request.prompt, request.seed) for request in requests] == [(p, s) for p in "ab" for s in (7, 8, 9)]
+    assert [request.seed for request in parse(n=2).requests] == [None, 1]
+    assert [request.seed for request in parse(n=2, seed=2**63 - 1).requests] == [2**63 - 1, 0]
 
 
 def test_neutral_values_of_what_is_not_supported() -> None:
@@ -74,17 +80,18 @@ BAD: list[tuple[str, Any]] = [
     *[("steps", value) for value in ("4", 4.5, True)],
     *[("ignore_eos", value) for value in (0, "no")],
     *[("eos_token_ids", value) for value in (2, ["2"], [True], [2.5])],
-    *[("n", value) for value in (2, 0, True, "1")],
+    *[("n", value) for value in (9, 0, -1, True, "1", 1.5)],
     *[("best_of", value) for value in (3,)],
     *[("echo", value) for value in (True, 0)],
     *[("logprobs", value) for value in (0, 5, True)],
     ("suffix", "s"),
-    ("top_p", 0.9),
+    *[("top_p", value) for value in ("0.9", True)],
+    *[("top_k", value) for value in ("5", 1.5, True)],
     ("presence_penalty", 0.1),
     ("frequency_penalty", -1),
     ("logit_bias", {"50256": -100}),
     ("stream_options", {"include_usage": True}),  # without stream
-    *[(name, 1) for name in ("max_completion_tokens", "messages", "top_k", "Prompt", "")],
+    *[(name, 1) for name in ("max_completion_tokens", "messages", "Prompt", "")],
 ]
 
 

@@ -99,6 +99,40 @@ def test_draws_follow_the_distribution_and_do_not_mix_rows() -> None:
     assert (cold == 2).float().mean() > 0.95
 
 
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "expected"),
+    [
+        (0, 1.0, [0.1, 0.2, 0.3, 0.4]),
+        (2, 1.0, [0, 0, 3 / 7, 4 / 7]),
+        (1, 1.0, [0, 0, 0, 1]),
+        (9, 1.0, [0.1, 0.2, 0.3, 0.4]),
+        (0, 0.4, [0, 0, 0, 1]),
+        (0, 0.41, [0, 0, 3 / 7, 4 / 7]),
+        (0, 1e-9, [0, 0, 0, 1]),
+        (3, 0.75, [0, 0, 3 / 7, 4 / 7]),  # of what top_k leaves: 0.75 of 0.9 is reached by 0.4 + 0.3
+    ],
+)
+def test_draws_among_the_likeliest(top_k: int, top_p: float, expected: list[float]) -> None:
+    n = 20000
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(n, 4)
+    u = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = draw(logits, torch.ones(n), u, torch.full((n,), top_k), torch.full((n,), top_p, dtype=torch.float64))
+    torch.testing.assert_close(
+        torch.bincount(drawn, minlength=4) / n, torch.tensor(expected, dtype=torch.float32), atol=0.015, rtol=0
+    )
+
+
+def test_a_row_that_draws_among_all_is_not_changed_by_one_that_does_not() -> None:
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
+    u = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    alone = draw(logits, torch.ones(64), u)
+    top_k, top_p = torch.zeros(64, dtype=torch.int64), torch.ones(64, dtype=torch.float64)
+    top_k[::2], top_p[::4] = 3, 0.5
+    mixed = draw(logits, torch.ones(64), u, top_k, top_p)
+    assert torch.equal(mixed[1::2], alone[1::2])
+    assert not torch.equal(mixed, alone)
+
+
 def test_a_draw_never_lands_on_what_is_excluded() -> None:
     logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])
     for value in (0.0, 0.25, 0.5, 1.0 - 2**-53):

@@ -32,6 +32,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--steps", type=int, metavar="T", help="most forwards a block (default: the block size)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help=f"default {DEFAULT_MAX_TOKENS}")
     parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default 0)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens (default: all)")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw among the likeliest, of probability P together (default 1)"
+    )
     parser.add_argument("--seed", type=int, metavar="S", help="default 0")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
@@ -154,6 +158,8 @@ async def _remote(args: argparse.Namespace, prompt: str | tuple[int, ...], resul
             steps=args.steps,
             gamma=args.gamma,
             temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
             seed=args.seed,
             stop=args.stop,
             ignore_eos=args.no_eos,
@@ -181,6 +187,8 @@ def _local(args: argparse.Namespace, prompt: str | tuple[int, ...]) -> Iterator[
         steps=args.steps,
         gamma=args.gamma,
         temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
         seed=args.seed,
         stop=tuple(args.stop),
         ignore_eos=args.no_eos,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twotower.engine.sampling import uniforms
+from twotower.engine.sampling import filters, uniforms
 from twotower.engine.session import Session
 from twotower.errors import NonFiniteLogits
 from twotower.model.context_tower import ContextTower
@@ -68,7 +68,8 @@ class ContextEngine:
         logits = torch.stack([_require(session.logits) for session in sessions])
         temperature = torch.tensor([session.params.temperature for session in sessions], device=logits.device)
         chances = [uniforms(s.params.seed, s.generated, 0, 1) if s.params.temperature > 0 else torch.zeros(1) for s in sessions]
-        tokens = draw(logits, temperature, torch.cat(chances).double().to(logits.device)).tolist()
+        choice = filters([session.params for session in sessions], logits.device)
+        tokens = draw(logits, temperature, torch.cat(chances).double().to(logits.device), **choice).tolist()
         sound = logits.isfinite().all(-1).tolist()
         error = NonFiniteLogits("the context tower's logits are not finite")
         return [token if ok else error for token, ok in zip(tokens, sound, strict=True)]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from twotower.engine.refinement import Refinement
-from twotower.engine.sampling import uniforms
+from twotower.engine.sampling import filters, uniforms
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.state import ContextState
 from twotower.request import GenerationParams
@@ -51,6 +51,7 @@ class DenoiserEngine:
             steps_left=torch.tensor([block.steps_left for block in blocks], device=device),
             temperature=torch.tensor([block.params.temperature for block in blocks], device=device),
             uniforms=self._uniforms(blocks, size).to(device),
+            **filters([block.params for block in blocks], device),
         )
         lefts = result.masked.sum(-1).tolist()
         for i, (block, left, finite) in enumerate(zip(blocks, lefts, result.finite.tolist(), strict=True)):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypedDict
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from twotower.request import GenerationParams
 
 
 def uniforms(seed: int, generated: int, step: int, count: int) -> Tensor:
@@ -15,3 +20,20 @@ def uniforms(seed: int, generated: int, step: int, count: int) -> Tensor:
     """
     bits = np.random.Philox(key=np.array([seed, (generated << 20) | step], dtype=np.uint64))
     return torch.from_numpy(np.random.Generator(bits).random(count))
+
+
+class Filters(TypedDict):
+    """What of `draw` a batch asks for."""
+
+    top_k: Tensor | None
+    top_p: Tensor | None
+
+
+def filters(params: Sequence[GenerationParams], device: torch.device) -> Filters:
+    """top_k and top_p of each row, or None where no row that draws asks for them: they cost a sort of the vocabulary."""
+    if not any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in params):
+        return Filters(top_k=None, top_p=None)
+    return Filters(
+        top_k=torch.tensor([p.top_k for p in params], device=device),
+        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
+    )

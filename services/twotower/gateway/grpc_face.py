@@ -70,6 +70,8 @@ def request_from_pb(message: inference_pb2.GenerateRequest) -> Request:
         steps=message.steps if message.HasField("steps") else None,
         gamma=message.gamma if message.HasField("gamma") else None,
         temperature=message.temperature if message.HasField("temperature") else None,
+        top_k=message.top_k if message.HasField("top_k") else None,
+        top_p=message.top_p if message.HasField("top_p") else None,
         seed=message.seed if message.HasField("seed") else None,
         stop=tuple(message.stop),
         ignore_eos=message.ignore_eos,

@@ -112,11 +112,15 @@ class Completions:
                 if call.stream:
                     await self._stream(call, reply, prepared, events, send)
                 else:
-                    response = await self._whole(reply, prepared, events)
+                    response = await self._whole(call, reply, prepared, events)
                     await response(scope, receive, send)
 
     async def _whole(
-        self, reply: replies.Completion, prepared: Sequence[Prepared], events: AsyncGenerator[tuple[int, Event], None]
+        self,
+        call: CompletionCall,
+        reply: replies.Completion,
+        prepared: Sequence[Prepared],
+        events: AsyncGenerator[tuple[int, Event], None],
     ) -> Response:
         totals = replies.Totals()
         texts: list[list[str]] = [[] for _ in prepared]
@@ -124,7 +128,8 @@ class Completions:
         reasons = ["" for _ in prepared]
         async for index, event in events:
             if isinstance(event, Accepted):
-                totals.accept(event.prompt_tokens)
+                if index % call.n == 0:  # a prompt counts once, whatever its choices
+                    totals.accept(event.prompt_tokens)
                 continue
             texts[index].append(event.text)
             if isinstance(event, Block):
@@ -152,7 +157,8 @@ class Completions:
         try:
             async for index, event in events:
                 if isinstance(event, Accepted):
-                    totals.accept(event.prompt_tokens)
+                    if index % call.n == 0:
+                        totals.accept(event.prompt_tokens)
                     continue
                 if isinstance(event, Finished):
                     totals.finish(event)

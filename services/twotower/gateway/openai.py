@@ -6,6 +6,7 @@ taken only at the value that asks for nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -13,13 +14,16 @@ from dataclasses import dataclass
 from typing import Any, Never, TypeVar
 
 from twotower.errors import InvalidArgument
-from twotower.gateway.request import Request
-from twotower.request import Mode
+from twotower.gateway.request import DEFAULT_SEED, Request
+from twotower.request import MAX_SEED, Mode
 
 T = TypeVar("T")
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
+
+MAX_CHOICES = 8
+"""Texts for each prompt."""
 
 MODES = {mode.value: mode for mode in (Mode.DIFFUSION, Mode.AR)}
 
@@ -29,7 +33,9 @@ class CompletionCall:
     """A checked body."""
 
     requests: tuple[Request, ...]
-    """One for each prompt, in order."""
+    """One for each choice: n for each prompt, in order."""
+    n: int
+    """Choices for each prompt."""
     model: str | None
     stream: bool
     include_usage: bool
@@ -64,6 +70,8 @@ def parse_completion(body: Mapping[str, Any]) -> CompletionCall:
         "steps": _optional(body, "steps", _integer),
         "gamma": _optional(body, "gamma", _number),
         "temperature": _optional(body, "temperature", _number),
+        "top_k": _optional(body, "top_k", _integer),
+        "top_p": _optional(body, "top_p", _number),
         "seed": _optional(body, "seed", _integer),
         "stop": _optional(body, "stop", _stop) or (),
         "ignore_eos": _optional(body, "ignore_eos", _boolean) or False,
@@ -71,24 +79,29 @@ def parse_completion(body: Mapping[str, Any]) -> CompletionCall:
     }
     if "prompt" not in body:
         raise InvalidArgument("prompt", "is missing")
+    n = _optional(body, "n", _integer)
+    n = 1 if n is None else n
     return CompletionCall(
-        requests=tuple(Request(prompt, DEFAULT_MAX_TOKENS, **fields) for prompt in _prompts(body["prompt"])),
+        requests=tuple(
+            dataclasses.replace(request, seed=seed)
+            for request in (Request(prompt, DEFAULT_MAX_TOKENS, **fields) for prompt in _prompts(body["prompt"]))
+            for seed in _seeds(request.seed, n)
+        ),
+        n=n,
         model=_optional(body, "model", _string),
         stream=stream,
         include_usage=_include_usage(body, stream),
     )
 
 
-_OURS = ("mode", "gamma", "block_size", "steps", "ignore_eos", "eos_token_ids")
-_TAKEN = ("model", "prompt", "max_tokens", "temperature", "seed", "stop", "stream", "stream_options")
+_OURS = ("mode", "gamma", "block_size", "steps", "top_k", "ignore_eos", "eos_token_ids")
+_TAKEN = ("model", "prompt", "n", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options")
 _IGNORED = ("user",)
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "logprobs": (None,),
     "suffix": ("",),
-    "top_p": (1,),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
@@ -96,6 +109,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """What asks for nothing, besides null."""
 
 _KNOWN = frozenset((*_OURS, *_TAKEN, *_IGNORED, *_NEUTRAL))
+
+
+def _seeds(seed: int | None, n: int) -> list[int | None]:
+    """One for each of a prompt's choices: the request's, then those that follow."""
+    if not 1 <= n <= MAX_CHOICES:
+        raise InvalidArgument("n", f"must be in [1, {MAX_CHOICES}], not {n}")
+    first = DEFAULT_SEED if seed is None else seed
+    return [seed, *((first + i) % (MAX_SEED + 1) for i in range(1, n))]
 
 
 def _prompts(value: Any) -> list[str | tuple[int, ...]]:

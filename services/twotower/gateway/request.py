@@ -31,6 +31,8 @@ class Request:
     steps: int | None = None
     gamma: float | None = None
     temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
@@ -52,7 +54,7 @@ def check_unresolved(request: Request, has_tokenizer: bool) -> None:
             raise InvalidArgument("stop", f"a stop string has 1 to {MAX_STOP_LENGTH} characters, not {len(stop)}")
     if request.ignore_eos and request.eos_token_ids:
         raise InvalidArgument("ignore_eos", "contradicts eos_token_ids: give one of them")
-    for field in ("max_tokens", "block_size", "steps", "seed"):
+    for field in ("max_tokens", "block_size", "steps", "seed", "top_k"):
         value = getattr(request, field)
         if value is not None and not -MAX_INT64 <= value <= MAX_INT64:
             raise InvalidArgument(field, "does not fit 64 bits")
@@ -71,6 +73,8 @@ def resolve(request: Request, prompt_tokens: int, limits: ModelLimits) -> Genera
         steps=block_size if request.steps is None else request.steps,
         gamma=DEFAULT_GAMMA if request.gamma is None else request.gamma,
         temperature=DEFAULT_TEMPERATURE if request.temperature is None else request.temperature,
+        top_k=0 if request.top_k is None else request.top_k,
+        top_p=1.0 if request.top_p is None else request.top_p,
         seed=DEFAULT_SEED if request.seed is None else request.seed,
         eos_token_ids=() if request.ignore_eos else request.eos_token_ids or limits.eos_token_ids,
     )

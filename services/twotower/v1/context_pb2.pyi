@@ -34,6 +34,8 @@ class Params(_message.Message):
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    TOP_P_FIELD_NUMBER: _builtins.int
     mode: _inference_pb2.Mode.ValueType
     max_tokens: _builtins.int
     """Most tokens to generate, counting those already generated."""
@@ -42,6 +44,10 @@ class Params(_message.Message):
     gamma: _builtins.float
     temperature: _builtins.float
     seed: _builtins.int
+    top_k: _builtins.int
+    """0: all tokens."""
+    top_p: _builtins.float
+    """1: all tokens."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Empty: end at max_tokens only."""
@@ -57,10 +63,12 @@ class Params(_message.Message):
         temperature: _builtins.float = ...,
         seed: _builtins.int = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        top_k: _builtins.int = ...,
+        top_p: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "eos_token_ids", b"eos_token_ids", "gamma", b"gamma", "max_tokens", b"max_tokens", "mode", b"mode", "seed", b"seed", "steps", b"steps", "temperature", b"temperature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "eos_token_ids", b"eos_token_ids", "gamma", b"gamma", "max_tokens", b"max_tokens", "mode", b"mode", "seed", b"seed", "steps", b"steps", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

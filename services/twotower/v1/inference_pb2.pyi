@@ -105,6 +105,8 @@ class GenerateRequest(_message.Message):
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    TOP_P_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
@@ -123,6 +125,10 @@ class GenerateRequest(_message.Message):
     """0 is greedy."""
     seed: _builtins.int
     """Same seed, same request, same text. Absent: 0."""
+    top_k: _builtins.int
+    """At a temperature above 0, draw among so many of the likeliest tokens only. 0: among all."""
+    top_p: _builtins.float
+    """At a temperature above 0, draw among the likeliest tokens that together have this probability, in (0, 1]."""
     ignore_eos: _builtins.bool
     """Go on to max_tokens whatever is generated."""
     @_builtins.property
@@ -150,12 +156,14 @@ class GenerateRequest(_message.Message):
         temperature: _builtins.float | None = ...,
         seed: _builtins.int | None = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
+        top_k: _builtins.int | None = ...,
+        top_p: _builtins.float | None = ...,
         ignore_eos: _builtins.bool = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_block_size", b"_block_size", "_gamma", b"_gamma", "_max_tokens", b"_max_tokens", "_seed", b"_seed", "_steps", b"_steps", "_temperature", b"_temperature", "block_size", b"block_size", "gamma", b"gamma", "max_tokens", b"max_tokens", "prompt", b"prompt", "seed", b"seed", "steps", b"steps", "temperature", b"temperature", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_block_size", b"_block_size", "_gamma", b"_gamma", "_max_tokens", b"_max_tokens", "_seed", b"_seed", "_steps", b"_steps", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "block_size", b"block_size", "gamma", b"gamma", "max_tokens", b"max_tokens", "prompt", b"prompt", "seed", b"seed", "steps", b"steps", "temperature", b"temperature", "text", b"text", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_block_size", b"_block_size", "_gamma", b"_gamma", "_max_tokens", b"_max_tokens", "_seed", b"_seed", "_steps", b"_steps", "_temperature", b"_temperature", "block_size", b"block_size", "eos_token_ids", b"eos_token_ids", "gamma", b"gamma", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "mode", b"mode", "prompt", b"prompt", "seed", b"seed", "steps", b"steps", "stop", b"stop", "temperature", b"temperature", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_block_size", b"_block_size", "_gamma", b"_gamma", "_max_tokens", b"_max_tokens", "_seed", b"_seed", "_steps", b"_steps", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "block_size", b"block_size", "eos_token_ids", b"eos_token_ids", "gamma", b"gamma", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "mode", b"mode", "prompt", b"prompt", "seed", b"seed", "steps", b"steps", "stop", b"stop", "temperature", b"temperature", "text", b"text", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__block_size: _TypeAlias = _typing.Literal["block_size"]  # noqa: Y015
     _WhichOneofArgType__block_size: _TypeAlias = _typing.Literal["_block_size", b"_block_size"]  # noqa: Y015
@@ -169,6 +177,10 @@ class GenerateRequest(_message.Message):
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
     _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
     _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
+    _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
+    _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
+    _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
+    _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     @_typing.overload
@@ -183,6 +195,10 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 

@@ -24,6 +24,8 @@ def params_to_pb(params: GenerationParams) -> context_pb2.Params:
         gamma=params.gamma,
         temperature=params.temperature,
         seed=params.seed,
+        top_k=params.top_k,
+        top_p=params.top_p,
         eos_token_ids=params.eos_token_ids,
     )
 
@@ -38,5 +40,7 @@ def params_from_pb(message: context_pb2.Params) -> GenerationParams:
         gamma=message.gamma,
         temperature=message.temperature,
         seed=message.seed,
+        top_k=message.top_k,
+        top_p=message.top_p,
         eos_token_ids=tuple(message.eos_token_ids),
     )
