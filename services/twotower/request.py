@@ -19,6 +19,9 @@ MAX_SEED = 2**63 - 1
 
 MAX_TOP_K = 2**31 - 1
 
+MAX_EOS_TOKENS = 64
+"""Every generated token is compared with each."""
+
 
 class Mode(enum.Enum):
     """How text is generated. Mock-AR checks the two towers against each other, in one process only."""
@@ -98,6 +101,8 @@ def check_request(prompt: Sequence[int], params: GenerationParams, limits: Model
         raise InvalidArgument("top_p", f"must be in (0, 1], not {params.top_p}")
     if not 0 <= params.seed <= MAX_SEED:
         raise InvalidArgument("seed", f"must be in [0, 2^63), not {params.seed}")
+    if len(params.eos_token_ids) > MAX_EOS_TOKENS:
+        raise InvalidArgument("eos_token_ids", f"at most {MAX_EOS_TOKENS}, not {len(params.eos_token_ids)}")
     for token in params.eos_token_ids:
         if not 0 <= token < limits.vocab_size:
             raise InvalidArgument("eos_token_ids", f"token {token} is outside the vocabulary [0, {limits.vocab_size})")

@@ -46,6 +46,16 @@ async def test_nothing_is_left_of_what_is_done(redis: Redis) -> None:
     assert (await redis.xpending("twotower:abc:ready", "denoisers"))["pending"] == 0
 
 
+async def test_an_entry_that_is_no_session_is_dropped_and_stops_no_one(redis: Redis) -> None:
+    queue = ReadyQueue(redis, "abc")
+    stream = "twotower:abc:ready"
+    for fields in ({"from": "another version"}, {"session": "s", "lease": "soon", "context": "c"}):
+        await redis.xadd(stream, fields)  # type: ignore[arg-type]
+    await queue.push(_session(1))
+    assert [ready for _, ready in await _pull_some(queue, "a")] == [_session(1)]
+    assert await queue.depth() == 1
+
+
 async def test_a_pull_waits_for_a_push(redis: Redis) -> None:
     queue = ReadyQueue(redis, "abc")
     await queue.pull("a", 1, 0.01)

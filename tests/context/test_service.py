@@ -15,6 +15,7 @@ import torch
 from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.towers import RunningWorker, Towers, towers
 from tests.support.waiting import until
+from twotower.context.service import MAX_QUEUED
 from twotower.engine.local import LocalEngine
 from twotower.engine.refinement import Refinement
 from twotower.model.state import ContextState
@@ -281,6 +282,39 @@ async def test_workers_that_do_not_fit(stack: Towers) -> None:
     stack.start_worker()
     tokens = [token async for event in call for token in event.block.token_ids]
     assert len(tokens) == 60
+
+
+async def test_a_session_that_no_worker_can_take_fails(stack: Towers) -> None:
+    """It is queued again after each, but not for ever."""
+    call: Any = stack.open([5, 6, 7], PARAMS)
+    for lease in range(1, MAX_QUEUED + 1):
+        await until(lambda lease=lease: any(one.entry_id and one.lease == lease for one in stack.service.sessions))
+        (live,) = stack.service.sessions
+        hello = make_hello(stack.checkpoint.identity, torch.float32, "w", live.session.id, lease)
+        attached: Any = stack.stub.Attach(iter([context_pb2.WorkerMessage(hello=hello)]))
+        assert (await attached.read()).HasField("attached")
+        attached.cancel()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        _ = [event async for event in call]
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert f"queued {MAX_QUEUED} times" in str(caught.value.details())
+
+
+async def test_a_forward_that_fails_on_a_worker_is_done_again(stack: Towers, local: LocalEngine) -> None:
+    worker = stack.start_worker()
+    step, failed = worker.loop.engine.step, 0
+
+    def fail_once(blocks: Any) -> None:
+        nonlocal failed
+        failed += 1
+        if failed == 3:
+            raise RuntimeError("out of memory")
+        step(blocks)
+
+    worker.loop.engine.step = fail_once  # type: ignore[method-assign]
+    expected = local.generate([5, 6, 7], PARAMS)
+    assert (await stack.generate([5, 6, 7], PARAMS))[0] == expected.token_ids
+    await _nothing_is_left(stack, worker)
 
 
 async def test_an_attached_session_is_not_given_twice(stack: Towers) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.waiting import until
-from twotower.denoiser.loop import DenoiserLoop
+from twotower.denoiser.loop import MAX_FAILURES, DenoiserLoop
+from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.local import LocalEngine
 from twotower.engine.refinement import Refinement
 from twotower.errors import TwoTowerError
@@ -119,3 +120,18 @@ async def test_a_forward_that_fails_ends_its_blocks_and_not_the_loop(engine: Loc
     block = _start(engine, PARAMS[0])
     await loop.refine(block)
     assert block.done
+
+
+async def test_a_device_that_fails_again_and_again_ends_the_loop(engine: LocalEngine) -> None:
+    loop = DenoiserLoop(DenoiserEngine(engine.denoiser.tower))
+
+    def fail(blocks: list[Refinement]) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    loop.engine.step = fail  # type: ignore[method-assign,assignment]
+    running = asyncio.create_task(loop.run())
+    for _ in range(MAX_FAILURES):
+        with pytest.raises(TwoTowerError):
+            await loop.refine(_start(engine, PARAMS[0]))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        await asyncio.wait_for(running, 10)

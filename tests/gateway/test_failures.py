@@ -201,6 +201,28 @@ async def test_a_session_that_lost_its_context_waits_for_room_on_a_full_one(chec
     assert len(full.opened) == 4
 
 
+async def test_a_context_that_was_full_once_may_be_gone_back_to(checkpoint: Path) -> None:
+    first = ScriptedContext(SCRIPT)
+
+    async def full_at_first(number: int) -> None:
+        if len(first.opened) == 1:
+            raise Overloaded("64 sessions")
+
+    first.before = full_at_first
+    dying = ScriptedContext(SCRIPT, fail_at(1, Unavailable("this context is draining")))
+    async with gateway(checkpoint, first) as running, running.client() as client:
+        running.replicas.contexts.append(replica("context", "dying", await dying.start(), load=5))
+        while not dying.opened:
+            first.opened.clear()
+            try:
+                ids, _ = await collect(client, max_tokens=9)
+            except Overloaded:  # the other one is not known yet
+                await asyncio.sleep(0.05)
+    await dying.stop()
+    assert ids == SCRIPT[:9]
+    assert len(first.opened) == 2
+
+
 async def test_sessions_spread_over_contexts_by_load(checkpoint: Path) -> None:
     contexts = [ScriptedContext(SCRIPT, hang_at(1)) for _ in range(3)]
     async with gateway(checkpoint, *contexts) as running, running.client() as client:

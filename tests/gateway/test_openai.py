@@ -12,9 +12,11 @@ from twotower.gateway.openai import DEFAULT_MAX_TOKENS, CompletionCall, parse_co
 from twotower.gateway.request import Request
 from twotower.request import Mode
 
+MAX_REQUESTS = 64
+
 
 def parse(**fields: Any) -> CompletionCall:
-    return parse_completion(parse_json(json.dumps({"prompt": "x", **fields}).encode()))
+    return parse_completion(parse_json(json.dumps({"prompt": "x", **fields}).encode()), MAX_REQUESTS)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,12 @@ def test_absent_and_null_are_the_same() -> None:
     neutral = ("n", "best_of", "echo", "logprobs", "suffix", "top_p", "presence_penalty", "frequency_penalty", "logit_bias")
     assert parse(**dict.fromkeys((*names, *neutral, "block_size", "ignore_eos", "eos_token_ids"))) == parse()
     assert parse().requests == (Request("x", DEFAULT_MAX_TOKENS),)
+
+
+@pytest.mark.parametrize(("prompt", "n"), [(["a"] * 65, 1), ([[1]] * 9, 8)])
+def test_too_many_texts_at_once_are_refused_before_any_is_made(prompt: list[Any], n: int) -> None:
+    with pytest.raises(InvalidArgument, match=r"^prompt: .* this gateway takes 64"):
+        parse(prompt=prompt, n=n)
 
 
 def test_choices_follow_their_prompt_and_differ_by_seed() -> None:
@@ -119,7 +127,7 @@ def test_stream_options(field: str, options: Any) -> None:
 
 def test_a_prompt_is_needed() -> None:
     with pytest.raises(InvalidArgument, match="prompt: is missing"):
-        parse_completion({"max_tokens": 3})
+        parse_completion({"max_tokens": 3}, MAX_REQUESTS)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ give. So an entry that is delivered twice, or too late, does no harm: the contex
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,8 @@ from redis.exceptions import ResponseError
 
 from twotower.broker.connection import broker_errors
 from twotower.broker.keys import ready_stream
+
+log = logging.getLogger(__name__)
 
 GROUP = "denoisers"
 CLAIM_IDLE_MS = 5_000
@@ -80,7 +84,7 @@ class ReadyQueue:
                     raise
                 await self._make_group()  # the first worker ever, or Redis lost it
                 return []
-        return [_parse(entry) for _, entries in answer or () for entry in entries]
+        return await self._parsed(entry for _, entries in answer or () for entry in entries)
 
     async def done(self, entry_id: str) -> None:
         """Take an entry off, delivered or not. One round trip."""
@@ -102,7 +106,18 @@ class ReadyQueue:
 
     async def _claim(self, worker_id: str, count: int) -> list[tuple[str, ReadySession]]:
         answer: Any = await self._redis.xautoclaim(self._stream, GROUP, worker_id, self._claim_idle_ms, count=count)
-        return [_parse(entry) for entry in answer[1] if entry[1]]
+        return await self._parsed(entry for entry in answer[1] if entry[1])
+
+    async def _parsed(self, entries: Iterable[Any]) -> list[tuple[str, ReadySession]]:
+        """What is none of ours is taken off, so that no worker meets it again."""
+        out = []
+        for entry_id, fields in entries:
+            try:
+                out.append((entry_id, ReadySession(fields["session"], int(fields["lease"]), fields["context"])))
+            except (KeyError, ValueError, TypeError):
+                log.warning("entry %s of the ready queue is no session: dropped", entry_id)
+                await self.done(entry_id)
+        return out
 
     async def _forget_workers(self) -> None:
         """Names of workers that are gone would pile up, one for each that ever was."""
@@ -114,8 +129,3 @@ class ReadyQueue:
         except ResponseError as error:
             if not str(error).startswith("BUSYGROUP"):  # another worker was faster
                 raise
-
-
-def _parse(entry: Any) -> tuple[str, ReadySession]:
-    entry_id, fields = entry
-    return entry_id, ReadySession(fields["session"], int(fields["lease"]), fields["context"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import sys
 
 from twotower.cli.options import add_checkpoint, add_drain, add_place, add_stack_size
@@ -47,4 +48,10 @@ def run(args: argparse.Namespace) -> None:
         drain_s=args.drain,
         debug=args.debug,
     )
-    asyncio.run(up.run(config, lambda line: print(line, file=sys.stderr, flush=True)))
+    asyncio.run(up.run(config, _say))
+
+
+def _say(line: str) -> None:
+    """A stack outlives whoever read what it says."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)

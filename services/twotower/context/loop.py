@@ -10,7 +10,7 @@ from typing import Any
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.scheduler import ContextScheduler, Plan
 from twotower.engine.session import Session
-from twotower.errors import TwoTowerError
+from twotower.errors import Unavailable
 from twotower.model.state import Delta
 
 log = logging.getLogger(__name__)
@@ -124,4 +124,4 @@ class ContextLoop:
 
 def _all_failed(works: list[_Work], error: Exception) -> list[Outcome]:
     log.error("a forward of the context tower failed", exc_info=error)
-    return [(work, TwoTowerError("the context tower failed on this request")) for work in works]
+    return [(work, Unavailable("the context tower failed on this request")) for work in works]

@@ -23,6 +23,8 @@ from twotower.wire.state import delta_tensors, state_tensors
 log = logging.getLogger(__name__)
 
 REQUEUE_RETRY_S = 1.0
+MAX_QUEUED = 5
+"""How often a session is queued without a block being written: then no worker can take it."""
 LOST_ENTRY_S = 3.0
 """A session that waits this long checks whether Redis still has its entry."""
 
@@ -53,7 +55,7 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
             if live.session.params.mode is Mode.AR:
                 self._start(self._decode(live))
             else:
-                await self._enqueue(live)
+                self._start(self._enqueue_first(live))
             while True:
                 event = await live.next_event()
                 if isinstance(event, TwoTowerError):
@@ -165,7 +167,7 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         if live.commit is not None:
             await asyncio.wait((live.commit,))
             if live.commit.exception() is not None:
-                live.fail(TwoTowerError("a block could not be committed"))
+                live.fail(Unavailable("a block could not be committed"))
                 return
         live.worker_id = None
         while not live.over:
@@ -175,12 +177,28 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
             except BrokerUnavailable:
                 await live.unless_ended(asyncio.sleep(REQUEUE_RETRY_S))
 
+    async def _enqueue_first(self, live: LiveSession) -> None:
+        """A session that cannot be queued at all fails."""
+        try:
+            await self._enqueue(live)
+        except BrokerUnavailable as error:
+            if live.worker_id is None:  # else only Redis' answer was lost
+                live.fail(error)
+
     async def _enqueue(self, live: LiveSession) -> None:
+        if live.queued >= MAX_QUEUED:
+            live.fail(Unavailable(f"no worker could take the session: it was queued {live.queued} times"))
+            return
+        live.queued += 1
         live.lease += 1
+        lease = live.lease
+        live.entry_id = None
         live.waiting_since = asyncio.get_running_loop().time()
-        live.entry_id = await self._queue.push(ReadySession(live.session.id, live.lease, self.address))
+        entry_id = await self._queue.push(ReadySession(live.session.id, lease, self.address))
         if live.over:
-            await self._dequeue(live.entry_id)
+            await self._dequeue(entry_id)
+        elif live.worker_id is None and live.lease == lease:  # a worker may have been faster than Redis' answer
+            live.entry_id = entry_id
 
     async def _dequeue(self, entry_id: str) -> None:
         try:

@@ -24,6 +24,8 @@ class LiveSession:
         self.session = session
         self.lease = 0
         """Counts how often it was queued; a worker that comes with an older one is refused."""
+        self.queued = 0
+        """How often it was queued since its last block."""
         self.entry_id: str | None = None
         """Its entry in the ready queue, while it waits there."""
         self.worker_id: str | None = None
@@ -39,6 +41,7 @@ class LiveSession:
 
     def emit(self, tokens: list[int], forwards: int) -> bool:
         """Take a finished block; True if the session goes on."""
+        self.queued = 0
         shown = self.session.emit(tokens)
         self._events.put_nowait((shown, forwards))
         if self.session.finish_reason is not None:

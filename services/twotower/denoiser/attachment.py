@@ -12,7 +12,7 @@ from torch import Tensor
 from twotower.broker.ready_queue import ReadySession
 from twotower.denoiser.loop import DenoiserLoop
 from twotower.engine.refinement import Refinement
-from twotower.errors import Incompatible, TwoTowerError
+from twotower.errors import Incompatible, NonFiniteLogits
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.state import ContextState
 from twotower.request import GenerationParams
@@ -85,6 +85,7 @@ class Attachment:
             first = await answer
         finally:
             answer.cancel()
+            answer.add_done_callback(_retrieve)
         frames = FrameAssembler(delta_spec(self._checkpoint.config, state.dtype, self._params.block_size))
         following = await self._collect(call, frames, first)
         if following is None or drain.is_set():
@@ -97,16 +98,16 @@ class Attachment:
         """Run the block's steps; False if the session ended meanwhile, or failed here."""
         refining = asyncio.create_task(self._loop.refine(block))
         await asyncio.wait((refining, answer), return_when=asyncio.FIRST_COMPLETED)
-        if answer.done() and not refining.done():
+        if answer.done():
             refining.cancel()
             await asyncio.wait((refining,))
-            answer.result()
+            answer.result()  # the session ended, or the call broke
             return False
         error = refining.exception()
         if error is None:
             return True
-        if not isinstance(error, TwoTowerError):
-            raise error
+        if not isinstance(error, NonFiniteLogits):
+            raise error  # this worker's failure, not the request's: the context queues the session again
         await call.write(context_pb2.WorkerMessage(failed=context_pb2.Failed(reason=str(error))))
         await answer
         return False
@@ -130,3 +131,9 @@ class Attachment:
         """The next message, or None at the end of the call. Raises grpc.aio.AioRpcError."""
         message = await call.read()
         return None if message is grpc.aio.EOF else message  # type: ignore[attr-defined]  # absent from the stubs
+
+
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    """What a read raised has been told by the write that broke with it."""
+    if not task.cancelled():
+        task.exception()

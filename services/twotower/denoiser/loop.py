@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MAX_FAILURES = 3
+"""Forwards in a row that may fail."""
+
 
 class DenoiserLoop:
     """Blocks join and leave between forwards. Nothing else touches the engine."""
@@ -42,7 +45,8 @@ class DenoiserLoop:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until cancelled, or until forwards fail again and again: then the device is broken, and so is this process."""
+        failures = 0
         try:
             while True:
                 await self._wake.wait()
@@ -55,7 +59,11 @@ class DenoiserLoop:
                 except Exception as error:
                     log.error("a forward of the denoiser failed", exc_info=error)
                     self._finish(blocks, TwoTowerError("the denoiser failed on this request"))
+                    failures += 1
+                    if failures == MAX_FAILURES:
+                        raise
                     continue
+                failures = 0
                 self._finish([block for block in blocks if block.done], None)
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)

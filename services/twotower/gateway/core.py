@@ -53,7 +53,8 @@ class Core:
         self.model = model
         self.metrics = metrics
         self._pool = pool
-        self._max_in_flight = max_in_flight
+        self.max_in_flight = max_in_flight
+        """Requests that are taken at once."""
         self._reopen_wait_s = reopen_wait_s
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -175,10 +176,10 @@ class Core:
     def _check_admission(self, requests: Sequence[Prepared]) -> None:
         if self._draining:
             raise Unavailable("this gateway is shutting down")
-        if len(requests) > self._max_in_flight:
-            raise InvalidArgument("prompt", f"{len(requests)} prompts at once; this gateway takes {self._max_in_flight}")
-        if self._in_flight + len(requests) > self._max_in_flight:
-            raise Overloaded(f"{self._in_flight} requests are in flight, and {self._max_in_flight} is the most; try again")
+        if len(requests) > self.max_in_flight:
+            raise InvalidArgument("prompt", f"{len(requests)} prompts at once; this gateway takes {self.max_in_flight}")
+        if self._in_flight + len(requests) > self.max_in_flight:
+            raise Overloaded(f"{self._in_flight} requests are in flight, and {self.max_in_flight} is the most; try again")
         if self._pool.contexts == 0:
             raise Unavailable("no context replica is live")
         if self._pool.denoisers == 0 and any(request.job.params.mode is Mode.DIFFUSION for request in requests):

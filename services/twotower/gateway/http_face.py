@@ -87,7 +87,7 @@ class Completions:
         except ClientDisconnect:
             return
         try:
-            call = parse_completion(parse_json(body))
+            call = parse_completion(parse_json(body), self._core.max_in_flight)
         except TwoTowerError:
             self._core.metrics.requests.labels("unknown", "invalid").inc()
             raise

@@ -52,7 +52,7 @@ def parse_json(body: bytes) -> Mapping[str, Any]:
     return value
 
 
-def parse_completion(body: Mapping[str, Any]) -> CompletionCall:
+def parse_completion(body: Mapping[str, Any], max_requests: int) -> CompletionCall:
     """Check types and names, not yet ranges (the core does). Raises InvalidArgument, which names the field."""
     for name in body:
         if name not in _KNOWN:
@@ -81,10 +81,17 @@ def parse_completion(body: Mapping[str, Any]) -> CompletionCall:
         raise InvalidArgument("prompt", "is missing")
     n = _optional(body, "n", _integer)
     n = 1 if n is None else n
+    if not 1 <= n <= MAX_CHOICES:
+        raise InvalidArgument("n", f"must be in [1, {MAX_CHOICES}], not {n}")
+    prompts = _prompts(body["prompt"])
+    if len(prompts) * n > max_requests:
+        raise InvalidArgument(
+            "prompt", f"{len(prompts)} prompts of {n} choices at once; this gateway takes {max_requests} texts"
+        )
     return CompletionCall(
         requests=tuple(
             dataclasses.replace(request, seed=seed)
-            for request in (Request(prompt, DEFAULT_MAX_TOKENS, **fields) for prompt in _prompts(body["prompt"]))
+            for request in (Request(prompt, DEFAULT_MAX_TOKENS, **fields) for prompt in prompts)
             for seed in _seeds(request.seed, n)
         ),
         n=n,
@@ -113,8 +120,6 @@ _KNOWN = frozenset((*_OURS, *_TAKEN, *_IGNORED, *_NEUTRAL))
 
 def _seeds(seed: int | None, n: int) -> list[int | None]:
     """One for each of a prompt's choices: the request's, then those that follow."""
-    if not 1 <= n <= MAX_CHOICES:
-        raise InvalidArgument("n", f"must be in [1, {MAX_CHOICES}], not {n}")
     first = DEFAULT_SEED if seed is None else seed
     return [seed, *((first + i) % (MAX_SEED + 1) for i in range(1, n))]
 

@@ -84,6 +84,7 @@ class SessionStream:
                 log.info("request %s: %s; trying another context", self._job.request_id, error)
             except _LostError as lost:
                 reopens += 1
+                self._full.clear()  # that was when the session was opened
                 if (reason := self._complete()) is not None:  # only the word that it is over was lost
                     yield reason
                     return

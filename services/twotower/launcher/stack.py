@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -116,11 +115,14 @@ class Stack:
                     self._failed.set_exception(ServiceFailed(f"{service.explain()}; it ended {len(deaths)} times in a minute"))
                 return
             self._say(f"[up] {service.explain()}; starting it again")
-            with contextlib.suppress(ServiceFailed):  # the next round counts it
+            try:
                 if self._redis is not None and service is self._redis.process:
                     await self._redis.restart()
                 else:
                     await self._start(service)
+            except ServiceFailed as error:
+                self._say(f"[up] {error}")
+                await service.stop(KILL_AFTER_S)  # it may hang; the next round counts it
 
 
 @asynccontextmanager
