@@ -82,6 +82,8 @@ def check_request(prompt: Sequence[int], params: GenerationParams, limits: Model
             raise InvalidArgument("prompt", f"token {token} at position {i} is outside the vocabulary [0, {limits.vocab_size})")
     if params.max_tokens < 1:
         raise InvalidArgument("max_tokens", f"must be at least 1, not {params.max_tokens}")
+    if len(prompt) >= limits.max_context:
+        raise InvalidArgument("prompt", f"{len(prompt)} tokens leave no room in the context of {limits.max_context}")
     if len(prompt) + params.max_tokens > limits.max_context:
         raise InvalidArgument(
             "max_tokens",

@@ -153,7 +153,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("max_tokens", {"max_tokens": 0}),
     ("max_tokens", {"max_tokens": -3}),
     ("max_tokens", {"max_tokens": MAX_CONTEXT}),
-    ("max_tokens", {"prompt": [5] * MAX_CONTEXT}),
+    ("prompt", {"prompt": [5] * MAX_CONTEXT}),
     ("block_size", {"block_size": 0}),
     ("block_size", {"block_size": 257}),
     ("steps", {"steps": 0}),

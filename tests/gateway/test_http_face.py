@@ -387,3 +387,23 @@ async def test_64_streams_over_http(checkpoint: Path) -> None:
     for answer in answers:
         tokens = [token for event in events_of(answer.text)[:-1] for token in event["choices"][0]["token_ids"]]
         assert tokens == SCRIPT[:40]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_outlasts_the_drain_is_told_so(checkpoint: Path, stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    context = ScriptedContext(SCRIPT, hang_at(1))
+    async with gateway(checkpoint, context, drain_s=0.1) as running, client_of(running) as client:
+        request = {"prompt": [5], "max_tokens": 100, "stream": stream}
+        asked = asyncio.create_task(client.post("/v1/completions", json=request))
+        await until(lambda: context.running)
+        await asyncio.sleep(0.2)  # the first block is on its way to the client
+        running.stop.set()
+        answer = await asked
+    if stream:
+        assert answer.status_code == 200
+        error = json.loads(answer.text.removesuffix("\n\n").split("\n\n")[-1].removeprefix("data: "))["error"]
+    else:
+        assert answer.status_code == 503
+        error = answer.json()["error"]
+    assert "shutting down" in error["message"]
+    assert not any(record.exc_info for record in caplog.records)

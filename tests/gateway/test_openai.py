@@ -89,7 +89,7 @@ BAD: list[tuple[str, Any]] = [
     *[("ignore_eos", value) for value in (0, "no")],
     *[("eos_token_ids", value) for value in (2, ["2"], [True], [2.5])],
     *[("n", value) for value in (9, 0, -1, True, "1", 1.5)],
-    *[("best_of", value) for value in (3,)],
+    *[("best_of", value) for value in (3, "1", True)],
     *[("echo", value) for value in (True, 0)],
     *[("logprobs", value) for value in (0, 5, True)],
     ("suffix", "s"),

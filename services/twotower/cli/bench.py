@@ -71,7 +71,7 @@ def _checkpoint(args: argparse.Namespace) -> None:
 def _engine(args: argparse.Namespace) -> None:
     from twotower.bench.engine import EngineRow, engine_rows, open_engine, plain_result
 
-    check_at_least_one(args, "rounds", "threads")
+    check_at_least_one(args, "rounds", "threads", "batch")
     threads, workload = _threads(args), _workload(args)
 
     def report(row: EngineRow) -> None:
@@ -95,7 +95,7 @@ def _serving(args: argparse.Namespace) -> None:
     from twotower.bench.engine import engine_rows, open_engine
     from twotower.bench.sizes import delta_bytes, snapshot_bytes
 
-    check_at_least_one(args, "rounds", "threads", "contexts", "denoisers", "slots")
+    check_at_least_one(args, "rounds", "threads", "contexts", "denoisers", "slots", "concurrency")
     if args.rate is not None and not args.rate > 0:
         raise ConfigError(f"rate: must be positive, not {args.rate}")
     threads, workload = _threads(args), _workload(args)

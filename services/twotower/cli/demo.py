@@ -11,7 +11,7 @@ from twotower.cli.options import add_checkpoint, add_stack_size
 from twotower.events import Block, Finished
 
 PROMPT = (
-    "Mia has 14 apples. On Monday she buys 3 boxes of 6 apples. On Tuesday she gives 5 apples to Tom. "
+    "Mia has 7 apples. On Monday she buys 2 boxes of 5 apples. On Tuesday she gives 4 apples to Tom. "
     "How many apples does Mia have now?"
 )
 

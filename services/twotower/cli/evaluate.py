@@ -25,8 +25,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--batch", type=int, nargs="+", default=[1], metavar="B", help="requests in flight; first: the headline"
     )
     parser.add_argument("--gamma", type=float, default=0.8, metavar="G", help="default 0.8")
-    parser.add_argument("--block-size", type=int, default=16, metavar="L", help="default 16")
-    parser.add_argument("--steps", type=int, default=16, metavar="T", help="default 16")
+    parser.add_argument("--block-size", type=int, metavar="L", help="default: the checkpoint's")
+    parser.add_argument("--steps", type=int, metavar="T", help="default: the block size")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0")
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="default 256")
     add_place(parser)
@@ -49,12 +49,15 @@ def run(args: argparse.Namespace) -> None:
     """Measure and print."""
     from twotower.eval.config import EvalConfig
     from twotower.eval.measure import Evaluation
+    from twotower.model.checkpoint import Checkpoint
     from twotower.request import GenerationParams
 
+    trained = Checkpoint.open(args.checkpoint).limits.block_size
+    block_size = trained if args.block_size is None else args.block_size
     params = GenerationParams(
         max_tokens=args.max_tokens,
-        block_size=args.block_size,
-        steps=args.steps,
+        block_size=block_size,
+        steps=block_size if args.steps is None else args.steps,
         gamma=args.gamma,
         temperature=args.temperature,
     )
@@ -87,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
         plot(points, comparisons[0].ar.accuracy, args.out / "sweep.png")
         print(f"wrote {args.out / 'sweep.md'} and {args.out / 'sweep.png'}", file=sys.stderr)
     if args.json:
-        settings = {"seed": args.seed, "gamma": args.gamma, "block_size": args.block_size, "steps": args.steps}
+        settings = {"seed": args.seed, "gamma": args.gamma, "block_size": block_size, "steps": params.steps}
         place = {"dtype": args.dtype, "device": str(evaluation.engine.context.tower.device)}
         headline, *others = [comparison.as_json() for comparison in comparisons]
         extra = {"sweep": [point.as_json() for point in points]} if points else {}

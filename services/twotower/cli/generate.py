@@ -7,9 +7,10 @@ import asyncio
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from twotower.cli.options import DEFAULT_TARGET, add_checkpoint, add_place, check_at_least_one, check_target
+from twotower.cli.options import DEFAULT_CHECKPOINT, DEFAULT_TARGET, add_place, check_at_least_one, check_target
 from twotower.errors import InvalidArgument, Unavailable
 from twotower.events import Accepted, Block, Event, Finished
 from twotower.request import Mode
@@ -25,7 +26,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--target", default=DEFAULT_TARGET, metavar="HOST:PORT", help=f"gateway (default {DEFAULT_TARGET})")
     where.add_argument("--local", action="store_true", help="both towers in this process, no services")
-    add_checkpoint(parser)
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="with --local: checkpoint directory (default: the one that ships)"
+    )
     parser.add_argument("--mode", default=Mode.DIFFUSION.value, choices=[mode.value for mode in Mode])
     parser.add_argument("--gamma", type=float, metavar="G", help="confidence that commits a position (default 0.8)")
     parser.add_argument("--block-size", type=int, metavar="L", help="tokens a block (default: the checkpoint's)")
@@ -53,6 +56,10 @@ def run(args: argparse.Namespace) -> None:
     if args.mode == Mode.MOCK_AR.value and not args.local:
         raise InvalidArgument("mode", "mock-ar exists only with --local")
     check_at_least_one(args, "threads")
+    if not args.local:
+        for name, unset in (("checkpoint", None), ("threads", None), ("dtype", "auto"), ("device", "auto")):
+            if getattr(args, name) != unset:
+                print(f"warning: --{name} is for --local; the gateway serves its own model its own way", file=sys.stderr)
     check_target(args.target)
     result = _Result(stream=not args.json)
     try:
@@ -193,4 +200,4 @@ def _local(args: argparse.Namespace, prompt: str | tuple[int, ...]) -> Iterator[
         stop=tuple(args.stop),
         ignore_eos=args.no_eos,
     )
-    return generate(args.checkpoint, request, dtype=args.dtype, device=args.device, threads=args.threads)
+    return generate(args.checkpoint or DEFAULT_CHECKPOINT, request, dtype=args.dtype, device=args.device, threads=args.threads)

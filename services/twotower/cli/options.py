@@ -49,8 +49,9 @@ def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
     """Raise ConfigError unless each of these options, where given, is at least 1."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}: must be at least 1, not {value}")
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and one < 1:
+                raise ConfigError(f"{name}: must be at least 1, not {one}")
 
 
 def check_drain(args: argparse.Namespace) -> None:

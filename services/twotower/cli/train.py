@@ -55,7 +55,7 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _add_corpus(parser: argparse.ArgumentParser) -> None:
-    forms = 'JSONL with "prompt" and "completion" a line, a .txt file, or a directory of these'
+    forms = 'JSONL with "prompt" and "completion" a line, a .txt file, or a directory of .txt files'
     parser.add_argument("--corpus", type=Path, help=f"{forms} (default: built-in problems)")
     parser.add_argument("--seed", type=int, default=0)
 

@@ -36,4 +36,4 @@ class EvalConfig:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name}: must be at least 1, not {value}")
         if not self.batches or min(self.batches) < 1:
-            raise ConfigError(f"batch: must be at least 1, not {self.batches}")
+            raise ConfigError(f"batch: must be at least 1, not {min(self.batches, default='none')}")

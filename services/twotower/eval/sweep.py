@@ -72,7 +72,7 @@ def table(points: Sequence[Point], params: GenerationParams, trained_block: int)
 def require_matplotlib() -> None:
     """Raise ConfigError if plots cannot be drawn here: better before the work than after."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("plots need matplotlib: pip install 'twotower[train]'")
+        raise ConfigError("plots need matplotlib: pip install -e '.[train]'")
 
 
 def plot(points: Sequence[Point], accuracy_ar: float, path: Path) -> None:

@@ -146,6 +146,11 @@ class Core:
         finally:
             self._count(params.mode, outcome)
 
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused, since this gateway is about to end."""
+        return self._draining
+
     def refuse(self) -> None:
         """Take no new requests from now on."""
         self._draining = True

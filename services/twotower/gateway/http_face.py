@@ -16,9 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from twotower.errors import Overloaded, TwoTowerError
+from twotower.errors import Overloaded, TwoTowerError, Unavailable
 from twotower.events import Accepted, Block, Event, Finished
 from twotower.gateway import openai_replies as replies
 from twotower.gateway.core import Core, Prepared
@@ -92,7 +92,24 @@ class Completions:
             self._core.metrics.requests.labels("unknown", "invalid").inc()
             raise
         _check_model(self._core, call.model)
-        await _while_connected(receive, self._answer(call, scope, receive, send))
+        started = False
+
+        async def noting(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await _while_connected(receive, self._answer(call, scope, receive, noting))
+        except asyncio.CancelledError:
+            if not self._core.draining:
+                raise
+            error = Unavailable("this gateway is shutting down")  # and the drain's time is over
+            if not started:
+                raise error from None
+            if call.stream:
+                await _send_data(send, replies.error_body(error))
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _body(self, request: Request) -> bytes:
         """The body, as long as it is within the limit."""
@@ -259,7 +276,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     """What the routes refuse: paths, methods, bodies, models."""
     assert isinstance(error, HTTPException)
-    is_model = "model" in request.path_params or (error.status_code == 404 and request.url.path == "/v1/completions")
+    is_model = isinstance(error, ModelNotFoundError)
     code, param, message = None, None, error.detail
     if is_model:
         code, param = "model_not_found", "model"

@@ -83,6 +83,8 @@ def parse_completion(body: Mapping[str, Any], max_requests: int) -> CompletionCa
     n = 1 if n is None else n
     if not 1 <= n <= MAX_CHOICES:
         raise InvalidArgument("n", f"must be in [1, {MAX_CHOICES}], not {n}")
+    if (best_of := _optional(body, "best_of", _integer)) not in (None, n):
+        raise InvalidArgument("best_of", f"must be n, which is {n}, not {best_of}: all texts are given")
     prompts = _prompts(body["prompt"])
     if len(prompts) * n > max_requests:
         raise InvalidArgument(
@@ -102,10 +104,9 @@ def parse_completion(body: Mapping[str, Any], max_requests: int) -> CompletionCa
 
 
 _OURS = ("mode", "gamma", "block_size", "steps", "top_k", "ignore_eos", "eos_token_ids")
-_TAKEN = ("model", "prompt", "n", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options")
+_TAKEN = ("model", "prompt", "n", "best_of", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options")
 _IGNORED = ("user",)
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
     "echo": (False,),
     "logprobs": (None,),
     "suffix": ("",),

@@ -64,7 +64,7 @@ def choice(index: int, text: str, token_ids: tuple[int, ...], finish_reason: str
 def event_choice(index: int, event: Block | Finished) -> dict[str, Any]:
     """The element that tells of an event."""
     if isinstance(event, Block):
-        return choice(index, event.text, event.token_ids, None)
+        return {**choice(index, event.text, event.token_ids, None), "forwards": event.forwards}
     return choice(index, event.text, (), event.finish_reason.value)
 
 

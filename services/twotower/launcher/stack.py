@@ -53,7 +53,17 @@ class Stack:
             *(self._service("context", i, "--max-sessions", config.max_sessions) for i in range(config.contexts)),
             *(self._service("denoiser", i, "--slots", config.slots) for i in range(config.denoisers)),
         ]
-        ports = ("--host", config.host, "--grpc-port", config.grpc_port, "--http-port", config.http_port)
+        room = config.contexts * config.max_sessions  # what the contexts cannot hold is refused where it comes in
+        ports = (
+            "--max-in-flight",
+            room,
+            "--host",
+            config.host,
+            "--grpc-port",
+            config.grpc_port,
+            "--http-port",
+            config.http_port,
+        )
         self.gateway = self._process("gateway", "gateway", *ports)
         starting = [asyncio.create_task(self._start(service)) for service in (*self.towers, self.gateway)]
         try:

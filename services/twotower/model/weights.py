@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,11 @@ def export_tensors(tower: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         else:
             out[name] = tensor
     return out
+
+
+def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors as the checkpoint holds them. Raises CheckpointError."""
+    return {name: tensor.clone() for name, tensor in _read(checkpoint, list(names), ReadLog())}
 
 
 def _load(

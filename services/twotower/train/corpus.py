@@ -133,7 +133,7 @@ def read_plain(path: Path, seed: int) -> list[Text]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"corpus {path} cannot be read: {error}") from None
     if not texts:
-        raise ConfigError(f"corpus {path} holds no texts")
+        raise ConfigError(f"corpus {path} holds no text" + (" in .txt files" if path.is_dir() else ""))
     return texts
 
 

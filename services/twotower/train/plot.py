@@ -12,7 +12,7 @@ SMOOTHING = 0.9
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is installed (``pip install 'twotower[train]'``)."""
+    """Whether matplotlib is installed (``pip install -e '.[train]'``)."""
     return importlib.util.find_spec("matplotlib") is not None
 
 

@@ -15,7 +15,15 @@ from tokenizers import Tokenizer
 from twotower.errors import CheckpointError, ConfigError
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.config import ModelConfig
-from twotower.model.weights import export_tensors, load_context_tower, load_denoiser_tower, resolve_device, save_checkpoint
+from twotower.model.tensors import context_tensors
+from twotower.model.weights import (
+    export_tensors,
+    load_context_tower,
+    load_denoiser_tower,
+    read_tensors,
+    resolve_device,
+    save_checkpoint,
+)
 from twotower.train.bpe import train_tokenizer
 from twotower.train.context import ContextTask
 from twotower.train.corpus import DRILL_SHARE, Source, built_in, from_corpus
@@ -120,7 +128,9 @@ def train_denoiser(config: TrainConfig, context_path: Path, *, all_masked: float
     assert weights_hash(context) == frozen, "the context tower changed while the denoiser was trained"
     model.load_state_dict(loop.ema)
     raw = json.loads((context_path / "config.json").read_text(encoding="utf-8"))
-    tensors = export_tensors(context, torch.bfloat16) | export_tensors(model, torch.bfloat16)
+    # The context's tensors are copied, not exported: they are to be the same bits, in whatever dtype they are.
+    same = read_tensors(checkpoint, (name for name, _ in context_tensors(checkpoint.config)))
+    tensors = same | export_tensors(model, torch.bfloat16)
     _write(config.out, raw, tensors, checkpoint.tokenizer_path)
 
 
