@@ -1,0 +1,46 @@
+"""Which form of the computations runs: plain torch anywhere, Triton kernels on CUDA devices."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Literal
+
+import torch
+
+Backend = Literal["torch", "triton"]
+
+
+class BackendUnavailable(ValueError):
+    """The Triton kernels were asked for and cannot run here; the message says why, and what would help."""
+
+
+def resolve(name: Literal["auto"] | Backend, device: torch.device) -> Backend:
+    """The backend for tensors on `device`; "auto" is Triton on a CUDA device where it is installed, else torch.
+
+    Triton is imported for no other name and on no other device, so that nothing here needs it.
+    """
+    if name not in ("auto", "torch", "triton"):
+        raise BackendUnavailable(f"unknown backend {name!r}: choose auto, torch or triton")
+    if name == "torch" or (name == "auto" and device.type != "cuda"):
+        return "torch"
+    problem = _missing()
+    if name == "auto":
+        return "torch" if problem else "triton"
+    if problem:
+        raise BackendUnavailable(f"the triton backend was chosen, but triton cannot be imported: {problem}")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise BackendUnavailable(
+            f"the triton backend was chosen for a {device.type} device: it needs a CUDA device,"
+            " or TRITON_INTERPRET=1 in the environment for its slow interpreter"
+        )
+    return "triton"
+
+
+def _missing() -> str | None:
+    """Why triton cannot be imported, or None. A broken installation fails in other ways than a missing one."""
+    try:
+        importlib.import_module("triton")
+    except (ImportError, OSError, RuntimeError) as error:
+        return str(error) or type(error).__name__
+    return None
