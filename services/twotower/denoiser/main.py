@@ -89,5 +89,5 @@ async def _work(
 def _warm_up(engine: DenoiserEngine) -> None:
     """One forward, so that the first request does not pay for first-use costs."""
     config, tower = engine.tower.config, engine.tower
-    state = ContextState(config, tower.dtype, tower.device)
+    state = ContextState.alone(config, tower.dtype, tower.device)
     engine.step([engine.start(GenerationParams(block_size=config.block_size), state, 0)])
