@@ -54,7 +54,10 @@ async def _nothing_is_left(stack: Towers, *workers: RunningWorker) -> None:
     await until(lambda: len(stack.service.sessions) == 0 and all(w.worker.load == 0 for w in workers))
     assert all(not w.loop._blocks for w in workers)
     await _queue_is_empty(stack)
-    assert await stack.redis.keys("*") == [f"twotower:{stack.checkpoint.identity}:ready"]
+    streams = {f"twotower:{stack.checkpoint.identity}:ready:{priority}" for priority in ("low", "normal", "high")}
+    assert set(await stack.redis.keys("*")) == streams
+    pools = [stack.service._admission.pool, *(w.worker._admission.pool for w in workers)]
+    await until(lambda: all(pool.used_slots == pool.used_pages == 0 for pool in pools))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -213,7 +216,7 @@ async def test_not_a_number_reaches_the_client_and_no_one_else(stack: Towers, lo
     def spoil_and_start(params: GenerationParams, state: ContextState, generated: int) -> Refinement:
         if params.seed == 13 and generated >= 32:
             for mamba in state.mamba.values():
-                mamba.ssm = torch.full_like(mamba.ssm, torch.nan)
+                mamba.ssm.fill_(torch.nan)
         return start(params, state, generated)
 
     worker.loop.engine.start = spoil_and_start  # type: ignore[method-assign]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +42,7 @@ def test_sizes_follow_the_budget(towers: tuple[ContextTower, DenoiserTower]) -> 
     slot, page = slot_bytes(tower.config, tower.dtype), page_bytes(tower.config, tower.dtype)
 
     def within(budget: int, max_slots: int = 8, max_tokens: int = 4 * PAGE) -> PoolSize:
-        return PoolSize.within(tower.config, tower.dtype, budget, max_slots, max_tokens)
+        return PoolSize.within(tower.config, tower.dtype, budget, max_slots=max_slots, max_tokens=max_tokens)
 
     assert within(10**12) == PoolSize(8, 32)
     assert within(slot + page) == PoolSize(1, 1)

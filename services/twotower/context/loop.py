@@ -62,6 +62,10 @@ class ContextLoop:
         token: int = await self._wait(work)
         return token
 
+    async def settle(self) -> None:
+        """Until the iteration under way, if any, is over: what it computes with may then be given to others."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, _nothing)
+
     async def run(self) -> None:
         """Until cancelled."""
         loop = asyncio.get_running_loop()
@@ -120,6 +124,10 @@ class ContextLoop:
         except Exception as error:
             return _all_failed([work], error)
         return [] if work.tokens else [(work, None)]
+
+
+def _nothing() -> None:
+    pass
 
 
 def _all_failed(works: list[_Work], error: Exception) -> list[Outcome]:

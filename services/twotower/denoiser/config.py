@@ -21,6 +21,8 @@ class DenoiserConfig:
     """auto (CUDA where there is one), cpu, cuda, cuda:N."""
     threads: int = 1
     """CPU threads of torch."""
+    state_memory: str = "auto"
+    """For the states of sessions: auto, or a size such as 40G. There are fewer slots if it is short."""
     slots: int = 8
     """Sessions refined together."""
     drain_s: float = 30.0

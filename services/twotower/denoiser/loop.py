@@ -44,6 +44,10 @@ class DenoiserLoop:
         """Run `work` on the engine's thread, between forwards."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
+    async def settle(self) -> None:
+        """Until the forward under way, if any, is over: what it computes with may then be given to others."""
+        await self.call(_nothing)
+
     async def run(self) -> None:
         """Until cancelled, or until forwards fail again and again: then the device is broken, and so is this process."""
         failures = 0
@@ -78,3 +82,7 @@ class DenoiserLoop:
                 future.set_exception(failure)
             else:
                 future.set_result(None)
+
+
+def _nothing() -> None:
+    pass

@@ -19,6 +19,9 @@ from twotower.denoiser.loop import DenoiserLoop
 from twotower.denoiser.worker import Worker
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.model.checkpoint import Checkpoint
+from twotower.model.denoiser_tower import DenoiserTower
+from twotower.model.memory import state_budget
+from twotower.model.pool import PoolSize, StatePool
 from twotower.model.state import ContextState
 from twotower.model.weights import load_denoiser_tower, resolve_device, resolve_dtype
 from twotower.request import GenerationParams
@@ -39,9 +42,10 @@ async def run(config: DenoiserConfig) -> None:
         tower = load_denoiser_tower(checkpoint, resolve_dtype(config.dtype, checkpoint), resolve_device(config.device))
         engine = DenoiserEngine(tower)
         _warm_up(engine)
-        await _work(
-            config, checkpoint, engine, ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity), stop
-        )
+        pool = StatePool(tower.config, tower.dtype, tower.device, _pool_size(config, checkpoint, tower))
+        log.debug("state memory: %d slots, %d pages", pool.size.slots, pool.size.pages)
+        queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
+        await _work(config, checkpoint, engine, pool, queue, registry, stop)
     finally:
         await redis.aclose()
 
@@ -50,13 +54,14 @@ async def _work(
     config: DenoiserConfig,
     checkpoint: Checkpoint,
     engine: DenoiserEngine,
+    pool: StatePool,
     queue: ReadyQueue,
     registry: Registry,
     stop: asyncio.Event,
 ) -> None:
     worker_id = f"{socket.gethostname()}-{os.getpid()}"
     loop = DenoiserLoop(engine)
-    worker = Worker(checkpoint, loop, queue, worker_id, config.slots)
+    worker = Worker(checkpoint, loop, queue, worker_id, pool)
     server = RpcServer(config.host, config.port)
     await server.start([])
 
@@ -67,23 +72,37 @@ async def _work(
             address=server.address,
             identity=checkpoint.identity,
             load=worker.load,
-            capacity=config.slots,
+            capacity=pool.size.slots,
         )
 
     await registry.announce(describe())
     running = asyncio.create_task(loop.run())
-    pulling, beating = asyncio.create_task(worker.pull()), asyncio.create_task(heartbeat(registry, describe))
+    pulling, flushing, beating = (
+        asyncio.create_task(work) for work in (worker.pull(), worker.flush(), heartbeat(registry, describe))
+    )
     await server.set_serving(True)
     print(f"ready grpc={server.address}", flush=True)
-    await until_stopped(stop, running, pulling, beating)
+    await until_stopped(stop, running, pulling, flushing, beating)
     log.info("draining %d sessions", worker.load)
     await server.set_serving(False)
-    await end_tasks(pulling, beating)
+    await end_tasks(pulling, flushing, beating)
     with contextlib.suppress(Exception):
         await registry.withdraw(describe())
     await worker.drain(config.drain_s)
     await end_tasks(running)
     await server.stop(0.5)
+
+
+def _pool_size(config: DenoiserConfig, checkpoint: Checkpoint, tower: DenoiserTower) -> PoolSize:
+    limits = checkpoint.limits
+    return PoolSize.within(
+        tower.config,
+        tower.dtype,
+        state_budget(config.state_memory, tower.device),
+        max_slots=config.slots,
+        max_tokens=limits.max_context,
+        row_bytes=2 * 4 * limits.block_size * tower.config.vocab_size,  # logits in fp32, and what unmasking makes of them
+    )
 
 
 def _warm_up(engine: DenoiserEngine) -> None:

@@ -12,7 +12,7 @@ from twotower.engine.sampling import filters, uniforms
 from twotower.engine.session import Session
 from twotower.errors import NonFiniteLogits
 from twotower.model.context_tower import ContextTower
-from twotower.model.state import Delta
+from twotower.model.state import ContextState, Delta
 from twotower.request import GenerationParams, Mode
 from twotower_kernels.unmask import draw
 
@@ -24,9 +24,16 @@ class ContextEngine:
         self.tower = tower
         self.decay_rates = tower.decay_rates()
 
-    def open(self, session_id: str, prompt: list[int], params: GenerationParams, generated: int = 0) -> Session:
-        """A session that has read nothing yet."""
-        return Session(session_id, prompt, params, self.tower.new_state(), generated)
+    def open(
+        self,
+        session_id: str,
+        prompt: list[int],
+        params: GenerationParams,
+        generated: int = 0,
+        state: ContextState | None = None,
+    ) -> Session:
+        """A session that has read nothing yet. state: an empty one of a pool; None: one of its own, which grows."""
+        return Session(session_id, prompt, params, state or self.tower.new_state(), generated)
 
     def prefill(self, session: Session, budget: int) -> int:
         """Read up to `budget` more tokens of the prompt; returns how many."""

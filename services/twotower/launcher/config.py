@@ -32,6 +32,8 @@ class UpConfig:
     """Sessions each denoiser refines together."""
     max_sessions: int = 64
     """Sessions each context holds."""
+    state_memory: str = "auto"
+    """Of each tower, for the states of its sessions."""
     drain_s: float = 30.0
     """How long running requests may take after SIGTERM."""
     start_s: float = 600.0

@@ -100,7 +100,8 @@ class Stack:
     def _service(self, kind: str, index: int, *options: object) -> ServiceProcess:
         config = self._config
         place = ("--dtype", config.dtype, "--device", config.device, "--threads", config.tower_threads)
-        return self._process(f"{kind}-{index}", kind, *place, *options)
+        memory = ("--state-memory", config.state_memory)
+        return self._process(f"{kind}-{index}", kind, *place, *memory, *options)
 
     def _process(self, name: str, kind: str, *options: object) -> ServiceProcess:
         config = self._config

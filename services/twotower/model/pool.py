@@ -46,14 +46,17 @@ class PoolSize:
     pages: int
 
     @classmethod
-    def within(cls, config: ModelConfig, dtype: torch.dtype, budget: int, max_slots: int, max_tokens: int) -> PoolSize:
+    def within(
+        cls, config: ModelConfig, dtype: torch.dtype, budget: int, *, max_slots: int, max_tokens: int, row_bytes: int = 0
+    ) -> PoolSize:
         """The largest pool of at most `max_slots` sessions and `max_tokens` tokens each that `budget` bytes hold.
 
         Each slot comes with pages for an equal share of what the slots leave, up to `max_tokens`; of too many
         sessions with too little room each, fewer are taken until every one could hold a quarter of `max_tokens`.
+        row_bytes: what a forward needs besides for each session in it, such as its logits.
         Raises ConfigError if not even one session of one page fits.
         """
-        per_slot, per_page = slot_bytes(config, dtype), page_bytes(config, dtype)
+        per_slot, per_page = slot_bytes(config, dtype) + row_bytes, page_bytes(config, dtype)
         whole = pages_for(max_tokens)
         least = per_page * max(1, whole // 4)
         slots = min(max_slots, budget // (per_slot + least)) or min(max_slots, 1)
@@ -77,7 +80,7 @@ class StatePool:
     """Tensors of all slots and pages of one tower's process; which are free is known here alone. Not thread-safe."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, size: PoolSize) -> None:
-        """Allocates everything at once; on a CPU the system provides the memory when it is first written."""
+        """Allocates everything at once; on a CPU the system provides the memory when it is first written to."""
         self.config = config
         self.dtype = dtype
         self.device = device
@@ -90,11 +93,11 @@ class StatePool:
         self.kv: dict[int, Tensor] = {}
         """Attention layer -> (2, kv_heads, pages * PAGE, head_dim), model dtype: a page is `PAGE` tokens of the third axis."""
         for i in config.layers_of(MAMBA):
-            self.conv[i] = torch.zeros(size.slots, config.conv_dim, config.conv_kernel, dtype=dtype, device=device)
-            self.ssm[i] = torch.zeros(size.slots, *heads, device=device)
+            self.conv[i] = torch.empty(size.slots, config.conv_dim, config.conv_kernel, dtype=dtype, device=device)
+            self.ssm[i] = torch.empty(size.slots, *heads, device=device)
         for i in config.layers_of(ATTENTION):
             shape = (2, config.num_key_value_heads, size.pages * PAGE, config.head_dim)
-            self.kv[i] = torch.zeros(shape, dtype=dtype, device=device)
+            self.kv[i] = torch.empty(shape, dtype=dtype, device=device)
         # The lowest first, so that those in use lie together: a batch of neighbours is a view, not a copy.
         self._slots = list(range(size.slots))
         self._pages = list(range(size.pages))

@@ -51,14 +51,6 @@ def fill_state(state: ContextState, tensors: Mapping[Key, Tensor], length: int) 
     return {i: tensors[Key("a", i)] for i in state.mamba}
 
 
-def state_from(
-    tensors: Mapping[Key, Tensor], config: ModelConfig, dtype: torch.dtype, device: torch.device, length: int
-) -> tuple[ContextState, dict[int, Tensor]]:
-    """The state in tensors of its own, and the decay rates, from tensors that fit `state_spec`."""
-    state = ContextState.alone(config, dtype, device)
-    return state, fill_state(state, tensors, length)
-
-
 def delta_tensors(delta: Delta) -> Iterator[tuple[Key, Tensor]]:
     """All tensors of a delta."""
     for i, change in delta.layers.items():
