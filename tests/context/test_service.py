@@ -22,6 +22,7 @@ from twotower.model.state import ContextState
 from twotower.request import GenerationParams, Mode
 from twotower.v1 import context_pb2
 from twotower.wire.handshake import make_hello
+from twotower.wire.params import params_to_pb
 
 PARAMS = GenerationParams(max_tokens=60, gamma=0.3)
 LONG = GenerationParams(max_tokens=1600, gamma=0.9)
@@ -154,6 +155,28 @@ async def test_a_client_that_leaves(stack: Towers, mode: Mode) -> None:
         break
     call.cancel()
     await _nothing_is_left(stack, worker) if mode is Mode.DIFFUSION else await until(lambda: len(stack.service.sessions) == 0)
+
+
+@pytest.mark.parametrize("mode", [Mode.DIFFUSION, Mode.AR])
+async def test_a_client_that_does_not_read_holds_up_no_one(
+    stack: Towers, local: LocalEngine, monkeypatch: pytest.MonkeyPatch, mode: Mode
+) -> None:
+    monkeypatch.setattr("twotower.context.sessions.MAX_UNREAD", 2)
+    worker = stack.start_worker(slots=1)
+    params = dataclasses.replace(PARAMS, mode=mode, max_tokens=200)
+    request = context_pb2.OpenRequest(request_id="slow", prompt={"ids": [5, 6, 7]}, params=params_to_pb(params))
+    slow = aiter(stack.service.Open(request, None))
+    tokens = list((await anext(slow)).block.token_ids)
+    (live,) = stack.service.sessions
+    await until(lambda: not live.read.is_set() and worker.worker.load == 0)
+    generated = live.session.generated
+    other = dataclasses.replace(PARAMS, seed=1)
+    assert (await stack.generate([8], other))[0] == local.generate([8], other).token_ids
+    assert live.session.generated == generated <= 5 * params.block_size
+    async for event in slow:
+        tokens += event.block.token_ids
+    assert tokens == local.generate([5, 6, 7], params).token_ids
+    await until(lambda: len(stack.service.sessions) == 0)
 
 
 async def test_a_client_that_leaves_the_queue(stack: Towers) -> None:

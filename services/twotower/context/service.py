@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from collections.abc import AsyncIterator, Coroutine
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 REQUEUE_RETRY_S = 1.0
 MAX_QUEUED = 5
 """How often a session is queued without a block being written: then no worker can take it."""
+STALL_S = 0.5
+"""How long a worker waits for a client that does not read; then the session leaves it, to be queued when it is read."""
 LOST_ENTRY_S = 3.0
 """A session that waits this long checks whether Redis still has its entry."""
 
@@ -100,6 +103,8 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         for frames in to_frames(state_tensors(session.state, self._engine.decay_rates)):
             yield context_pb2.ContextMessage(frames=frames)
         while True:
+            if not live.read.is_set() and not await self._read_soon(live):
+                return  # a client that does not read must not keep a worker's slot
             refine = context_pb2.Refine(generated=session.generated, length=session.state.length)
             yield context_pb2.ContextMessage(refine=refine)
             message = await live.unless_ended(anext(requests, None))
@@ -119,6 +124,14 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
             for frames in to_frames(delta_tensors(delta)):
                 yield context_pb2.ContextMessage(frames=frames)
         yield context_pb2.ContextMessage(end=context_pb2.End())
+
+    @staticmethod
+    async def _read_soon(live: LiveSession) -> bool:
+        """Whether the gateway catches up in time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STALL_S):
+                await live.unless_ended(live.read.wait())
+        return live.read.is_set() or live.ended.is_set()
 
     async def watch_queue(self) -> None:
         """Until cancelled: queue again what Redis has lost."""
@@ -173,6 +186,9 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         """AR mode: token after token, until the end or until no one listens."""
         try:
             while not live.over:
+                if not live.read.is_set():
+                    await live.unless_ended(live.read.wait())
+                    continue
                 if not live.emit([await self._loop.decode(live.session)], 1):
                     return
         except TwoTowerError as error:
@@ -186,6 +202,7 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
                 live.fail(Unavailable("a block could not be committed"))
                 return
         live.worker_id = None
+        await live.unless_ended(live.read.wait())
         while not live.over:
             try:
                 await self._enqueue(live)

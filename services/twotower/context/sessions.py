@@ -13,6 +13,9 @@ from twotower.request import FinishReason, Priority
 
 T = TypeVar("T")
 
+MAX_UNREAD = 32
+"""Blocks, or AR tokens, that wait for a client who does not read them; then its session pauses."""
+
 Event = tuple[list[int], int] | FinishReason | TwoTowerError
 """A block (shown tokens, forwards), the end, or why it failed."""
 
@@ -41,12 +44,17 @@ class LiveSession:
         """The gateway has been told, or has gone."""
         self._failed = False
         self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self.read = asyncio.Event()
+        """Set while the gateway keeps up with what is generated."""
+        self.read.set()
 
     def emit(self, tokens: list[int], forwards: int) -> bool:
         """Take a finished block; True if the session goes on."""
         self.queued = 0
         shown = self.session.emit(tokens)
         self._events.put_nowait((shown, forwards))
+        if self._events.qsize() >= MAX_UNREAD:
+            self.read.clear()
         if self.session.finish_reason is not None:
             self._events.put_nowait(self.session.finish_reason)
             return False
@@ -64,7 +72,10 @@ class LiveSession:
 
     async def next_event(self) -> Event:
         """For the gateway, in order."""
-        return await self._events.get()
+        event = await self._events.get()
+        if self._events.qsize() < MAX_UNREAD:
+            self.read.set()
+        return event
 
     async def unless_ended(self, awaitable: Awaitable[T]) -> T | None:
         """The result, or None if the session ends first."""

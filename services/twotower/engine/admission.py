@@ -55,11 +55,8 @@ class Admission:
         try:
             return await waiting.granted
         except asyncio.CancelledError:
-            if waiting.granted.done() and not waiting.granted.cancelled():  # granted in the moment of leaving
+            if not waiting.granted.cancelled():  # granted in the moment of leaving
                 self.pool.release(waiting.granted.result())
-            else:
-                self._queue.remove(waiting)
-                heapq.heapify(self._queue)
             self._grant()
             raise
 
@@ -72,6 +69,9 @@ class Admission:
         return not self._queue and self.pool.fits(tokens)
 
     def _grant(self) -> None:
+        """Serve the queue as far as there is room, and forget those who left it."""
+        self._queue = [waiting for waiting in self._queue if not waiting.granted.cancelled()]
+        heapq.heapify(self._queue)
         while self._queue and self.pool.fits(self._queue[0].tokens):
             waiting = heapq.heappop(self._queue)
             waiting.granted.set_result(self.pool.acquire(waiting.tokens))
