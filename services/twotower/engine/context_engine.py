@@ -51,6 +51,7 @@ class ContextEngine:
         for i, (_, block) in enumerate(work):
             by_size[len(block)].append(i)
         for rows in by_size.values():
+            rows.sort(key=lambda i: work[i][0].state.slot)
             tokens = torch.tensor([work[i][1] for i in rows], dtype=torch.int64, device=self.tower.device)
             for i, delta in zip(rows, self.tower.commit(tokens, [work[i][0].state for i in rows])[0], strict=True):
                 deltas[i] = delta
@@ -58,7 +59,7 @@ class ContextEngine:
 
     def decode(self, sessions: Sequence[Session]) -> list[int | NonFiniteLogits]:
         """The next AR token of each prefilled session: drawn, not yet emitted. One forward for all that need one."""
-        behind = [session for session in sessions if session.pending is not None]
+        behind = sorted((s for s in sessions if s.pending is not None), key=lambda session: session.state.slot)
         if behind:
             tokens = torch.tensor([[session.pending] for session in behind], dtype=torch.int64, device=self.tower.device)
             _, logits = self.tower.commit(tokens, [session.state for session in behind], need_logits=True)

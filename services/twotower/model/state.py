@@ -174,6 +174,11 @@ class ContextState:
         kv = {i: GrowingKV(config.num_key_value_heads, config.head_dim, dtype, device) for i in config.layers_of(ATTENTION)}
         return cls(config, dtype, device, mamba, kv)
 
+    @property
+    def slot(self) -> int:
+        """Where in its pool it lies; sessions in the order of their slots are read without a copy."""
+        return self.place.slot if self.place is not None else 0
+
     @torch.inference_mode()
     def apply(self, delta: Delta, decay_rates: Mapping[int, Tensor]) -> None:
         """Extend by a committed block. `decay_rates`: A (heads,) of each Mamba layer *of the context tower*.
