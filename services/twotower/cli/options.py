@@ -42,6 +42,11 @@ def add_state_memory(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_trace(parser: argparse.ArgumentParser) -> None:
+    """``--trace DIR``."""
+    parser.add_argument("--trace", type=Path, metavar="DIR", help="record what the engines do (see `twotower trace`)")
+
+
 def add_drain(parser: argparse.ArgumentParser) -> None:
     """``--drain S``."""
     parser.add_argument(

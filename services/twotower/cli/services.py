@@ -11,6 +11,7 @@ from twotower.cli.options import (
     add_drain,
     add_place,
     add_state_memory,
+    add_trace,
     check_at_least_one,
     check_drain,
 )
@@ -81,6 +82,7 @@ def run_context(args: argparse.Namespace) -> None:
         threads=args.threads,
         max_sessions=args.max_sessions,
         state_memory=args.state_memory,
+        trace=args.trace,
         max_waiting=args.max_waiting,
         prefill_chunk=args.prefill_chunk,
         drain_s=args.drain,
@@ -104,6 +106,7 @@ def run_denoiser(args: argparse.Namespace) -> None:
         device=args.device,
         threads=args.threads,
         state_memory=args.state_memory,
+        trace=args.trace,
         slots=args.slots,
         drain_s=args.drain,
     )
@@ -123,3 +126,4 @@ def _add_tower(parser: argparse.ArgumentParser) -> None:
     add_place(parser)
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
     add_state_memory(parser)
+    add_trace(parser)

@@ -31,5 +31,7 @@ class ContextConfig:
     """Sessions that wait for state memory; one more is refused as overloaded."""
     prefill_chunk: int = 512
     """Prompt tokens per forward, so that a long prompt does not hold up commits."""
+    trace: Path | None = None
+    """Directory to record spans in."""
     drain_s: float = 30.0
     """How long running sessions may take after SIGTERM."""

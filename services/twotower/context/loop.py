@@ -7,11 +7,14 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from opentelemetry.trace import Tracer
+
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.scheduler import ContextScheduler, Plan
 from twotower.engine.session import Session
 from twotower.errors import Unavailable
 from twotower.model.state import Delta
+from twotower.tracing.recorder import NO_TRACER
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +39,9 @@ Outcome = tuple[_Work, Any]
 class ContextLoop:
     """Turns the waits of many sessions into batched forwards. Nothing else touches the engine."""
 
-    def __init__(self, engine: ContextEngine, budget: int) -> None:
+    def __init__(self, engine: ContextEngine, budget: int, tracer: Tracer = NO_TRACER) -> None:
         self._engine = engine
+        self._tracer = tracer
         self._scheduler: ContextScheduler[_Work] = ContextScheduler(budget, lambda work: work.tokens)
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "context-engine")
@@ -106,21 +110,24 @@ class ContextLoop:
 
     def _commit(self, works: list[_Work]) -> list[Outcome]:
         try:
-            deltas = self._engine.commit([(work.session, work.block or []) for work in works])
+            with self._tracer.start_as_current_span("commit", attributes={"batch": len(works)}):
+                deltas = self._engine.commit([(work.session, work.block or []) for work in works])
         except Exception as error:
             return _all_failed(works, error)
         return list(zip(works, deltas, strict=True))
 
     def _decode(self, works: list[_Work]) -> list[Outcome]:
         try:
-            tokens = self._engine.decode([work.session for work in works])
+            with self._tracer.start_as_current_span("decode", attributes={"batch": len(works)}):
+                tokens = self._engine.decode([work.session for work in works])
         except Exception as error:
             return _all_failed(works, error)
         return list(zip(works, tokens, strict=True))
 
     def _prefill(self, work: _Work, tokens: int) -> list[Outcome]:
         try:
-            self._engine.prefill(work.session, tokens)
+            with self._tracer.start_as_current_span("prefill", attributes={"tokens": tokens}):
+                self._engine.prefill(work.session, tokens)
         except Exception as error:
             return _all_failed([work], error)
         return [] if work.tokens else [(work, None)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 
 import torch
 
@@ -26,6 +27,7 @@ from twotower.request import GenerationParams
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
 from twotower.tasks import end_tasks, until_stopped
+from twotower.tracing.recorder import recording
 from twotower.v1 import context_pb2, context_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -47,7 +49,9 @@ async def run(config: ContextConfig) -> None:
         log.debug("state memory: %d slots, %d pages", pool.size.slots, pool.size.pages)
         admission = Admission(pool, config.max_waiting)
         queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
-        await _serve(config, checkpoint, engine, admission, queue, registry, stop)
+        with recording(config.trace, f"context-{os.getpid()}") as tracer:
+            loop = ContextLoop(engine, config.prefill_chunk, tracer)
+            await _serve(config, checkpoint, engine, loop, admission, queue, registry, stop)
     finally:
         await redis.aclose()
 
@@ -56,13 +60,13 @@ async def _serve(
     config: ContextConfig,
     checkpoint: Checkpoint,
     engine: ContextEngine,
+    loop: ContextLoop,
     admission: Admission,
     queue: ReadyQueue,
     registry: Registry,
     stop: asyncio.Event,
 ) -> None:
     server = RpcServer(config.host, config.port)
-    loop = ContextLoop(engine, config.prefill_chunk)
     service = ContextService(checkpoint, engine, loop, queue, admission)
     context_pb2_grpc.add_ContextTowerServicer_to_server(service, server.server)
     await server.start([SERVICE_NAME])

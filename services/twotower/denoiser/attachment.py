@@ -100,7 +100,7 @@ class Attachment:
         if following is None or drain.is_set():
             return None
         delta = delta_from(frames.finish(state.device), self._checkpoint.config, self._params.block_size)
-        await self._loop.call(lambda: state.apply(delta, self._rates))
+        await self._loop.apply(state, delta, self._rates)
         return following
 
     async def _refine(self, call: Any, block: Refinement, answer: asyncio.Task[Any]) -> bool:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
+from opentelemetry.trace import Tracer
+from torch import Tensor
+
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.refinement import Refinement
 from twotower.errors import TwoTowerError
+from twotower.model.state import ContextState, Delta
+from twotower.tracing.recorder import NO_TRACER
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +29,9 @@ MAX_FAILURES = 3
 class DenoiserLoop:
     """Blocks join and leave between forwards. Nothing else touches the engine."""
 
-    def __init__(self, engine: DenoiserEngine) -> None:
+    def __init__(self, engine: DenoiserEngine, tracer: Tracer = NO_TRACER) -> None:
         self.engine = engine
+        self._tracer = tracer
         self._blocks: dict[Refinement, asyncio.Future[None]] = {}
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "denoiser-engine")
@@ -39,6 +45,15 @@ class DenoiserLoop:
             await done
         finally:
             self._blocks.pop(block, None)
+
+    async def apply(self, state: ContextState, delta: Delta, rates: Mapping[int, Tensor]) -> None:
+        """Extend a state by a committed block, between forwards."""
+
+        def work() -> None:
+            with self._tracer.start_as_current_span("apply"):
+                state.apply(delta, rates)
+
+        await self.call(work)
 
     async def call(self, work: Callable[[], T]) -> T:
         """Run `work` on the engine's thread, between forwards."""
@@ -59,7 +74,7 @@ class DenoiserLoop:
                     self._wake.clear()
                     continue
                 try:
-                    await self.call(partial(self.engine.step, blocks))
+                    await self.call(partial(self._step, blocks))
                 except Exception as error:
                     log.error("a forward of the denoiser failed", exc_info=error)
                     self._finish(blocks, TwoTowerError("the denoiser failed on this request"))
@@ -71,6 +86,10 @@ class DenoiserLoop:
                 self._finish([block for block in blocks if block.done], None)
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _step(self, blocks: list[Refinement]) -> None:
+        with self._tracer.start_as_current_span("step", attributes={"batch": len(blocks)}):
+            self.engine.step(blocks)
 
     def _finish(self, blocks: list[Refinement], error: Exception | None) -> None:
         for block in blocks:

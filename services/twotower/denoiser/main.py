@@ -28,6 +28,7 @@ from twotower.request import GenerationParams
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
 from twotower.tasks import end_tasks, until_stopped
+from twotower.tracing.recorder import recording
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,11 @@ async def run(config: DenoiserConfig) -> None:
         pool = StatePool(tower.config, tower.dtype, tower.device, _pool_size(config, checkpoint, tower))
         log.debug("state memory: %d slots, %d pages", pool.size.slots, pool.size.pages)
         queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
-        await _work(config, checkpoint, engine, pool, queue, registry, stop)
+        worker_id = f"{socket.gethostname()}-{os.getpid()}"
+        with recording(config.trace, f"denoiser-{os.getpid()}") as tracer:
+            loop = DenoiserLoop(engine, tracer)
+            worker = Worker(checkpoint, loop, queue, worker_id, pool)
+            await _work(config, checkpoint, loop, worker, registry, stop)
     finally:
         await redis.aclose()
 
@@ -53,26 +58,22 @@ async def run(config: DenoiserConfig) -> None:
 async def _work(
     config: DenoiserConfig,
     checkpoint: Checkpoint,
-    engine: DenoiserEngine,
-    pool: StatePool,
-    queue: ReadyQueue,
+    loop: DenoiserLoop,
+    worker: Worker,
     registry: Registry,
     stop: asyncio.Event,
 ) -> None:
-    worker_id = f"{socket.gethostname()}-{os.getpid()}"
-    loop = DenoiserLoop(engine)
-    worker = Worker(checkpoint, loop, queue, worker_id, pool)
     server = RpcServer(config.host, config.port)
     await server.start([])
 
     def describe() -> Replica:
         return Replica(
             kind="denoiser",
-            name=worker_id,
+            name=worker.id,
             address=server.address,
             identity=checkpoint.identity,
             load=worker.load,
-            capacity=pool.size.slots,
+            capacity=worker.slots,
         )
 
     await registry.announce(describe())

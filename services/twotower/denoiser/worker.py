@@ -34,10 +34,12 @@ class Worker:
         self._checkpoint = checkpoint
         self._loop = loop
         self._queue = queue
-        self._id = worker_id
-        self._slots = pool.size.slots
-        self._admission = Admission(pool, max_waiting=self._slots)
-        self._free = asyncio.Semaphore(self._slots)
+        self.id = worker_id
+        """Its name in the queue and the registry."""
+        self.slots = pool.size.slots
+        """Sessions it takes at once."""
+        self._admission = Admission(pool, max_waiting=self.slots)
+        self._free = asyncio.Semaphore(self.slots)
         self._sessions: set[asyncio.Task[None]] = set()
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._drain = asyncio.Event()
@@ -53,7 +55,7 @@ class Worker:
             await self._free.acquire()
             self._free.release()
             try:
-                entries = await self._queue.pull(self._id, self._slots - self.load, PULL_WAIT_S)
+                entries = await self._queue.pull(self.id, self.slots - self.load, PULL_WAIT_S)
             except BrokerUnavailable:
                 await asyncio.sleep(BROKER_RETRY_S)  # the heartbeat logs it
                 continue
@@ -105,7 +107,7 @@ class Worker:
         attached = asyncio.Event()
         acknowledge = asyncio.create_task(self._acknowledge(entry_id, attached))
         try:
-            await Attachment(self._checkpoint, self._loop, self._id, state).run(channel, ready, attached, self._drain)
+            await Attachment(self._checkpoint, self._loop, self.id, state).run(channel, ready, attached, self._drain)
         except grpc.aio.AioRpcError as rpc:
             # The session is the context's to queue again, or the gateway's to open elsewhere.
             log.warning("session %s left: %s", ready.session_id, error_from_rpc(rpc))

@@ -94,9 +94,7 @@ def generate_batch(
         yield from (one.result for one in ended)
 
 
-def _pool(
-    context: ContextEngine, prompts: Sequence[Sequence[int]], params: GenerationParams, batch: int
-) -> StatePool | None:
+def _pool(context: ContextEngine, prompts: Sequence[Sequence[int]], params: GenerationParams, batch: int) -> StatePool | None:
     """Room for the longest of the prompts at every place. A single one's state is its own, and grows with it."""
     if batch == 1 or not prompts:
         return None
