@@ -13,6 +13,7 @@ from twotower.denoiser.loop import MAX_FAILURES, DenoiserLoop
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.local import LocalEngine
 from twotower.engine.refinement import Refinement
+from twotower.engine.thread import EngineThread
 from twotower.errors import TwoTowerError
 from twotower.request import GenerationParams
 
@@ -31,7 +32,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> LocalEngine:
 
 @pytest.fixture
 async def loop(engine: LocalEngine) -> AsyncIterator[DenoiserLoop]:
-    loop = DenoiserLoop(engine.denoiser)
+    loop = DenoiserLoop(engine.denoiser, EngineThread("test"))
     running = asyncio.create_task(loop.run())
     yield loop
     running.cancel()
@@ -123,7 +124,7 @@ async def test_a_forward_that_fails_ends_its_blocks_and_not_the_loop(engine: Loc
 
 
 async def test_a_device_that_fails_again_and_again_ends_the_loop(engine: LocalEngine) -> None:
-    loop = DenoiserLoop(DenoiserEngine(engine.denoiser.tower))
+    loop = DenoiserLoop(DenoiserEngine(engine.denoiser.tower), EngineThread("test"))
 
     def fail(blocks: list[Refinement]) -> None:
         raise RuntimeError("an illegal memory access was encountered")

@@ -22,6 +22,7 @@ from twotower.denoiser.worker import Worker
 from twotower.engine.admission import Admission
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.thread import EngineThread
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.pool import PoolSize, StatePool, pages_for
 from twotower.model.weights import load_context_tower, load_denoiser_tower
@@ -49,6 +50,7 @@ class RunningWorker:
         await end_tasks(*others)
         await end_tasks(*self.worker._sessions)
         await end_tasks(computing)
+        self.loop._thread.close()
         for channel in self.worker._channels.values():
             await channel.close(None)
 
@@ -67,7 +69,8 @@ class Towers:
 
     def start_worker(self, slots: int = 8) -> RunningWorker:
         """One more."""
-        loop = DenoiserLoop(DenoiserEngine(load_denoiser_tower(self.checkpoint, torch.float32, CPU)))
+        engine = DenoiserEngine(load_denoiser_tower(self.checkpoint, torch.float32, CPU))
+        loop = DenoiserLoop(engine, EngineThread("denoiser"))
         worker = Worker(self.checkpoint, loop, self.queue, f"worker-{len(self.workers)}", _pool(self.checkpoint, slots))
         running = RunningWorker(worker, loop)
         running.tasks = [asyncio.create_task(work) for work in (loop.run(), worker.pull(), worker.flush())]
@@ -103,7 +106,8 @@ async def towers(path: Path, max_sessions: int = 64, max_waiting: int = 0) -> As
     async with embedded_redis() as server:
         redis = await connect(server.url)
         engine = ContextEngine(load_context_tower(checkpoint, torch.float32, CPU))
-        loop = ContextLoop(engine, 64)
+        thread = EngineThread("context")
+        loop = ContextLoop(engine, thread, 64)
         rpc = RpcServer("127.0.0.1", 0)
         admission = Admission(_pool(checkpoint, max_sessions), max_waiting)
         service = ContextService(checkpoint, engine, loop, ReadyQueue(redis, checkpoint.identity), admission)
@@ -120,5 +124,6 @@ async def towers(path: Path, max_sessions: int = 64, max_waiting: int = 0) -> As
             await running.channel.close(None)
             await rpc.stop(0)
             await end_tasks(*tasks)
+            thread.close()
             with contextlib.suppress(Exception):
                 await redis.aclose()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from opentelemetry.trace import Tracer
@@ -12,6 +11,7 @@ from opentelemetry.trace import Tracer
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.scheduler import ContextScheduler, Plan
 from twotower.engine.session import Session
+from twotower.engine.thread import EngineThread
 from twotower.errors import Unavailable
 from twotower.model.state import Delta
 from twotower.tracing.recorder import NO_TRACER
@@ -39,12 +39,13 @@ Outcome = tuple[_Work, Any]
 class ContextLoop:
     """Turns the waits of many sessions into batched forwards. Nothing else touches the engine."""
 
-    def __init__(self, engine: ContextEngine, budget: int, tracer: Tracer = NO_TRACER) -> None:
+    def __init__(self, engine: ContextEngine, thread: EngineThread, budget: int, tracer: Tracer = NO_TRACER) -> None:
+        """budget: tokens of an iteration."""
         self._engine = engine
+        self._thread = thread
         self._tracer = tracer
         self._scheduler: ContextScheduler[_Work] = ContextScheduler(budget, lambda work: work.tokens)
         self._wake = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, "context-engine")
 
     async def prefill(self, session: Session) -> None:
         """Read the session's prompt."""
@@ -68,27 +69,23 @@ class ContextLoop:
 
     async def settle(self) -> None:
         """Until the iteration under way, if any, is over: what it computes with may then be given to others."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, _nothing)
+        await self._thread.settle()
 
     async def run(self) -> None:
         """Until cancelled."""
-        loop = asyncio.get_running_loop()
-        try:
-            while True:
-                await self._wake.wait()
-                plan = self._scheduler.plan()
-                if not plan:
-                    self._wake.clear()
+        while True:
+            await self._wake.wait()
+            plan = self._scheduler.plan()
+            if not plan:
+                self._wake.clear()
+                continue
+            for work, result in await self._thread.run(self._execute, plan):
+                if work.result.done():  # its session went away meanwhile
                     continue
-                for work, result in await loop.run_in_executor(self._thread, self._execute, plan):
-                    if work.result.done():  # its session went away meanwhile
-                        continue
-                    if isinstance(result, Exception):
-                        work.result.set_exception(result)
-                    else:
-                        work.result.set_result(result)
-        finally:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+                if isinstance(result, Exception):
+                    work.result.set_exception(result)
+                else:
+                    work.result.set_result(result)
 
     async def _wait(self, work: _Work) -> Any:
         self._wake.set()
@@ -131,10 +128,6 @@ class ContextLoop:
         except Exception as error:
             return _all_failed([work], error)
         return [] if work.tokens else [(work, None)]
-
-
-def _nothing() -> None:
-    pass
 
 
 def _all_failed(works: list[_Work], error: Exception) -> list[Outcome]:

@@ -7,8 +7,6 @@ import contextlib
 import logging
 import os
 
-import torch
-
 from twotower.broker.connection import connect
 from twotower.broker.heartbeat import heartbeat
 from twotower.broker.ready_queue import ReadyQueue
@@ -18,6 +16,7 @@ from twotower.context.loop import ContextLoop
 from twotower.context.service import ContextService
 from twotower.engine.admission import Admission
 from twotower.engine.context_engine import ContextEngine
+from twotower.engine.thread import EngineThread
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.context_tower import ContextTower
 from twotower.model.memory import state_budget
@@ -38,21 +37,23 @@ SERVICE_NAME = context_pb2.DESCRIPTOR.services_by_name["ContextTower"].full_name
 async def run(config: ContextConfig) -> None:
     """Serve until SIGTERM, then drain. Raises CheckpointError, ConfigError, BrokerUnavailable before it serves."""
     stop = stop_requested()
-    torch.set_num_threads(config.threads)
     checkpoint = Checkpoint.open(config.checkpoint, ("context",))
     redis = await connect(config.redis_url)
+    thread = EngineThread("context-engine", config.threads)
     try:
-        tower = load_context_tower(checkpoint, resolve_dtype(config.dtype, checkpoint), resolve_device(config.device))
+        place = resolve_dtype(config.dtype, checkpoint), resolve_device(config.device)
+        tower = await thread.run(load_context_tower, checkpoint, *place)
         engine = ContextEngine(tower)
-        _warm_up(engine)
+        await thread.run(_warm_up, engine)
         pool = StatePool(tower.config, tower.dtype, tower.device, _pool_size(config, checkpoint, tower))
         log.debug("state memory: %d slots, %d pages", pool.size.slots, pool.size.pages)
         admission = Admission(pool, config.max_waiting)
         queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
         with recording(config.trace, f"context-{os.getpid()}") as tracer:
-            loop = ContextLoop(engine, config.prefill_chunk, tracer)
+            loop = ContextLoop(engine, thread, config.prefill_chunk, tracer)
             await _serve(config, checkpoint, engine, loop, admission, queue, registry, stop)
     finally:
+        thread.close()
         await redis.aclose()
 
 

@@ -8,8 +8,6 @@ import logging
 import os
 import socket
 
-import torch
-
 from twotower.broker.connection import connect
 from twotower.broker.heartbeat import heartbeat
 from twotower.broker.ready_queue import ReadyQueue
@@ -18,6 +16,7 @@ from twotower.denoiser.config import DenoiserConfig
 from twotower.denoiser.loop import DenoiserLoop
 from twotower.denoiser.worker import Worker
 from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.thread import EngineThread
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.memory import state_budget
@@ -36,22 +35,24 @@ log = logging.getLogger(__name__)
 async def run(config: DenoiserConfig) -> None:
     """Work until SIGTERM, then hand sessions back. Raises CheckpointError, ConfigError, BrokerUnavailable before it works."""
     stop = stop_requested()
-    torch.set_num_threads(config.threads)
     checkpoint = Checkpoint.open(config.checkpoint, ("denoiser",))
     redis = await connect(config.redis_url)
+    thread = EngineThread("denoiser-engine", config.threads)
     try:
-        tower = load_denoiser_tower(checkpoint, resolve_dtype(config.dtype, checkpoint), resolve_device(config.device))
+        place = resolve_dtype(config.dtype, checkpoint), resolve_device(config.device)
+        tower = await thread.run(load_denoiser_tower, checkpoint, *place)
         engine = DenoiserEngine(tower)
-        _warm_up(engine)
+        await thread.run(_warm_up, engine)
         pool = StatePool(tower.config, tower.dtype, tower.device, _pool_size(config, checkpoint, tower))
         log.debug("state memory: %d slots, %d pages", pool.size.slots, pool.size.pages)
         queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
         worker_id = f"{socket.gethostname()}-{os.getpid()}"
         with recording(config.trace, f"denoiser-{os.getpid()}") as tracer:
-            loop = DenoiserLoop(engine, tracer)
+            loop = DenoiserLoop(engine, thread, tracer)
             worker = Worker(checkpoint, loop, queue, worker_id, pool)
             await _work(config, checkpoint, loop, worker, registry, stop)
     finally:
+        thread.close()
         await redis.aclose()
 
 
