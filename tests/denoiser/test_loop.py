@@ -67,7 +67,7 @@ async def test_a_cancelled_block_gets_no_further_forward(engine: LocalEngine, lo
     await until(lambda: block.forwards >= 2)
     refining.cancel()
     await asyncio.gather(refining, return_exceptions=True)
-    await loop.call(lambda: None)  # behind the forward that may be under way
+    await loop.settle()  # behind the forward that may be under way
     came_to = block.forwards
     await loop.refine(_start(engine, PARAMS[0]))
     assert block.forwards == came_to < 256
@@ -99,7 +99,7 @@ async def test_what_runs_between_forwards_has_the_engine_to_itself(engine: Local
     loop.engine.step = counted  # type: ignore[method-assign,assignment]
     try:
         blocks = [_start(engine, params) for params in PARAMS]
-        await asyncio.gather(*(loop.refine(block) for block in blocks), *(loop.call(work) for _ in range(20)))
+        await asyncio.gather(*(loop.refine(block) for block in blocks), *(loop._thread.run(work) for _ in range(20)))
     finally:
         loop.engine.step = step  # type: ignore[method-assign]
     assert most == 1

@@ -24,13 +24,13 @@ class EngineThread:
 
     def __init__(self, name: str, threads: int = 1) -> None:
         """threads: CPU threads of an operation."""
-        torch.set_num_threads(1)  # of the calling thread
+        torch.set_num_threads(1)  # of the calling thread,
+        torch.get_num_threads()  # which takes the number that was set last when it first asks for it: now, and not later
         self._executor = ThreadPoolExecutor(1, name, initializer=torch.set_num_threads, initargs=(threads,))
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of `work`, which begins when all that came before it has ended."""
-        future = self._executor.submit(work, *args, **kwargs)
-        return await asyncio.wrap_future(future)
+        return await asyncio.wrap_future(self._executor.submit(work, *args, **kwargs))
 
     async def settle(self) -> None:
         """Until what was begun has ended: what it computed with may then be given to others."""
