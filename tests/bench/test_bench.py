@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.checkpoints import TINY, write_tiny_checkpoint
-from twotower.bench.baseline import generate_plain, with_looped_experts
+from twotower.bench.baseline import generate_plain, make_plain
 from twotower.bench.checkpoint import write_random_checkpoint
 from twotower.bench.sizes import delta_bytes, snapshot_bytes
 from twotower.bench.workload import Workload
@@ -24,8 +24,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_plain_way_writes_the_engines_tokens(checkpoint: Path) -> None:
     workload = Workload(vocab_size=96, prompt_tokens=9, max_tokens=40)
     engine, plain = LocalEngine(checkpoint, threads=1), LocalEngine(checkpoint, threads=1)
-    with_looped_experts(plain.context.tower.context_tower)
-    with_looped_experts(plain.denoiser.tower.denoiser_tower)
+    make_plain(plain.context.tower)
+    make_plain(plain.denoiser.tower)
     for prompt in workload.prompts(3):
         expected = engine.generate(prompt, workload.params)
         assert expected.forwards == 5 * expected.blocks
