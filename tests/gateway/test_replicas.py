@@ -10,7 +10,7 @@ import pytest
 
 from twotower.broker.registry import Kind, Replica
 from twotower.errors import BrokerUnavailable
-from twotower.gateway.prefixes import PromptChains, SentPrefixes
+from twotower.gateway.prefixes import PromptChains
 from twotower.gateway.replicas import DETOUR_SESSIONS, FORGOTTEN_S, ReplicaPool
 from twotower.prefix.chain import ChainSpec, pack_links
 
@@ -173,15 +173,3 @@ async def test_contexts_that_keep_no_prefixes_or_chunk_otherwise() -> None:
     await pool.refresh()
     assert picked(pool, SYSTEM) == "2"
     await pool.close()
-
-
-def test_what_was_sent_is_remembered_up_to_a_bound() -> None:
-    sent, old, new = SentPrefixes(limit=6), SPEC.chain([1] * 16), SPEC.chain([2] * 16)
-    sent.add(old, "a")
-    sent.add(new, "a")
-    assert sent.chunks(new, "a", ()) == 4
-    assert sent.chunks(old, "a", ()) == 2
-    assert sent.chunks(new, "b", ()) == 0
-    sent.add(new[:2], "b")
-    assert sent.chunks(new[:2], "b", ()) == 2
-    assert sent.chunks(new, "a", ()) == 4
