@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower.prefix.chain import SHORT_BYTES, ChainSpec, pack_links, short, unpack_links
+from twotower.prefix.chain import MAX_ANNOUNCED, SHORT_BYTES, ChainSpec, pack_links, short, unpack_links
 
 SPEC = ChainSpec("abc", "bfloat16", 4)
 TOKENS = st.lists(st.integers(0, 131_071), max_size=40)
@@ -61,6 +61,7 @@ def test_what_is_announced_comes_out_as_short_links() -> None:
     assert len(packed) == 2 * SHORT_BYTES * len(links)
     assert unpack_links(packed) == {short(link) for link in links}
     assert unpack_links("") == frozenset()
+    assert len(unpack_links(pack_links(SPEC.chain(list(range(4 * MAX_ANNOUNCED + 8)))))) == MAX_ANNOUNCED
 
 
 @pytest.mark.parametrize("packed", ["no hex", "abc"])

@@ -11,10 +11,14 @@ import json
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 LINK_BYTES = 16
 SHORT_BYTES = 8
 """Of a link, in announcements: there a collision costs a detour, never a wrong state."""
+
+MAX_ANNOUNCED = 256
+"""Links in an announcement, which is read once a second by each gateway: 4 KB."""
 
 _PERSON = b"twotower.prefix1"
 """Keeps these hashes apart from all others; its last letter is the version of what is hashed."""
@@ -59,8 +63,8 @@ def short(link: bytes) -> bytes:
 
 
 def pack_links(links: Iterable[bytes]) -> str:
-    """Links for an announcement: the short forms in hex, one after the other."""
-    return b"".join(map(short, links)).hex()
+    """The first `MAX_ANNOUNCED` links for an announcement: their short forms in hex, one after the other."""
+    return b"".join(map(short, islice(links, MAX_ANNOUNCED))).hex()
 
 
 def unpack_links(packed: str) -> frozenset[bytes]:
