@@ -63,24 +63,29 @@ def chunk_scan(
     return y, final, starts
 
 
-def apply_factors(state: Tensor, x: Tensor, b: Tensor, dt: Tensor, a: Tensor) -> Tensor:
-    """The state after L positions, from the factors of their updates: the same bits wherever it runs.
+def apply_factors_(state: Tensor, x: Tensor, b: Tensor, dt: Tensor, a: Tensor) -> None:
+    """Take a state past L positions, in place, from the factors of their updates: the same bits wherever it runs.
 
-    state (h, p, n) fp32, x (L, h, p), b (L, g, n), dt (L, h) fp32, a (h,) fp32. Returns a new (h, p, n).
-    Both ends of a session call this with equal inputs. It is elementwise and in order of position, so that
-    neither the batch, the number of threads nor the choice of a matrix product can change a bit.
+    state (..., h, p, n) fp32, x (..., L, h, p), b (..., L, g, n), dt (..., L, h) fp32, a (h,) fp32; `...` is nothing,
+    or a batch axis. Both ends of a session call this with equal inputs. It is elementwise and in order of
+    position, so that neither the batch, the number of threads nor the choice of a matrix product can change a bit.
     """
-    heads = state.shape[0]
-    assert x.shape[1:] == state.shape[:2]
-    assert b.shape[2] == state.shape[2]
-    assert dt.shape == x.shape[:2]
+    heads = state.shape[-3]
+    assert x.shape[-2:] == state.shape[-3:-1]
+    assert b.shape[-1] == state.shape[-1]
+    assert dt.shape == x.shape[:-1]
     decay = (dt * a).exp()[..., None, None]
     dtx = (dt.unsqueeze(-1) * x.float()).unsqueeze(-1)
-    rows = b.float().repeat_interleave(heads // b.shape[1], 1).unsqueeze(2)
-    state = state.clone()
-    for i in range(x.shape[0]):
-        state.mul_(decay[i]).addcmul_(dtx[i], rows[i])
-    return state
+    rows = b.float().repeat_interleave(heads // b.shape[-2], -2).unsqueeze(-2)
+    for i in range(x.shape[-3]):
+        state.mul_(decay.select(-4, i)).addcmul_(dtx.select(-4, i), rows.select(-4, i))
+
+
+def apply_factors(state: Tensor, x: Tensor, b: Tensor, dt: Tensor, a: Tensor) -> Tensor:
+    """As `apply_factors_`, into a new tensor."""
+    new = state.clone()
+    apply_factors_(new, x, b, dt, a)
+    return new
 
 
 def chunk_scan_ref(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,14 @@ class FinishReason(enum.Enum):
     LENGTH = "length"
 
 
+class Priority(enum.IntEnum):
+    """Who goes first where requests wait: for state memory, and for a worker. Nothing that runs is interrupted."""
+
+    LOW = -1
+    NORMAL = 0
+    HIGH = 1
+
+
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
     """What of a checkpoint decides whether a request can be served."""

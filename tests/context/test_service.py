@@ -22,6 +22,7 @@ from twotower.model.state import ContextState
 from twotower.request import GenerationParams, Mode
 from twotower.v1 import context_pb2
 from twotower.wire.handshake import make_hello
+from twotower.wire.params import params_to_pb
 
 PARAMS = GenerationParams(max_tokens=60, gamma=0.3)
 LONG = GenerationParams(max_tokens=1600, gamma=0.9)
@@ -54,7 +55,10 @@ async def _nothing_is_left(stack: Towers, *workers: RunningWorker) -> None:
     await until(lambda: len(stack.service.sessions) == 0 and all(w.worker.load == 0 for w in workers))
     assert all(not w.loop._blocks for w in workers)
     await _queue_is_empty(stack)
-    assert await stack.redis.keys("*") == [f"twotower:{stack.checkpoint.identity}:ready"]
+    streams = {f"twotower:{stack.checkpoint.identity}:ready:{priority}" for priority in ("low", "normal", "high")}
+    assert set(await stack.redis.keys("*")) == streams
+    pools = [stack.service._admission.pool, *(w.worker._admission.pool for w in workers)]
+    await until(lambda: all(pool.used_slots == pool.used_pages == 0 for pool in pools))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -153,6 +157,28 @@ async def test_a_client_that_leaves(stack: Towers, mode: Mode) -> None:
     await _nothing_is_left(stack, worker) if mode is Mode.DIFFUSION else await until(lambda: len(stack.service.sessions) == 0)
 
 
+@pytest.mark.parametrize("mode", [Mode.DIFFUSION, Mode.AR])
+async def test_a_client_that_does_not_read_holds_up_no_one(
+    stack: Towers, local: LocalEngine, monkeypatch: pytest.MonkeyPatch, mode: Mode
+) -> None:
+    monkeypatch.setattr("twotower.context.sessions.MAX_UNREAD", 2)
+    worker = stack.start_worker(slots=1)
+    params = dataclasses.replace(PARAMS, mode=mode, max_tokens=200)
+    request = context_pb2.OpenRequest(request_id="slow", prompt={"ids": [5, 6, 7]}, params=params_to_pb(params))
+    slow = aiter(stack.service.Open(request, None))
+    tokens = list((await anext(slow)).block.token_ids)
+    (live,) = stack.service.sessions
+    await until(lambda: not live.read.is_set() and worker.worker.load == 0)
+    generated = live.session.generated
+    other = dataclasses.replace(PARAMS, seed=1)
+    assert (await stack.generate([8], other))[0] == local.generate([8], other).token_ids
+    assert live.session.generated == generated <= 5 * params.block_size
+    async for event in slow:
+        tokens += event.block.token_ids
+    assert tokens == local.generate([5, 6, 7], params).token_ids
+    await until(lambda: len(stack.service.sessions) == 0)
+
+
 async def test_a_client_that_leaves_the_queue(stack: Towers) -> None:
     call: Any = stack.open([5, 6, 7], PARAMS)
     reading = asyncio.create_task(anext(aiter(call)))
@@ -213,7 +239,7 @@ async def test_not_a_number_reaches_the_client_and_no_one_else(stack: Towers, lo
     def spoil_and_start(params: GenerationParams, state: ContextState, generated: int) -> Refinement:
         if params.seed == 13 and generated >= 32:
             for mamba in state.mamba.values():
-                mamba.ssm = torch.full_like(mamba.ssm, torch.nan)
+                mamba.ssm.fill_(torch.nan)
         return start(params, state, generated)
 
     worker.loop.engine.start = spoil_and_start  # type: ignore[method-assign]

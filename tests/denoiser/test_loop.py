@@ -13,6 +13,7 @@ from twotower.denoiser.loop import MAX_FAILURES, DenoiserLoop
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.local import LocalEngine
 from twotower.engine.refinement import Refinement
+from twotower.engine.thread import EngineThread
 from twotower.errors import TwoTowerError
 from twotower.request import GenerationParams
 
@@ -31,7 +32,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> LocalEngine:
 
 @pytest.fixture
 async def loop(engine: LocalEngine) -> AsyncIterator[DenoiserLoop]:
-    loop = DenoiserLoop(engine.denoiser)
+    loop = DenoiserLoop(engine.denoiser, EngineThread("test"))
     running = asyncio.create_task(loop.run())
     yield loop
     running.cancel()
@@ -66,7 +67,7 @@ async def test_a_cancelled_block_gets_no_further_forward(engine: LocalEngine, lo
     await until(lambda: block.forwards >= 2)
     refining.cancel()
     await asyncio.gather(refining, return_exceptions=True)
-    await loop.call(lambda: None)  # behind the forward that may be under way
+    await loop.settle()  # behind the forward that may be under way
     came_to = block.forwards
     await loop.refine(_start(engine, PARAMS[0]))
     assert block.forwards == came_to < 256
@@ -98,7 +99,7 @@ async def test_what_runs_between_forwards_has_the_engine_to_itself(engine: Local
     loop.engine.step = counted  # type: ignore[method-assign,assignment]
     try:
         blocks = [_start(engine, params) for params in PARAMS]
-        await asyncio.gather(*(loop.refine(block) for block in blocks), *(loop.call(work) for _ in range(20)))
+        await asyncio.gather(*(loop.refine(block) for block in blocks), *(loop._thread.run(work) for _ in range(20)))
     finally:
         loop.engine.step = step  # type: ignore[method-assign]
     assert most == 1
@@ -123,7 +124,7 @@ async def test_a_forward_that_fails_ends_its_blocks_and_not_the_loop(engine: Loc
 
 
 async def test_a_device_that_fails_again_and_again_ends_the_loop(engine: LocalEngine) -> None:
-    loop = DenoiserLoop(DenoiserEngine(engine.denoiser.tower))
+    loop = DenoiserLoop(DenoiserEngine(engine.denoiser.tower), EngineThread("test"))
 
     def fail(blocks: list[Refinement]) -> None:
         raise RuntimeError("an illegal memory access was encountered")

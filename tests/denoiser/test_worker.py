@@ -71,7 +71,7 @@ async def test_no_more_sessions_than_slots(stack: Towers, local: LocalEngine) ->
 async def test_entries_that_lead_nowhere(stack: Towers, local: LocalEngine) -> None:
     """A session that is over, a context that is gone: taken off, and the next one is served."""
     for address in (stack.service.address, "127.0.0.1:1"):
-        await stack.queue.push(ReadySession("nobody", 1, address))
+        await stack.queue.push(ReadySession("nobody", 1, address, 64))
     worker = stack.start_worker(slots=1)
     await _still_works(stack, worker, local)
 
@@ -133,6 +133,6 @@ async def test_a_context_that_speaks_nonsense(
     caplog.set_level(logging.WARNING)
     worker = stack.start_worker(slots=1)
     async with _wrong_context(messages) as address:
-        await stack.queue.push(ReadySession("odd", 1, address))
+        await stack.queue.push(ReadySession("odd", 1, address, 64))
         await until(lambda: any("session odd left: " in record.message and said in record.message for record in caplog.records))
         await _still_works(stack, worker, local)

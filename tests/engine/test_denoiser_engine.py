@@ -56,7 +56,7 @@ def test_a_failing_row_leaves_its_neighbours(engine: LocalEngine) -> None:
     reference = _start(engine)[0]
     engine.denoiser.step([reference])
     for mamba in bad.state.mamba.values():
-        mamba.ssm = torch.full_like(mamba.ssm, torch.nan)
+        mamba.ssm.fill_(torch.nan)
     engine.denoiser.step([good, bad])
     assert bad.error is not None
     assert bad.done

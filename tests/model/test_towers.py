@@ -91,9 +91,10 @@ def test_a_batch_of_commits_gives_the_bits_of_each_alone(towers: Towers) -> None
     rates = context.decay_rates()
     followers = []
     for state in batch:  # a worker's copies, from before the commit
-        copy = ContextState(context.config, context.dtype, CPU)
+        copy = ContextState.alone(context.config, context.dtype, CPU)
         for i, mamba in state.mamba.items():
-            copy.mamba[i].conv, copy.mamba[i].ssm = mamba.conv.clone(), mamba.ssm.clone()
+            copy.mamba[i].conv.copy_(mamba.conv)
+            copy.mamba[i].ssm.copy_(mamba.ssm)
         for i, kv in state.kv.items():
             copy.kv[i].write(0, *kv.slice(0, state.length))
         copy.length = state.length

@@ -19,9 +19,12 @@ from twotower.context.loop import ContextLoop
 from twotower.context.service import ContextService
 from twotower.denoiser.loop import DenoiserLoop
 from twotower.denoiser.worker import Worker
+from twotower.engine.admission import Admission
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.thread import EngineThread
 from twotower.model.checkpoint import Checkpoint
+from twotower.model.pool import PoolSize, StatePool, pages_for
 from twotower.model.weights import load_context_tower, load_denoiser_tower
 from twotower.request import GenerationParams
 from twotower.rpc.channel import open_channel
@@ -43,7 +46,11 @@ class RunningWorker:
 
     async def die(self) -> None:
         """Vanish without a word: connections cut, nothing handed back."""
-        await end_tasks(*self.tasks, *self.worker._sessions)
+        computing, *others = self.tasks
+        await end_tasks(*others)
+        await end_tasks(*self.worker._sessions)
+        await end_tasks(computing)
+        self.loop._thread.close()
         for channel in self.worker._channels.values():
             await channel.close(None)
 
@@ -62,10 +69,11 @@ class Towers:
 
     def start_worker(self, slots: int = 8) -> RunningWorker:
         """One more."""
-        loop = DenoiserLoop(DenoiserEngine(load_denoiser_tower(self.checkpoint, torch.float32, CPU)))
-        worker = Worker(self.checkpoint, loop, self.queue, f"worker-{len(self.workers)}", slots)
+        engine = DenoiserEngine(load_denoiser_tower(self.checkpoint, torch.float32, CPU))
+        loop = DenoiserLoop(engine, EngineThread("denoiser"))
+        worker = Worker(self.checkpoint, loop, self.queue, f"worker-{len(self.workers)}", _pool(self.checkpoint, slots))
         running = RunningWorker(worker, loop)
-        running.tasks = [asyncio.create_task(loop.run()), asyncio.create_task(worker.pull())]
+        running.tasks = [asyncio.create_task(work) for work in (loop.run(), worker.pull(), worker.flush())]
         self.workers.append(running)
         return running
 
@@ -87,16 +95,22 @@ class Towers:
         return tokens, forwards
 
 
+def _pool(checkpoint: Checkpoint, slots: int) -> StatePool:
+    return StatePool(checkpoint.config, torch.float32, CPU, PoolSize(slots, slots * pages_for(checkpoint.limits.max_context)))
+
+
 @asynccontextmanager
-async def towers(path: Path, max_sessions: int = 64) -> AsyncIterator[Towers]:
+async def towers(path: Path, max_sessions: int = 64, max_waiting: int = 0) -> AsyncIterator[Towers]:
     """A context that serves; everything is gone when left."""
     checkpoint = Checkpoint.open(path)
     async with embedded_redis() as server:
         redis = await connect(server.url)
         engine = ContextEngine(load_context_tower(checkpoint, torch.float32, CPU))
-        loop = ContextLoop(engine, 64)
+        thread = EngineThread("context")
+        loop = ContextLoop(engine, thread, 64)
         rpc = RpcServer("127.0.0.1", 0)
-        service = ContextService(checkpoint, engine, loop, ReadyQueue(redis, checkpoint.identity), max_sessions)
+        admission = Admission(_pool(checkpoint, max_sessions), max_waiting)
+        service = ContextService(checkpoint, engine, loop, ReadyQueue(redis, checkpoint.identity), admission)
         context_pb2_grpc.add_ContextTowerServicer_to_server(service, rpc.server)
         await rpc.start(["twotower.v1.ContextTower"])
         service.address = rpc.address
@@ -110,5 +124,6 @@ async def towers(path: Path, max_sessions: int = 64) -> AsyncIterator[Towers]:
             await running.channel.close(None)
             await rpc.stop(0)
             await end_tasks(*tasks)
+            thread.close()
             with contextlib.suppress(Exception):
                 await redis.aclose()

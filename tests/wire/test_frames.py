@@ -11,12 +11,13 @@ from tests.support.checkpoints import write_tiny_checkpoint
 from twotower.engine.context_engine import ContextEngine
 from twotower.errors import Incompatible
 from twotower.model.checkpoint import Checkpoint
+from twotower.model.state import ContextState
 from twotower.model.weights import load_context_tower
 from twotower.request import GenerationParams
 from twotower.v1 import tensor_pb2
 from twotower.wire.frames import MESSAGE_BYTES, FrameAssembler, Key, Spec, to_frames
 from twotower.wire.handshake import check_hello, make_hello
-from twotower.wire.state import delta_from, delta_spec, delta_tensors, state_from, state_spec, state_tensors
+from twotower.wire.state import delta_from, delta_spec, delta_tensors, fill_state, state_spec, state_tensors
 
 CPU = torch.device("cpu")
 
@@ -83,7 +84,8 @@ def test_a_worker_follows_the_context_bit_for_bit(tmp_path: Path, dtype: torch.d
     assembler = FrameAssembler(state_spec(config, dtype, session.state.length))
     for batch in to_frames(state_tensors(session.state, engine.decay_rates)):
         assembler.add(batch)
-    copy, rates = state_from(assembler.finish(CPU), config, dtype, CPU, session.state.length)
+    copy = ContextState.alone(config, dtype, CPU)
+    rates = fill_state(copy, assembler.finish(CPU), session.state.length)
     g = torch.Generator().manual_seed(0)
     for _ in range(12):
         theirs = dict(state_tensors(copy, rates))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from twotower.request import Priority
+
 PREFIX = "twotower"
 
 
-def ready_stream(identity: str) -> str:
-    """Stream of sessions that wait for a denoiser."""
-    return f"{PREFIX}:{identity}:ready"
+def ready_stream(identity: str, priority: Priority) -> str:
+    """Stream of sessions of one priority that wait for a denoiser."""
+    return f"{PREFIX}:{identity}:ready:{priority.name.lower()}"
 
 
 def replicas(identity: str, kind: str) -> str:

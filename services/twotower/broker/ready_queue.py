@@ -1,4 +1,4 @@
-"""The queue of sessions that are ready to denoise: a Redis stream that workers pull from as one group.
+"""The queue of sessions that are ready to denoise: a Redis stream for each priority; workers pull from all as one group.
 
 An entry only says where a session waits; the session itself, and the right to work on it, are the context's to
 give. So an entry that is delivered twice, or too late, does no harm: the context refuses its lease.
@@ -10,13 +10,14 @@ import asyncio
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from twotower.broker.connection import broker_errors
 from twotower.broker.keys import ready_stream
+from twotower.request import Priority
 
 log = logging.getLogger(__name__)
 
@@ -26,15 +27,24 @@ CLAIM_IDLE_MS = 5_000
 FORGET_IDLE_MS = 3_600_000
 """A worker that was given nothing this long, and holds nothing, may be gone; if not, it is known again with its next entry."""
 FORGET_WORKERS = """
-for _, worker in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
-    local is = {}
-    for i = 1, #worker, 2 do is[worker[i]] = worker[i + 1] end
-    if is.pending == 0 and is.idle > tonumber(ARGV[2]) then
-        redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], is.name)
+for _, stream in ipairs(KEYS) do
+    for _, worker in ipairs(redis.call('XINFO', 'CONSUMERS', stream, ARGV[1])) do
+        local is = {}
+        for i = 1, #worker, 2 do is[worker[i]] = worker[i + 1] end
+        if is.pending == 0 and is.idle > tonumber(ARGV[2]) then
+            redis.call('XGROUP', 'DELCONSUMER', stream, ARGV[1], is.name)
+        end
     end
 end
 """
 """In the server, so that no entry is delivered in between: it would be lost with its worker."""
+
+
+class EntryId(NamedTuple):
+    """An entry of the queue."""
+
+    priority: Priority
+    number: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,87 +55,148 @@ class ReadySession:
     lease: int
     """Counts how often the session was queued; only the newest entry is good."""
     context_address: str
+    tokens: int
+    """What its state must have room for."""
+
+
+Pulled = list[tuple[EntryId, ReadySession]]
+
+PRIORITIES = tuple(sorted(Priority, reverse=True))
 
 
 class ReadyQueue:
-    """One stream and one consumer group per checkpoint. All methods raise BrokerUnavailable."""
+    """The streams of one checkpoint, and their consumer group. All methods raise BrokerUnavailable.
+
+    A session costs two round trips: its push, and the pull that delivers it, which also takes off what is done.
+    """
 
     def __init__(self, redis: Redis, identity: str, claim_idle_ms: int = CLAIM_IDLE_MS) -> None:
         self._redis = redis
         self._claim_idle_ms = claim_idle_ms
-        self._stream = ready_stream(identity)
+        self._streams = {priority: ready_stream(identity, priority) for priority in PRIORITIES}
+        self._priorities = {stream: priority for priority, stream in self._streams.items()}
         self._next_claim = 0.0
+        self._done: list[EntryId] = []
+        self._pulling = False
 
-    async def push(self, entry: ReadySession) -> str:
+    async def push(self, entry: ReadySession, priority: Priority = Priority.NORMAL) -> EntryId:
         """Queue a session; returns the entry's id."""
-        fields: dict[Any, Any] = {"session": entry.session_id, "lease": entry.lease, "context": entry.context_address}
+        fields: dict[Any, Any] = {
+            "session": entry.session_id,
+            "lease": entry.lease,
+            "context": entry.context_address,
+            "tokens": entry.tokens,
+        }
         with broker_errors():
-            return str(await self._redis.xadd(self._stream, fields))
+            return EntryId(priority, str(await self._redis.xadd(self._streams[priority], fields)))
 
-    async def pull(self, worker_id: str, count: int, wait_s: float) -> list[tuple[str, ReadySession]]:
-        """Up to `count` sessions, waiting up to `wait_s` seconds, in the server, for the first.
+    async def pull(self, worker_id: str, count: int, wait_s: float) -> Pulled:
+        """About `count` sessions, waiting up to `wait_s` seconds, in the server, for the first.
 
-        Every entry must be given back by `done`, whatever came of it. Entries of workers that died are
-        taken over.
+        The server counts for each priority apart, so that for a `count` below 3 up to 3 can come, the most
+        urgent first. Every entry must be given back by `done_soon` or `done`, whatever came of it. Entries of
+        workers that died are taken over.
         """
-        with broker_errors():
-            try:
-                now = asyncio.get_running_loop().time()
-                if now >= self._next_claim:
-                    self._next_claim = now + self._claim_idle_ms / 1000
-                    if claimed := await self._claim(worker_id, count):
-                        return claimed
-                    await self._forget_workers()
-                answer: Any = await self._redis.xreadgroup(
-                    GROUP, worker_id, {self._stream: ">"}, count=count, block=max(1, round(wait_s * 1000))
-                )
-            except ResponseError as error:
-                if not str(error).startswith(("NOGROUP", "UNBLOCKED")):  # UNBLOCKED: lost it while we waited
-                    raise
-                await self._make_group()  # the first worker ever, or Redis lost it
-                return []
-        return await self._parsed(entry for _, entries in answer or () for entry in entries)
+        self._pulling = True
+        try:
+            with broker_errors():
+                try:
+                    now = asyncio.get_running_loop().time()
+                    if now >= self._next_claim:
+                        self._next_claim = now + self._claim_idle_ms / 1000
+                        if claimed := await self._claim(worker_id, count):
+                            return claimed
+                        await self._redis.eval(FORGET_WORKERS, len(PRIORITIES), *self._streams.values(), GROUP, FORGET_IDLE_MS)
+                    return await self._read(worker_id, count, wait_s)
+                except ResponseError as error:
+                    if not str(error).startswith(("NOGROUP", "UNBLOCKED", "ERR no such key")):
+                        raise
+                    await self._make_groups()  # the first worker ever, or Redis lost them, maybe while we waited
+                    return []
+        finally:
+            self._pulling = False
 
-    async def done(self, entry_id: str) -> None:
-        """Take an entry off, delivered or not. One round trip."""
+    async def done(self, *entries: EntryId) -> None:
+        """Take entries off, delivered or not. One round trip."""
         with broker_errors():
-            async with self._redis.pipeline(transaction=True) as pipe:
-                pipe.xack(self._stream, GROUP, entry_id)
-                pipe.xdel(self._stream, entry_id)
+            async with self._redis.pipeline(transaction=False) as pipe:
+                self._take_off(pipe, entries)
                 await pipe.execute()
 
-    async def contains(self, entry_id: str) -> bool:
+    def done_soon(self, entry: EntryId) -> None:
+        """Take an entry off together with the next pull."""
+        self._done.append(entry)
+
+    async def flush(self) -> None:
+        """Take off what waits for the next pull, unless one is under way: for a worker that is full."""
+        if self._done and not self._pulling:
+            done, self._done = self._done, []
+            await self.done(*done)
+
+    async def contains(self, entry: EntryId) -> bool:
         """Whether an entry is still there, delivered or not."""
         with broker_errors():
-            return bool(await self._redis.xrange(self._stream, entry_id, entry_id))
+            return bool(await self._redis.xrange(self._streams[entry.priority], entry.number, entry.number))
 
     async def depth(self) -> int:
         """Entries that are there, delivered or not."""
         with broker_errors():
-            return int(await self._redis.xlen(self._stream))
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for stream in self._streams.values():
+                    pipe.xlen(stream)
+                return sum(await pipe.execute())
 
-    async def _claim(self, worker_id: str, count: int) -> list[tuple[str, ReadySession]]:
-        answer: Any = await self._redis.xautoclaim(self._stream, GROUP, worker_id, self._claim_idle_ms, count=count)
-        return await self._parsed(entry for entry in answer[1] if entry[1])
+    async def _read(self, worker_id: str, count: int, wait_s: float) -> Pulled:
+        """Take off what is done, and wait for new entries, in one round trip."""
+        done, self._done = self._done, []
+        streams: dict[Any, Any] = dict.fromkeys(self._streams.values(), ">")
+        each = max(1, count // len(PRIORITIES))
+        try:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                self._take_off(pipe, done)
+                pipe.xreadgroup(GROUP, worker_id, streams, count=each, block=max(1, round(wait_s * 1000)))
+                *_, answer = await pipe.execute(raise_on_error=False)
+        except (RedisError, OSError):
+            self._done += done
+            raise
+        if isinstance(answer, Exception):
+            raise answer
+        return await self._parsed((self._priorities[stream], entry) for stream, entries in answer or () for entry in entries)
 
-    async def _parsed(self, entries: Iterable[Any]) -> list[tuple[str, ReadySession]]:
+    def _take_off(self, pipe: Any, entries: Iterable[EntryId]) -> None:
+        """Acknowledge and delete, a command each for every priority."""
+        for priority, stream in self._streams.items():
+            if numbers := [entry.number for entry in entries if entry.priority is priority]:
+                pipe.xack(stream, GROUP, *numbers)
+                pipe.xdel(stream, *numbers)
+
+    async def _claim(self, worker_id: str, count: int) -> Pulled:
+        found: list[tuple[Priority, Any]] = []
+        for priority, stream in self._streams.items():
+            left = count - len(found)
+            if left > 0:
+                answer: Any = await self._redis.xautoclaim(stream, GROUP, worker_id, self._claim_idle_ms, count=left)
+                found += ((priority, entry) for entry in answer[1] if entry[1])
+        return await self._parsed(found)
+
+    async def _parsed(self, entries: Iterable[tuple[Priority, Any]]) -> Pulled:
         """What is none of ours is taken off, so that no worker meets it again."""
-        out = []
-        for entry_id, fields in entries:
+        out: Pulled = []
+        for priority, (number, fields) in entries:
+            entry = EntryId(priority, number)
             try:
-                out.append((entry_id, ReadySession(fields["session"], int(fields["lease"]), fields["context"])))
+                ready = ReadySession(fields["session"], int(fields["lease"]), fields["context"], int(fields["tokens"]))
             except (KeyError, ValueError, TypeError):
-                log.warning("entry %s of the ready queue is no session: dropped", entry_id)
-                await self.done(entry_id)
+                log.warning("entry %s of the ready queue is no session: dropped", number)
+                await self.done(entry)
+                continue
+            out.append((entry, ready))
         return out
 
-    async def _forget_workers(self) -> None:
-        """Names of workers that are gone would pile up, one for each that ever was."""
-        await self._redis.eval(FORGET_WORKERS, 1, self._stream, GROUP, FORGET_IDLE_MS)
-
-    async def _make_group(self) -> None:
-        try:
-            await self._redis.xgroup_create(self._stream, GROUP, id="0", mkstream=True)
-        except ResponseError as error:
-            if not str(error).startswith("BUSYGROUP"):  # another worker was faster
-                raise
+    async def _make_groups(self) -> None:
+        for stream in self._streams.values():
+            try:
+                await self._redis.xgroup_create(stream, GROUP, id="0", mkstream=True)
+            except ResponseError as error:
+                if not str(error).startswith("BUSYGROUP"):  # another worker was faster
+                    raise

@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twotower.cli.options import add_place, add_stack_size, check_at_least_one, check_target
+from twotower.cli.options import add_place, add_stack_size, add_trace, check_at_least_one, check_target
 from twotower.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     serving.add_argument("--rate", type=float, metavar="R", help="send R requests a second at random moments instead")
     serving.add_argument("--slots", type=int, default=16, metavar="N", help="sessions each denoiser refines together")
+    serving.add_argument("--tower-threads", type=int, metavar="N", help="CPU threads of each tower (default: as `twotower up`)")
+    add_trace(serving)
     serving.set_defaults(run=_serving)
 
     prefix = parts.add_parser("prefix", help="prompts that begin alike: what their beginning costs again", allow_abbrev=False)
@@ -113,7 +115,7 @@ def _serving(args: argparse.Namespace) -> None:
     from twotower.bench.engine import engine_rows, open_engine
     from twotower.bench.sizes import delta_bytes, snapshot_bytes
 
-    check_at_least_one(args, "rounds", "threads", "contexts", "denoisers", "slots", "concurrency")
+    check_at_least_one(args, "rounds", "threads", "tower_threads", "contexts", "denoisers", "slots", "concurrency")
     if args.rate is not None and not args.rate > 0:
         raise ConfigError(f"rate: must be positive, not {args.rate}")
     threads, workload = _threads(args), _workload(args)
@@ -160,6 +162,8 @@ async def _served(args: argparse.Namespace, workload: Workload) -> dict[int, Res
         denoisers=args.denoisers,
         dtype=args.dtype,
         device=args.device,
+        threads=args.tower_threads,
+        trace=args.trace,
         slots=args.slots,
         max_sessions=max(64, *args.concurrency),
     )

@@ -32,6 +32,21 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:N")
 
 
+def add_state_memory(parser: argparse.ArgumentParser) -> None:
+    """``--state-memory SIZE``."""
+    parser.add_argument(
+        "--state-memory",
+        default="auto",
+        metavar="SIZE",
+        help="memory for the states of sessions, e.g. 40G (auto: a quarter of the machine's, or most of what a GPU has left)",
+    )
+
+
+def add_trace(parser: argparse.ArgumentParser) -> None:
+    """``--trace DIR``."""
+    parser.add_argument("--trace", type=Path, metavar="DIR", help="record what the engines do (see `twotower trace`)")
+
+
 def add_drain(parser: argparse.ArgumentParser) -> None:
     """``--drain S``."""
     parser.add_argument(

@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from twotower.cli.options import DEFAULT_REDIS, add_checkpoint, add_drain, add_place, check_at_least_one, check_drain
+from twotower.cli.options import (
+    DEFAULT_REDIS,
+    add_checkpoint,
+    add_drain,
+    add_place,
+    add_state_memory,
+    add_trace,
+    check_at_least_one,
+    check_drain,
+)
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,6 +31,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     context.add_argument("--advertise", metavar="HOST:PORT", help="where others reach it, if not where it listens")
     _add_tower(context)
     context.add_argument("--max-sessions", type=int, default=64, metavar="N", help="sessions at once (default 64)")
+    context.add_argument(
+        "--max-waiting", type=int, default=256, metavar="N", help="sessions that wait for memory (default 256)"
+    )
     context.add_argument("--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens a forward (default 512)")
     context.set_defaults(run=run_context)
 
@@ -57,7 +69,7 @@ def run_context(args: argparse.Namespace) -> None:
     from twotower.context.config import ContextConfig
     from twotower.context.main import run
 
-    check_at_least_one(args, "threads", "max_sessions", "prefill_chunk")
+    check_at_least_one(args, "threads", "max_sessions", "max_waiting", "prefill_chunk")
     check_drain(args)
     config = ContextConfig(
         checkpoint=args.checkpoint,
@@ -69,6 +81,9 @@ def run_context(args: argparse.Namespace) -> None:
         device=args.device,
         threads=args.threads,
         max_sessions=args.max_sessions,
+        state_memory=args.state_memory,
+        trace=args.trace,
+        max_waiting=args.max_waiting,
         prefill_chunk=args.prefill_chunk,
         drain_s=args.drain,
     )
@@ -90,6 +105,8 @@ def run_denoiser(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         device=args.device,
         threads=args.threads,
+        state_memory=args.state_memory,
+        trace=args.trace,
         slots=args.slots,
         drain_s=args.drain,
     )
@@ -108,3 +125,5 @@ def _add(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: st
 def _add_tower(parser: argparse.ArgumentParser) -> None:
     add_place(parser)
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
+    add_state_memory(parser)
+    add_trace(parser)

@@ -50,6 +50,9 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     denoiser.add_argument(
         "--all-masked", type=_share, default=0.3, help="share of blocks masked whole, as refinement starts (default 0.3)"
     )
+    denoiser.add_argument(
+        "--head-scale", type=_share, default=1.0, help="calibration: below 1 the denoiser is less sure (default 1)"
+    )
     _add_training(denoiser, minutes=48.0, ema=0.998)
     denoiser.set_defaults(run=_denoiser)
 
@@ -116,7 +119,9 @@ def _context(args: argparse.Namespace) -> None:
 def _denoiser(args: argparse.Namespace) -> None:
     from twotower.train.run import train_denoiser
 
-    train_denoiser(_config(args), args.context, all_masked=args.all_masked, own_order=args.own_order)
+    train_denoiser(
+        _config(args), args.context, all_masked=args.all_masked, own_order=args.own_order, head_scale=args.head_scale
+    )
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:

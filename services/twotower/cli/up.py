@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import sys
 
-from twotower.cli.options import add_checkpoint, add_drain, add_place, add_stack_size
+from twotower.cli.options import add_checkpoint, add_drain, add_place, add_stack_size, add_state_memory, add_trace
 from twotower.launcher.config import UpConfig
 
 
@@ -24,6 +24,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of each tower (default: cores / towers)")
     parser.add_argument("--slots", type=int, default=8, metavar="N", help="sessions each denoiser refines together (default 8)")
     parser.add_argument("--max-sessions", type=int, default=64, metavar="N", help="sessions each context holds (default 64)")
+    add_state_memory(parser)
+    add_trace(parser)
     add_drain(parser)
     parser.set_defaults(run=run)
 
@@ -45,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
         threads=args.threads,
         slots=args.slots,
         max_sessions=args.max_sessions,
+        state_memory=args.state_memory,
+        trace=args.trace,
         drain_s=args.drain,
         debug=args.debug,
     )

@@ -24,8 +24,14 @@ class ContextConfig:
     threads: int = 1
     """CPU threads of torch."""
     max_sessions: int = 64
-    """Sessions held at once; one more is refused as overloaded."""
+    """Sessions held at once, if their states fit `state_memory`; more of them wait."""
+    state_memory: str = "auto"
+    """For the states of sessions: auto, or a size such as 40G. Fewer sessions are held if it is short."""
+    max_waiting: int = 256
+    """Sessions that wait for state memory; one more is refused as overloaded."""
     prefill_chunk: int = 512
     """Prompt tokens per forward, so that a long prompt does not hold up commits."""
+    trace: Path | None = None
+    """Directory to record spans in."""
     drain_s: float = 30.0
     """How long running sessions may take after SIGTERM."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from opentelemetry.trace import Tracer
 
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.scheduler import ContextScheduler, Plan
 from twotower.engine.session import Session
+from twotower.engine.thread import EngineThread
 from twotower.errors import Unavailable
 from twotower.model.state import Delta
+from twotower.tracing.recorder import NO_TRACER
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +39,13 @@ Outcome = tuple[_Work, Any]
 class ContextLoop:
     """Turns the waits of many sessions into batched forwards. Nothing else touches the engine."""
 
-    def __init__(self, engine: ContextEngine, budget: int) -> None:
+    def __init__(self, engine: ContextEngine, thread: EngineThread, budget: int, tracer: Tracer = NO_TRACER) -> None:
+        """budget: tokens of an iteration."""
         self._engine = engine
+        self._thread = thread
+        self._tracer = tracer
         self._scheduler: ContextScheduler[_Work] = ContextScheduler(budget, lambda work: work.tokens)
         self._wake = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, "context-engine")
 
     async def prefill(self, session: Session) -> None:
         """Read the session's prompt."""
@@ -62,25 +67,25 @@ class ContextLoop:
         token: int = await self._wait(work)
         return token
 
+    async def settle(self) -> None:
+        """Until the iteration under way, if any, is over: what it computes with may then be given to others."""
+        await self._thread.settle()
+
     async def run(self) -> None:
         """Until cancelled."""
-        loop = asyncio.get_running_loop()
-        try:
-            while True:
-                await self._wake.wait()
-                plan = self._scheduler.plan()
-                if not plan:
-                    self._wake.clear()
+        while True:
+            await self._wake.wait()
+            plan = self._scheduler.plan()
+            if not plan:
+                self._wake.clear()
+                continue
+            for work, result in await self._thread.run(self._execute, plan):
+                if work.result.done():  # its session went away meanwhile
                     continue
-                for work, result in await loop.run_in_executor(self._thread, self._execute, plan):
-                    if work.result.done():  # its session went away meanwhile
-                        continue
-                    if isinstance(result, Exception):
-                        work.result.set_exception(result)
-                    else:
-                        work.result.set_result(result)
-        finally:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+                if isinstance(result, Exception):
+                    work.result.set_exception(result)
+                else:
+                    work.result.set_result(result)
 
     async def _wait(self, work: _Work) -> Any:
         self._wake.set()
@@ -102,21 +107,24 @@ class ContextLoop:
 
     def _commit(self, works: list[_Work]) -> list[Outcome]:
         try:
-            deltas = self._engine.commit([(work.session, work.block or []) for work in works])
+            with self._tracer.start_as_current_span("commit", attributes={"batch": len(works)}):
+                deltas = self._engine.commit([(work.session, work.block or []) for work in works])
         except Exception as error:
             return _all_failed(works, error)
         return list(zip(works, deltas, strict=True))
 
     def _decode(self, works: list[_Work]) -> list[Outcome]:
         try:
-            tokens = self._engine.decode([work.session for work in works])
+            with self._tracer.start_as_current_span("decode", attributes={"batch": len(works)}):
+                tokens = self._engine.decode([work.session for work in works])
         except Exception as error:
             return _all_failed(works, error)
         return list(zip(works, tokens, strict=True))
 
     def _prefill(self, work: _Work, tokens: int) -> list[Outcome]:
         try:
-            self._engine.prefill(work.session, tokens)
+            with self._tracer.start_as_current_span("prefill", attributes={"tokens": tokens}):
+                self._engine.prefill(work.session, tokens)
         except Exception as error:
             return _all_failed([work], error)
         return [] if work.tokens else [(work, None)]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-
-import torch
+import os
 
 from twotower.broker.connection import connect
 from twotower.broker.heartbeat import heartbeat
@@ -15,13 +14,19 @@ from twotower.broker.registry import Registry, Replica
 from twotower.context.config import ContextConfig
 from twotower.context.loop import ContextLoop
 from twotower.context.service import ContextService
+from twotower.engine.admission import Admission
 from twotower.engine.context_engine import ContextEngine
+from twotower.engine.thread import EngineThread
 from twotower.model.checkpoint import Checkpoint
+from twotower.model.context_tower import ContextTower
+from twotower.model.memory import state_budget
+from twotower.model.pool import PoolSize, StatePool
 from twotower.model.weights import load_context_tower, resolve_device, resolve_dtype
 from twotower.request import GenerationParams
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
 from twotower.tasks import end_tasks, until_stopped
+from twotower.tracing.recorder import recording
 from twotower.v1 import context_pb2, context_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -32,17 +37,23 @@ SERVICE_NAME = context_pb2.DESCRIPTOR.services_by_name["ContextTower"].full_name
 async def run(config: ContextConfig) -> None:
     """Serve until SIGTERM, then drain. Raises CheckpointError, ConfigError, BrokerUnavailable before it serves."""
     stop = stop_requested()
-    torch.set_num_threads(config.threads)
     checkpoint = Checkpoint.open(config.checkpoint, ("context",))
     redis = await connect(config.redis_url)
+    thread = EngineThread("context-engine", config.threads)
     try:
-        tower = load_context_tower(checkpoint, resolve_dtype(config.dtype, checkpoint), resolve_device(config.device))
+        place = resolve_dtype(config.dtype, checkpoint), resolve_device(config.device)
+        tower = await thread.run(load_context_tower, checkpoint, *place)
         engine = ContextEngine(tower)
-        _warm_up(engine)
-        await _serve(
-            config, checkpoint, engine, ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity), stop
-        )
+        await thread.run(_warm_up, engine)
+        pool = StatePool(tower.config, tower.dtype, tower.device, _pool_size(config, checkpoint, tower))
+        log.debug("state memory: %d slots, %d pages", pool.size.slots, pool.size.pages)
+        admission = Admission(pool, config.max_waiting)
+        queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
+        with recording(config.trace, f"context-{os.getpid()}") as tracer:
+            loop = ContextLoop(engine, thread, config.prefill_chunk, tracer)
+            await _serve(config, checkpoint, engine, loop, admission, queue, registry, stop)
     finally:
+        thread.close()
         await redis.aclose()
 
 
@@ -50,13 +61,14 @@ async def _serve(
     config: ContextConfig,
     checkpoint: Checkpoint,
     engine: ContextEngine,
+    loop: ContextLoop,
+    admission: Admission,
     queue: ReadyQueue,
     registry: Registry,
     stop: asyncio.Event,
 ) -> None:
     server = RpcServer(config.host, config.port)
-    loop = ContextLoop(engine, config.prefill_chunk)
-    service = ContextService(checkpoint, engine, loop, queue, config.max_sessions)
+    service = ContextService(checkpoint, engine, loop, queue, admission)
     context_pb2_grpc.add_ContextTowerServicer_to_server(service, server.server)
     await server.start([SERVICE_NAME])
     # Known once the port is bound; workers are told of it with every session.
@@ -68,8 +80,8 @@ async def _serve(
             name=address,
             address=address,
             identity=checkpoint.identity,
-            load=len(service.sessions),
-            capacity=0 if service.draining else config.max_sessions,
+            load=len(service.sessions) + admission.waiting,
+            capacity=0 if service.draining else admission.pool.size.slots,
         )
 
     await registry.announce(describe())
@@ -86,6 +98,17 @@ async def _serve(
         await asyncio.wait_for(service.sessions.empty.wait(), config.drain_s)
     await server.stop(0.5)
     await end_tasks(*tasks)
+
+
+def _pool_size(config: ContextConfig, checkpoint: Checkpoint, tower: ContextTower) -> PoolSize:
+    return PoolSize.within(
+        tower.config,
+        tower.dtype,
+        state_budget(config.state_memory, tower.device),
+        max_slots=config.max_sessions,
+        max_tokens=checkpoint.limits.max_context,
+        row_bytes=2 * 4 * tower.config.vocab_size,  # AR: logits of one position in fp32, and what sampling makes of them
+    )
 
 
 def _warm_up(engine: ContextEngine) -> None:

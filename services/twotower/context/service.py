@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import uuid
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
-from twotower.broker.ready_queue import ReadyQueue, ReadySession
+from twotower.broker.ready_queue import EntryId, ReadyQueue, ReadySession
 from twotower.context.loop import ContextLoop
 from twotower.context.sessions import LiveSession, SessionTable
+from twotower.engine.admission import Admission
 from twotower.engine.context_engine import ContextEngine
+from twotower.engine.session import room_for
 from twotower.errors import BrokerUnavailable, Incompatible, InvalidArgument, NonFiniteLogits, TwoTowerError, Unavailable
 from twotower.model.checkpoint import Checkpoint
-from twotower.request import FinishReason, Mode, check_request
+from twotower.request import FinishReason, Mode, Priority, check_request
 from twotower.v1 import context_pb2, context_pb2_grpc
 from twotower.wire.frames import to_frames
 from twotower.wire.handshake import check_hello
-from twotower.wire.params import FINISH_TO_PB, params_from_pb, params_to_pb
+from twotower.wire.params import FINISH_TO_PB, PRIORITY_FROM_PB, params_from_pb, params_to_pb
 from twotower.wire.state import delta_tensors, state_tensors
 
 log = logging.getLogger(__name__)
@@ -25,6 +29,8 @@ log = logging.getLogger(__name__)
 REQUEUE_RETRY_S = 1.0
 MAX_QUEUED = 5
 """How often a session is queued without a block being written: then no worker can take it."""
+STALL_S = 0.5
+"""How long a worker waits for a client that does not read; then the session leaves it, to be queued when it is read."""
 LOST_ENTRY_S = 3.0
 """A session that waits this long checks whether Redis still has its entry."""
 
@@ -33,15 +39,16 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
     """Sessions from open to end. The engine is reached through `loop` only."""
 
     def __init__(
-        self, checkpoint: Checkpoint, engine: ContextEngine, loop: ContextLoop, queue: ReadyQueue, max_sessions: int
+        self, checkpoint: Checkpoint, engine: ContextEngine, loop: ContextLoop, queue: ReadyQueue, admission: Admission
     ) -> None:
         self._checkpoint = checkpoint
         self._engine = engine
         self._loop = loop
         self._queue = queue
+        self._admission = admission
         self.address = ""
         """Where workers reach this context."""
-        self.sessions = SessionTable(max_sessions)
+        self.sessions = SessionTable()
         self.draining = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -49,11 +56,11 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         """A gateway's session: prefill, then blocks as they are finished. Ending the call ends it."""
         if self.draining:
             raise Unavailable("this context is draining")
-        live = self._open(request)
+        live = await self._open(request)
         try:
             await self._loop.prefill(live.session)
             if live.session.params.mode is Mode.AR:
-                self._start(self._decode(live))
+                live.decoding = self._start(self._decode(live))
             else:
                 self._start(self._enqueue_first(live))
             while True:
@@ -69,6 +76,7 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
             self.sessions.remove(live)
             if live.entry_id is not None:
                 self._start(self._dequeue(live.entry_id))
+            self._start(self._give_back(live))
 
     async def Attach(
         self, requests: AsyncIterator[context_pb2.WorkerMessage], context: Any
@@ -95,6 +103,8 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         for frames in to_frames(state_tensors(session.state, self._engine.decay_rates)):
             yield context_pb2.ContextMessage(frames=frames)
         while True:
+            if not live.read.is_set() and not await self._read_soon(live):
+                return  # a client that does not read must not keep a worker's slot
             refine = context_pb2.Refine(generated=session.generated, length=session.state.length)
             yield context_pb2.ContextMessage(refine=refine)
             message = await live.unless_ended(anext(requests, None))
@@ -115,6 +125,14 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
                 yield context_pb2.ContextMessage(frames=frames)
         yield context_pb2.ContextMessage(end=context_pb2.End())
 
+    @staticmethod
+    async def _read_soon(live: LiveSession) -> bool:
+        """Whether the gateway catches up in time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STALL_S):
+                await live.unless_ended(live.read.wait())
+        return live.read.is_set() or live.ended.is_set()
+
     async def watch_queue(self) -> None:
         """Until cancelled: queue again what Redis has lost."""
         clock = asyncio.get_running_loop().time
@@ -130,14 +148,25 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
                 except BrokerUnavailable:
                     break  # logged by the heartbeat; the next round tries again
 
-    def _open(self, request: context_pb2.OpenRequest) -> LiveSession:
+    async def _open(self, request: context_pb2.OpenRequest) -> LiveSession:
+        """A session with a state to fill, once there is room for one. Raises InvalidArgument, Overloaded."""
         params, prompt = params_from_pb(request.params), list(request.prompt.ids)
         if not 0 <= request.generated < max(len(prompt), 1):
             raise InvalidArgument("generated", f"must be in [0, {len(prompt)}), not {request.generated}")
         check_request(prompt[: len(prompt) - request.generated], params, self._checkpoint.limits)
         if request.generated >= params.max_tokens:
             raise InvalidArgument("generated", f"{request.generated} tokens leave none of max_tokens {params.max_tokens}")
-        return self.sessions.add(self._engine.open(self.sessions.new_id(), prompt, params, request.generated))
+        priority = PRIORITY_FROM_PB.get(request.priority, Priority.NORMAL)
+        state = await self._admission.acquire(room_for(len(prompt), request.generated, params), priority)
+        return self.sessions.add(self._engine.open(uuid.uuid4().hex, prompt, params, request.generated, state), priority)
+
+    async def _give_back(self, live: LiveSession) -> None:
+        """Return the state of a session that is over, when the last that computes with it has ended."""
+        for task in (live.commit, live.decoding):
+            if task is not None:
+                await asyncio.wait((task,))
+        await self._loop.settle()
+        self._admission.release(live.session.state)
 
     def _check_block(self, live: LiveSession, message: context_pb2.WorkerMessage) -> list[int]:
         """The tokens of a finished block. Raises Incompatible."""
@@ -157,6 +186,9 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         """AR mode: token after token, until the end or until no one listens."""
         try:
             while not live.over:
+                if not live.read.is_set():
+                    await live.unless_ended(live.read.wait())
+                    continue
                 if not live.emit([await self._loop.decode(live.session)], 1):
                     return
         except TwoTowerError as error:
@@ -170,6 +202,7 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
                 live.fail(Unavailable("a block could not be committed"))
                 return
         live.worker_id = None
+        await live.unless_ended(live.read.wait())
         while not live.over:
             try:
                 await self._enqueue(live)
@@ -194,20 +227,22 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         lease = live.lease
         live.entry_id = None
         live.waiting_since = asyncio.get_running_loop().time()
-        entry_id = await self._queue.push(ReadySession(live.session.id, lease, self.address))
+        ready = ReadySession(live.session.id, lease, self.address, live.session.room)
+        entry_id = await self._queue.push(ready, live.priority)
         if live.over:
             await self._dequeue(entry_id)
         elif live.worker_id is None and live.lease == lease:  # a worker may have been faster than Redis' answer
             live.entry_id = entry_id
 
-    async def _dequeue(self, entry_id: str) -> None:
+    async def _dequeue(self, entry_id: EntryId) -> None:
         try:
             await self._queue.done(entry_id)
         except BrokerUnavailable:
             log.warning("a finished session's queue entry stays in Redis until a worker drops it")
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run in the background, kept from being collected."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Awaitable, Iterator
 from typing import TypeVar
 
+from twotower.broker.ready_queue import EntryId
 from twotower.engine.session import Session
-from twotower.errors import LeaseLost, Overloaded, SessionNotFound, TwoTowerError
-from twotower.request import FinishReason
+from twotower.errors import LeaseLost, SessionNotFound, TwoTowerError
+from twotower.request import FinishReason, Priority
 
 T = TypeVar("T")
+
+MAX_UNREAD = 32
+"""Blocks, or AR tokens, that wait for a client who does not read them; then its session pauses."""
 
 Event = tuple[list[int], int] | FinishReason | TwoTowerError
 """A block (shown tokens, forwards), the end, or why it failed."""
@@ -20,30 +23,38 @@ Event = tuple[list[int], int] | FinishReason | TwoTowerError
 class LiveSession:
     """A session and its two ends: a gateway that listens, and at most one worker."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, priority: Priority = Priority.NORMAL) -> None:
         self.session = session
+        self.priority = priority
         self.lease = 0
         """Counts how often it was queued; a worker that comes with an older one is refused."""
         self.queued = 0
         """How often it was queued since its last block."""
-        self.entry_id: str | None = None
+        self.entry_id: EntryId | None = None
         """Its entry in the ready queue, while it waits there."""
         self.worker_id: str | None = None
         """The worker that is attached."""
         self.waiting_since = 0.0
         """When it was last queued, by the loop's clock."""
         self.commit: asyncio.Task[object] | None = None
-        """A commit under way; the state must not be sent before it is over."""
+        """The last commit; the state must not be sent before it is over."""
+        self.decoding: asyncio.Task[None] | None = None
+        """In AR mode, what writes its tokens."""
         self.ended = asyncio.Event()
         """The gateway has been told, or has gone."""
         self._failed = False
         self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self.read = asyncio.Event()
+        """Set while the gateway keeps up with what is generated."""
+        self.read.set()
 
     def emit(self, tokens: list[int], forwards: int) -> bool:
         """Take a finished block; True if the session goes on."""
         self.queued = 0
         shown = self.session.emit(tokens)
         self._events.put_nowait((shown, forwards))
+        if self._events.qsize() >= MAX_UNREAD:
+            self.read.clear()
         if self.session.finish_reason is not None:
             self._events.put_nowait(self.session.finish_reason)
             return False
@@ -61,7 +72,10 @@ class LiveSession:
 
     async def next_event(self) -> Event:
         """For the gateway, in order."""
-        return await self._events.get()
+        event = await self._events.get()
+        if self._events.qsize() < MAX_UNREAD:
+            self.read.set()
+        return event
 
     async def unless_ended(self, awaitable: Awaitable[T]) -> T | None:
         """The result, or None if the session ends first."""
@@ -76,10 +90,9 @@ class LiveSession:
 
 
 class SessionTable:
-    """All live sessions, by id, at most `limit`."""
+    """All live sessions, by id."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
         self._sessions: dict[str, LiveSession] = {}
         self.empty = asyncio.Event()
         """Set while there is none."""
@@ -91,15 +104,9 @@ class SessionTable:
     def __iter__(self) -> Iterator[LiveSession]:
         return iter(list(self._sessions.values()))
 
-    def new_id(self) -> str:
-        """An id for one more session. Raises Overloaded."""
-        if len(self._sessions) >= self._limit:
-            raise Overloaded(f"this context holds {self._limit} sessions, which is all it takes")
-        return uuid.uuid4().hex
-
-    def add(self, session: Session) -> LiveSession:
+    def add(self, session: Session, priority: Priority) -> LiveSession:
         """Hold a session."""
-        live = self._sessions[session.id] = LiveSession(session)
+        live = self._sessions[session.id] = LiveSession(session, priority)
         self.empty.clear()
         return live
 

@@ -20,13 +20,15 @@ from twotower.v1 import context_pb2, context_pb2_grpc
 from twotower.wire.frames import FrameAssembler
 from twotower.wire.handshake import make_hello
 from twotower.wire.params import params_from_pb
-from twotower.wire.state import delta_from, delta_spec, state_from, state_spec
+from twotower.wire.state import delta_from, delta_spec, fill_state, state_spec
 
 
 class Attachment:
     """Receives the state once, then refines block after block and applies the delta of each."""
 
-    def __init__(self, checkpoint: Checkpoint, loop: DenoiserLoop, worker_id: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, loop: DenoiserLoop, worker_id: str, state: ContextState) -> None:
+        """state: to be filled; the caller's again when `run` has ended and the loop has settled."""
+        self._state = state
         self._checkpoint = checkpoint
         self._loop = loop
         self._worker_id = worker_id
@@ -57,16 +59,23 @@ class Attachment:
         attached.set()
         self._params = params_from_pb(first.attached.params)
         config, length = self._checkpoint.config, first.attached.length
+        self._check_room(length, ready, "attached.length")
         frames = FrameAssembler(state_spec(config, tower.dtype, length))
         refine = await self._collect(call, frames)
         if refine is None:
             return
-        tensors = frames.finish(tower.device)
-        state, self._rates = state_from(tensors, config, tower.dtype, tower.device, length)
+        state = self._state
+        self._rates = fill_state(state, frames.finish(tower.device), length)
         while refine is not None:
             if refine.length != state.length:
                 raise Incompatible(f"refine.length: {refine.length}, the state here has {state.length}")
+            self._check_room(state.length + self._params.block_size, ready, "refine.length")
             refine = await self._block(call, state, refine, drain)
+
+    @staticmethod
+    def _check_room(tokens: int, ready: ReadySession, field: str) -> None:
+        if tokens > ready.tokens:
+            raise Incompatible(f"{field}: the state would hold {tokens} tokens, {ready.tokens} were announced")
 
     async def _block(
         self, call: Any, state: ContextState, refine: context_pb2.Refine, drain: asyncio.Event
@@ -91,7 +100,7 @@ class Attachment:
         if following is None or drain.is_set():
             return None
         delta = delta_from(frames.finish(state.device), self._checkpoint.config, self._params.block_size)
-        await self._loop.call(lambda: state.apply(delta, self._rates))
+        await self._loop.apply(state, delta, self._rates)
         return following
 
     async def _refine(self, call: Any, block: Refinement, answer: asyncio.Task[Any]) -> bool:

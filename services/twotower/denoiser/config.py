@@ -21,7 +21,11 @@ class DenoiserConfig:
     """auto (CUDA where there is one), cpu, cuda, cuda:N."""
     threads: int = 1
     """CPU threads of torch."""
+    state_memory: str = "auto"
+    """For the states of sessions: auto, or a size such as 40G. There are fewer slots if it is short."""
     slots: int = 8
     """Sessions refined together."""
+    trace: Path | None = None
+    """Directory to record spans in."""
     drain_s: float = 30.0
     """How long running sessions may take after SIGTERM."""

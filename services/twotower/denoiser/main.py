@@ -8,8 +8,6 @@ import logging
 import os
 import socket
 
-import torch
-
 from twotower.broker.connection import connect
 from twotower.broker.heartbeat import heartbeat
 from twotower.broker.ready_queue import ReadyQueue
@@ -18,13 +16,18 @@ from twotower.denoiser.config import DenoiserConfig
 from twotower.denoiser.loop import DenoiserLoop
 from twotower.denoiser.worker import Worker
 from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.thread import EngineThread
 from twotower.model.checkpoint import Checkpoint
+from twotower.model.denoiser_tower import DenoiserTower
+from twotower.model.memory import state_budget
+from twotower.model.pool import PoolSize, StatePool
 from twotower.model.state import ContextState
 from twotower.model.weights import load_denoiser_tower, resolve_device, resolve_dtype
 from twotower.request import GenerationParams
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
 from twotower.tasks import end_tasks, until_stopped
+from twotower.tracing.recorder import recording
 
 log = logging.getLogger(__name__)
 
@@ -32,53 +35,59 @@ log = logging.getLogger(__name__)
 async def run(config: DenoiserConfig) -> None:
     """Work until SIGTERM, then hand sessions back. Raises CheckpointError, ConfigError, BrokerUnavailable before it works."""
     stop = stop_requested()
-    torch.set_num_threads(config.threads)
     checkpoint = Checkpoint.open(config.checkpoint, ("denoiser",))
     redis = await connect(config.redis_url)
+    thread = EngineThread("denoiser-engine", config.threads)
     try:
-        tower = load_denoiser_tower(checkpoint, resolve_dtype(config.dtype, checkpoint), resolve_device(config.device))
+        place = resolve_dtype(config.dtype, checkpoint), resolve_device(config.device)
+        tower = await thread.run(load_denoiser_tower, checkpoint, *place)
         engine = DenoiserEngine(tower)
-        _warm_up(engine)
-        await _work(
-            config, checkpoint, engine, ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity), stop
-        )
+        await thread.run(_warm_up, engine)
+        pool = StatePool(tower.config, tower.dtype, tower.device, _pool_size(config, checkpoint, tower))
+        log.debug("state memory: %d slots, %d pages", pool.size.slots, pool.size.pages)
+        queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
+        worker_id = f"{socket.gethostname()}-{os.getpid()}"
+        with recording(config.trace, f"denoiser-{os.getpid()}") as tracer:
+            loop = DenoiserLoop(engine, thread, tracer)
+            worker = Worker(checkpoint, loop, queue, worker_id, pool)
+            await _work(config, checkpoint, loop, worker, registry, stop)
     finally:
+        thread.close()
         await redis.aclose()
 
 
 async def _work(
     config: DenoiserConfig,
     checkpoint: Checkpoint,
-    engine: DenoiserEngine,
-    queue: ReadyQueue,
+    loop: DenoiserLoop,
+    worker: Worker,
     registry: Registry,
     stop: asyncio.Event,
 ) -> None:
-    worker_id = f"{socket.gethostname()}-{os.getpid()}"
-    loop = DenoiserLoop(engine)
-    worker = Worker(checkpoint, loop, queue, worker_id, config.slots)
     server = RpcServer(config.host, config.port)
     await server.start([])
 
     def describe() -> Replica:
         return Replica(
             kind="denoiser",
-            name=worker_id,
+            name=worker.id,
             address=server.address,
             identity=checkpoint.identity,
             load=worker.load,
-            capacity=config.slots,
+            capacity=worker.slots,
         )
 
     await registry.announce(describe())
     running = asyncio.create_task(loop.run())
-    pulling, beating = asyncio.create_task(worker.pull()), asyncio.create_task(heartbeat(registry, describe))
+    pulling, flushing, beating = (
+        asyncio.create_task(work) for work in (worker.pull(), worker.flush(), heartbeat(registry, describe))
+    )
     await server.set_serving(True)
     print(f"ready grpc={server.address}", flush=True)
-    await until_stopped(stop, running, pulling, beating)
+    await until_stopped(stop, running, pulling, flushing, beating)
     log.info("draining %d sessions", worker.load)
     await server.set_serving(False)
-    await end_tasks(pulling, beating)
+    await end_tasks(pulling, flushing, beating)
     with contextlib.suppress(Exception):
         await registry.withdraw(describe())
     await worker.drain(config.drain_s)
@@ -86,8 +95,20 @@ async def _work(
     await server.stop(0.5)
 
 
+def _pool_size(config: DenoiserConfig, checkpoint: Checkpoint, tower: DenoiserTower) -> PoolSize:
+    limits = checkpoint.limits
+    return PoolSize.within(
+        tower.config,
+        tower.dtype,
+        state_budget(config.state_memory, tower.device),
+        max_slots=config.slots,
+        max_tokens=limits.max_context,
+        row_bytes=2 * 4 * limits.block_size * tower.config.vocab_size,  # logits in fp32, and what unmasking makes of them
+    )
+
+
 def _warm_up(engine: DenoiserEngine) -> None:
     """One forward, so that the first request does not pay for first-use costs."""
     config, tower = engine.tower.config, engine.tower
-    state = ContextState(config, tower.dtype, tower.device)
+    state = ContextState.alone(config, tower.dtype, tower.device)
     engine.step([engine.start(GenerationParams(block_size=config.block_size), state, 0)])

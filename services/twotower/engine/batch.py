@@ -6,14 +6,15 @@ What the services are measured against, and what `twotower eval` runs.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.refinement import Refinement
-from twotower.engine.session import Session
+from twotower.engine.session import Session, room_for
 from twotower.errors import InvalidArgument
+from twotower.model.pool import PoolSize, StatePool, pages_for
 from twotower.request import FinishReason, GenerationParams, Mode
 
 
@@ -60,7 +61,7 @@ class _Running:
 def generate_batch(
     context: ContextEngine,
     denoiser: DenoiserEngine,
-    prompts: Iterable[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
     params: GenerationParams,
     batch: int,
     prefill_chunk: int = 512,
@@ -71,12 +72,14 @@ def generate_batch(
     """
     if params.mode is Mode.MOCK_AR:
         raise InvalidArgument("mode", "mock-ar has no batched form")
+    pool = _pool(context, prompts, params, batch)
     waiting = enumerate(prompts)
     running: list[_Running] = []
     while True:
         while len(running) < batch and (request := next(waiting, None)) is not None:
             index, prompt = request
-            one = _Running(index, context.open(str(index), list(prompt), params))
+            state = pool.acquire(room_for(len(prompt), 0, params)) if pool else None
+            one = _Running(index, context.open(str(index), list(prompt), params, state=state))
             while one.session.prefill_left:
                 context.prefill(one.session, prefill_chunk)
             running.append(one)
@@ -85,7 +88,19 @@ def generate_batch(
         step = _decode if params.mode is Mode.AR else _refine
         ended = step(context, denoiser, running)
         running = [one for one in running if one not in ended]
+        if pool:
+            for one in ended:
+                pool.release(one.session.state)
         yield from (one.result for one in ended)
+
+
+def _pool(context: ContextEngine, prompts: Sequence[Sequence[int]], params: GenerationParams, batch: int) -> StatePool | None:
+    """Room for the longest of the prompts at every place. A single one's state is its own, and grows with it."""
+    if batch == 1 or not prompts:
+        return None
+    tower, longest = context.tower, max(map(len, prompts))
+    size = PoolSize(batch, batch * pages_for(room_for(longest, 0, params)))
+    return StatePool(tower.config, tower.dtype, tower.device, size)
 
 
 def _decode(context: ContextEngine, denoiser: DenoiserEngine, running: list[_Running]) -> list[_Running]:

@@ -12,7 +12,7 @@ from twotower.engine.sampling import filters, uniforms
 from twotower.engine.session import Session
 from twotower.errors import NonFiniteLogits
 from twotower.model.context_tower import ContextTower
-from twotower.model.state import Delta
+from twotower.model.state import ContextState, Delta
 from twotower.request import GenerationParams, Mode
 from twotower_kernels.unmask import draw
 
@@ -24,9 +24,16 @@ class ContextEngine:
         self.tower = tower
         self.decay_rates = tower.decay_rates()
 
-    def open(self, session_id: str, prompt: list[int], params: GenerationParams, generated: int = 0) -> Session:
-        """A session that has read nothing yet."""
-        return Session(session_id, prompt, params, self.tower.new_state(), generated)
+    def open(
+        self,
+        session_id: str,
+        prompt: list[int],
+        params: GenerationParams,
+        generated: int = 0,
+        state: ContextState | None = None,
+    ) -> Session:
+        """A session that has read nothing yet. state: an empty one of a pool; None: one of its own, which grows."""
+        return Session(session_id, prompt, params, state or self.tower.new_state(), generated)
 
     def prefill(self, session: Session, budget: int) -> int:
         """Read up to `budget` more tokens of the prompt; returns how many."""
@@ -44,6 +51,7 @@ class ContextEngine:
         for i, (_, block) in enumerate(work):
             by_size[len(block)].append(i)
         for rows in by_size.values():
+            rows.sort(key=lambda i: work[i][0].state.slot)
             tokens = torch.tensor([work[i][1] for i in rows], dtype=torch.int64, device=self.tower.device)
             for i, delta in zip(rows, self.tower.commit(tokens, [work[i][0].state for i in rows])[0], strict=True):
                 deltas[i] = delta
@@ -51,7 +59,7 @@ class ContextEngine:
 
     def decode(self, sessions: Sequence[Session]) -> list[int | NonFiniteLogits]:
         """The next AR token of each prefilled session: drawn, not yet emitted. One forward for all that need one."""
-        behind = [session for session in sessions if session.pending is not None]
+        behind = sorted((s for s in sessions if s.pending is not None), key=lambda session: session.state.slot)
         if behind:
             tokens = torch.tensor([[session.pending] for session in behind], dtype=torch.int64, device=self.tower.device)
             _, logits = self.tower.commit(tokens, [session.state for session in behind], need_logits=True)

@@ -32,7 +32,7 @@ class DenoiserEngine:
         for block in blocks:
             by_size[block.params.block_size].append(block)
         for group in by_size.values():
-            self._step(group)
+            self._step(sorted(group, key=lambda block: block.state.slot))
 
     @torch.inference_mode()
     def _step(self, blocks: Sequence[Refinement]) -> None:

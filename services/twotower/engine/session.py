@@ -5,7 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from twotower.model.state import ContextState
-from twotower.request import FinishReason, GenerationParams, cut_block
+from twotower.request import FinishReason, GenerationParams, Mode, cut_block
+
+
+def room_for(known: int, generated: int, params: GenerationParams) -> int:
+    """Tokens that the state of a session must have room for, of which the first `known` are given.
+
+    generated: how many of these, at the end, count against max_tokens.
+    """
+    block = params.block_size if params.mode is Mode.DIFFUSION else 1
+    blocks = -(-(params.max_tokens - generated) // block)
+    return known + blocks * block
 
 
 class Session:
@@ -20,6 +30,8 @@ class Session:
         self.params = params
         self.state = state
         self.generated = generated
+        self.room = room_for(len(prompt), generated, params)
+        """Tokens that the state will hold at most."""
         self.finish_reason: FinishReason | None = None
         self.logits: Tensor | None = None
         """(vocab,) of the next token, in AR mode."""

@@ -32,6 +32,10 @@ class UpConfig:
     """Sessions each denoiser refines together."""
     max_sessions: int = 64
     """Sessions each context holds."""
+    state_memory: str = "auto"
+    """Of each tower, for the states of its sessions."""
+    trace: Path | None = None
+    """Directory where the towers record spans."""
     drain_s: float = 30.0
     """How long running requests may take after SIGTERM."""
     start_s: float = 600.0

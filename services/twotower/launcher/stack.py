@@ -100,7 +100,9 @@ class Stack:
     def _service(self, kind: str, index: int, *options: object) -> ServiceProcess:
         config = self._config
         place = ("--dtype", config.dtype, "--device", config.device, "--threads", config.tower_threads)
-        return self._process(f"{kind}-{index}", kind, *place, *options)
+        memory = ("--state-memory", config.state_memory)
+        trace = () if config.trace is None else ("--trace", config.trace)
+        return self._process(f"{kind}-{index}", kind, *place, *memory, *trace, *options)
 
     def _process(self, name: str, kind: str, *options: object) -> ServiceProcess:
         config = self._config

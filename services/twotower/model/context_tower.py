@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from twotower.model.config import ATTENTION, MAMBA, ModelConfig
-from twotower.model.layers import Attention, Mamba2, MambaFactors, linear
-from twotower.model.state import ContextState, Delta, KVDelta, MambaDelta
-from twotower.model.tower import Layer, LazyGraph, Tower, cat_rows, stack_rows
-from twotower_kernels.scan import apply_factors, chunk_scan
+from twotower.model.layers import Attention, Mamba2, linear
+from twotower.model.state import ContextState, Delta, KVDelta, MambaDelta, StateRows
+from twotower.model.tower import Layer, LazyGraph, Tower, cat_rows
+from twotower_kernels.scan import chunk_scan
 
 
 class ContextTower(nn.Module):
@@ -39,8 +39,8 @@ class ContextTower(nn.Module):
         return self.context_lm_head.weight.device
 
     def new_state(self) -> ContextState:
-        """The state before the first token."""
-        return ContextState(self.config, self.dtype, self.device)
+        """The state before the first token, in tensors of its own."""
+        return ContextState.alone(self.config, self.dtype, self.device)
 
     def decay_rates(self) -> dict[int, Tensor]:
         """A (heads,) fp32 of each Mamba layer; a worker needs them to apply deltas."""
@@ -79,6 +79,7 @@ class ContextTower(nn.Module):
     ) -> tuple[Tensor, list[Delta]]:
         """Run the layers; update S, conv tails and KV in place, but not the lengths."""
         changes: list[dict[int, MambaDelta | KVDelta]] = [{} for _ in states]
+        rows = StateRows(states)
         h = self.context_tower.embeddings(tokens)
         for i, layer in enumerate(self.context_tower.layers):
             if not need_hidden and i > self._last_stateful:
@@ -86,7 +87,7 @@ class ContextTower(nn.Module):
             assert isinstance(layer, Layer)
             x = layer.norm(h)
             if layer.kind == MAMBA:
-                x = self._mamba(i, _mamba(layer), x, states, None if prefill else changes)
+                x = self._mamba(i, _mamba(layer), x, rows, None if prefill else changes)
             elif layer.kind == ATTENTION:
                 x = self._attention(i, layer.mixer, x, states, changes)
             else:
@@ -95,32 +96,24 @@ class ContextTower(nn.Module):
         return h, [Delta(tokens.shape[1], change) for change in changes]
 
     def _mamba(
-        self,
-        i: int,
-        mixer: Mamba2,
-        x: Tensor,
-        states: Sequence[ContextState],
-        changes: list[dict[int, MambaDelta | KVDelta]] | None,
+        self, i: int, mixer: Mamba2, x: Tensor, rows: StateRows, changes: list[dict[int, MambaDelta | KVDelta]] | None
     ) -> Tensor:
-        layers = [state.mamba[i] for state in states]
-        conv = stack_rows([layer.conv for layer in layers])
-        seed = stack_rows([layer.ssm for layer in layers])
+        conv, seed = rows.conv(i), rows.ssm(i)
         if changes is None:  # a long chunk: S comes from the chunked scan itself
             out, f, final, _ = mixer(x, conv, seed, chunk=self.config.chunk_size, need_states=True)
-            layers[0].ssm, layers[0].conv = final[0], f.conv[0].contiguous()
+            rows.replace(i, f.conv, final)
             return out
         z, f, c = mixer.project(x, conv)
-        rates = mixer.decay_rate()
-        for row, layer in enumerate(layers):
-            change = _mamba_delta(f, row)
-            changes[row][i] = change
-            layer.ssm = apply_factors(layer.ssm, change.x, change.b, change.dt, rates)
-            layer.conv = change.conv
+        change = MambaDelta(f.x.contiguous(), f.b.contiguous(), f.dt, f.conv.contiguous())
+        for row, of_row in enumerate(changes):
+            of_row[i] = change.row(row)
         if x.shape[1] == 1:  # one position: the output is read off the new state
+            rows.update(i, change, mixer.decay_rate())
             group = self.config.mamba_num_heads // self.config.n_groups
-            y = stack_rows([layer.ssm for layer in layers]) @ c[:, 0].float().repeat_interleave(group, 1).unsqueeze(-1)
+            y = rows.ssm(i) @ c[:, 0].float().repeat_interleave(group, 1).unsqueeze(-1)
             return mixer.finish(y.squeeze(-1).unsqueeze(1), f.x, z)
-        y, _, _ = chunk_scan(f.x, f.dt, rates, f.b, c, seed, x.shape[1], need_states=False)
+        y, _, _ = chunk_scan(f.x, f.dt, mixer.decay_rate(), f.b, c, seed, x.shape[1], need_states=False)
+        rows.update(i, change, mixer.decay_rate())  # last: the seed may be a view of what it changes
         return mixer.finish(y, f.x, z)
 
     def _attention(
@@ -149,7 +142,3 @@ def _mamba(layer: nn.Module) -> Mamba2:
     assert isinstance(layer, Layer)
     assert isinstance(layer.mixer, Mamba2)
     return layer.mixer
-
-
-def _mamba_delta(f: MambaFactors, row: int) -> MambaDelta:
-    return MambaDelta(f.x[row].contiguous(), f.b[row].contiguous(), f.dt[row], f.conv[row].contiguous())

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from twotower.model.config import ATTENTION, MAMBA, ModelConfig
 from twotower.model.layers import Attention, Mamba2, Modulation, TimestepEmbedder, linear
-from twotower.model.state import ContextState
-from twotower.model.tower import Layer, LazyGraph, Tower, cat_rows, stack_rows
+from twotower.model.state import ContextState, StateRows
+from twotower.model.tower import Layer, LazyGraph, Tower, cat_rows
 
 
 class DenoiserTower(nn.Module):
@@ -60,6 +60,7 @@ class DenoiserTower(nn.Module):
 
     def _forward(self, tokens: Tensor, t: Tensor | None, states: Sequence[ContextState]) -> Tensor:
         modulations = None if t is None else self.modulations(t)
+        seeds = StateRows(states)
         h = self.denoiser_tower.embeddings(tokens)
         for i, layer in enumerate(self.denoiser_tower.layers):
             assert isinstance(layer, Layer)
@@ -73,18 +74,13 @@ class DenoiserTower(nn.Module):
             else:
                 x = modulate(layer.norm(h))
             if isinstance(layer.mixer, Mamba2):
-                x = self._mamba(i, layer.mixer, x, states)
+                x = layer.mixer(x, seeds.conv(i), seeds.ssm(i), chunk=x.shape[1], need_states=False)[0]
             elif isinstance(layer.mixer, Attention):
                 x = self._attention(i, layer.mixer, x, states)
             else:
                 x = layer.mixer(x)
             h = h + (x if modulate is None else modulate.gate * x)
         return F.linear(self.denoiser_tower.norm_f(h), self.lm_head.weight).float()
-
-    def _mamba(self, i: int, mixer: Mamba2, x: Tensor, states: Sequence[ContextState]) -> Tensor:
-        conv = stack_rows([state.mamba[i].conv for state in states])
-        seed = stack_rows([state.mamba[i].ssm for state in states])
-        return mixer(x, conv, seed, chunk=x.shape[1], need_states=False)[0]
 
     def _attention(self, i: int, mixer: Attention, x: Tensor, states: Sequence[ContextState]) -> Tensor:
         q, k, v = mixer.project(x)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from twotower.model.config import ATTENTION, MAMBA, ModelConfig
-from twotower_kernels.scan import apply_factors
+from twotower_kernels.scan import apply_factors_
+
+if TYPE_CHECKING:
+    from twotower.model.pool import Place, StatePool
 
 _FIRST_CAPACITY = 256
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class MambaState:
-    """State of one Mamba layer."""
+    """State of one Mamba layer; both tensors are changed in place."""
 
     conv: Tensor
     """(conv_dim, K): the last raw xBC columns, newest last, model dtype."""
@@ -24,17 +28,41 @@ class MambaState:
     """S, (heads, head_dim, state), fp32."""
 
 
-class KVState:
+class KVState(Protocol):
     """Keys and values of one attention layer, with room behind them.
 
     A block's own K and V are written into the room, so that attention over [context, block] reads one
-    view; only `advance` makes them part of the state.
+    tensor; only the state's length makes them part of it.
     """
+
+    def write(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put k and v (kv_heads, L, head_dim) at [start, start + L); returns K and V up to there, not to be written to."""
+        ...
+
+    def slice(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """K and V (kv_heads, end - start, head_dim), not to be written to."""
+        ...
+
+
+class GrowingKV:
+    """`KVState` in a tensor of its own that grows."""
 
     def __init__(self, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self._kv = torch.empty(2, kv_heads, 0, head_dim, dtype=dtype, device=device)
 
-    def reserve(self, length: int, kept: int) -> None:
+    def write(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See `KVState`."""
+        end = start + k.shape[1]
+        self._reserve(end, start)
+        self._kv[0, :, start:end] = k
+        self._kv[1, :, start:end] = v
+        return self.slice(0, end)
+
+    def slice(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """See `KVState`."""
+        return self._kv[0, :, start:end], self._kv[1, :, start:end]
+
+    def _reserve(self, length: int, kept: int) -> None:
         """Make room for `length` tokens in all, keeping the first `kept`."""
         capacity = self._kv.shape[2]
         if length > capacity:
@@ -43,27 +71,53 @@ class KVState:
             new[:, :, :kept] = self._kv[:, :, :kept]
             self._kv = new
 
+
+class PagedKV:
+    """`KVState` in pages of a pool: a view where the pages are neighbours, otherwise gathered at every use."""
+
+    def __init__(self, pool: Tensor, pages: Sequence[int], page: int) -> None:
+        """pool (2, kv_heads, tokens, head_dim); page number p is tokens [p page, (p + 1) page)."""
+        first = pages[0] if pages else 0
+        self._room = len(pages) * page
+        self._table: Tensor | None = None
+        if list(pages) == list(range(first, first + len(pages))):
+            self._kv = pool[:, :, first * page : first * page + self._room]
+        else:
+            self._kv = pool
+            starts = torch.tensor(pages, device=pool.device).unsqueeze(1) * page
+            self._table = (starts + torch.arange(page, device=pool.device)).flatten()
+
     def write(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k and v (kv_heads, L, head_dim) at [start, start + L); returns K and V up to there, as views."""
+        """See `KVState`."""
         end = start + k.shape[1]
-        self.reserve(end, start)
-        self._kv[0, :, start:end] = k
-        self._kv[1, :, start:end] = v
-        return self._kv[0, :, :end], self._kv[1, :, :end]
+        assert end <= self._room, "more tokens than the session reserved"
+        if self._table is None:
+            self._kv[0, :, start:end] = k
+            self._kv[1, :, start:end] = v
+        else:
+            self._kv.index_copy_(2, self._table[start:end], torch.stack((k, v)))
+        return self.slice(0, end)
 
     def slice(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """K and V (kv_heads, end - start, head_dim), as views."""
-        return self._kv[0, :, start:end], self._kv[1, :, start:end]
+        """See `KVState`."""
+        if self._table is None:
+            return self._kv[0, :, start:end], self._kv[1, :, start:end]
+        k, v = self._kv.index_select(2, self._table[start:end]).unbind(0)
+        return k, v
 
 
 @dataclass(slots=True)
 class MambaDelta:
-    """What a commit changed in one Mamba layer (see `MambaFactors`), of one session: no batch axis."""
+    """What a commit changed in one Mamba layer (see `MambaFactors`); in a `Delta`, of one session: no batch axis."""
 
     x: Tensor
     b: Tensor
     dt: Tensor
     conv: Tensor
+
+    def row(self, i: int) -> MambaDelta:
+        """The part of one session, where all tensors have a batch axis in front."""
+        return MambaDelta(self.x[i], self.b[i], self.dt[i], self.conv[i])
 
 
 @dataclass(slots=True)
@@ -86,20 +140,44 @@ class Delta:
 class ContextState:
     """State after `length` tokens, per layer: conv tail and S, or K and V."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        mamba: Mapping[int, MambaState],
+        kv: Mapping[int, KVState],
+        pool: StatePool | None = None,
+        place: Place | None = None,
+    ) -> None:
         self.config = config
         self.dtype = dtype
         """Of conv tails and KV; S is fp32."""
         self.device = device
         self.length = 0
-        self.mamba: dict[int, MambaState] = {}
-        self.kv: dict[int, KVState] = {}
-        for i in config.layers_of(MAMBA):
-            conv = torch.zeros(config.conv_dim, config.conv_kernel, dtype=dtype, device=device)
-            ssm = torch.zeros(config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size, device=device)
-            self.mamba[i] = MambaState(conv, ssm)
-        for i in config.layers_of(ATTENTION):
-            self.kv[i] = KVState(config.num_key_value_heads, config.head_dim, dtype, device)
+        self.mamba = mamba
+        self.kv = kv
+        self.pool = pool
+        """Whose slot and pages this is; None: its own tensors."""
+        self.place = place
+
+    @classmethod
+    def alone(cls, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> ContextState:
+        """The state before the first token in tensors of its own, which grow with it."""
+        shape = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+        mamba = {
+            i: MambaState(
+                torch.zeros(config.conv_dim, config.conv_kernel, dtype=dtype, device=device), torch.zeros(shape, device=device)
+            )
+            for i in config.layers_of(MAMBA)
+        }
+        kv = {i: GrowingKV(config.num_key_value_heads, config.head_dim, dtype, device) for i in config.layers_of(ATTENTION)}
+        return cls(config, dtype, device, mamba, kv)
+
+    @property
+    def slot(self) -> int:
+        """Where in its pool it lies; sessions in the order of their slots are read without a copy."""
+        return self.place.slot if self.place is not None else 0
 
     @torch.inference_mode()
     def apply(self, delta: Delta, decay_rates: Mapping[int, Tensor]) -> None:
@@ -110,8 +188,61 @@ class ContextState:
         for i, change in delta.layers.items():
             if isinstance(change, MambaDelta):
                 layer = self.mamba[i]
-                layer.ssm = apply_factors(layer.ssm, change.x, change.b, change.dt, decay_rates[i])
-                layer.conv = change.conv
+                apply_factors_(layer.ssm, change.x, change.b, change.dt, decay_rates[i])
+                layer.conv.copy_(change.conv)
             else:
                 self.kv[i].write(self.length, change.k, change.v)
         self.length += delta.length
+
+
+class StateRows:
+    """The conv tails and S of a batch of sessions, a row each."""
+
+    def __init__(self, states: Sequence[ContextState]) -> None:
+        """States in any order; those of one pool whose slots follow one another are read without a copy."""
+        self._states = states
+        self._pool: StatePool | None = None
+        self._first = 0
+        self._slots: Tensor | None = None
+        pool = states[0].pool
+        slots = [state.place.slot for state in states if state.place is not None and state.pool is pool]
+        if len(states) > 1 and pool is not None and len(slots) == len(states):
+            self._pool, self._first = pool, slots[0]
+            if slots != list(range(slots[0], slots[0] + len(slots))):
+                self._slots = torch.tensor(slots, device=pool.device)
+
+    def conv(self, layer: int) -> Tensor:
+        """(B, conv_dim, K), not to be written to."""
+        return self._stack(layer, "conv")
+
+    def ssm(self, layer: int) -> Tensor:
+        """(B, heads, head_dim, state), not to be written to."""
+        return self._stack(layer, "ssm")
+
+    def update(self, layer: int, change: MambaDelta, decay_rate: Tensor) -> None:
+        """Apply each row's part of `change`, whose tensors have a batch axis in front, in place."""
+        if self._pool is not None and self._slots is None:
+            here = slice(self._first, self._first + len(self._states))
+            apply_factors_(self._pool.ssm[layer][here], change.x, change.b, change.dt, decay_rate)
+            self._pool.conv[layer][here] = change.conv
+            return
+        for row, state in enumerate(self._states):
+            apply_factors_(state.mamba[layer].ssm, change.x[row], change.b[row], change.dt[row], decay_rate)
+            state.mamba[layer].conv.copy_(change.conv[row])
+
+    def replace(self, layer: int, conv: Tensor, ssm: Tensor) -> None:
+        """Put new conv tails (B, conv_dim, K) and S (B, heads, head_dim, state) in place of the old ones."""
+        for row, state in enumerate(self._states):
+            state.mamba[layer].conv.copy_(conv[row])
+            state.mamba[layer].ssm.copy_(ssm[row])
+
+    def _stack(self, layer: int, name: str) -> Tensor:
+        if len(self._states) == 1:
+            only: Tensor = getattr(self._states[0].mamba[layer], name)
+            return only.unsqueeze(0)
+        if self._pool is None:
+            return torch.stack([getattr(state.mamba[layer], name) for state in self._states])
+        whole: Tensor = getattr(self._pool, name)[layer]
+        if self._slots is None:
+            return whole[self._first : self._first + len(self._states)]
+        return whole.index_select(0, self._slots)

@@ -66,11 +66,6 @@ def _mixer(kind: str, config: ModelConfig) -> Mixer:
     return MLP(config.hidden_size, config.intermediate_size)
 
 
-def stack_rows(rows: list[Tensor]) -> Tensor:
-    """(...) each -> (B, ...); no copy for a single row."""
-    return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
-
-
 def cat_rows(rows: list[Tensor]) -> Tensor:
     """(1, ...) each -> (B, ...); no copy for a single row."""
     return rows[0] if len(rows) == 1 else torch.cat(rows)

@@ -98,8 +98,14 @@ def train_context(config: TrainConfig, tokenizer_path: Path, prompt_weight: floa
     _write(config.out, raw, {**export_tensors(model, torch.bfloat16)}, tokenizer_path)
 
 
-def train_denoiser(config: TrainConfig, context_path: Path, *, all_masked: float = 0.0, own_order: float = 0.0) -> None:
-    """Train a denoiser against the frozen context tower of a checkpoint; writes a checkpoint of both towers."""
+def train_denoiser(
+    config: TrainConfig, context_path: Path, *, all_masked: float = 0.0, own_order: float = 0.0, head_scale: float = 1.0
+) -> None:
+    """Train a denoiser against the frozen context tower of a checkpoint; writes a checkpoint of both towers.
+
+    head_scale: what the head's weights are multiplied by at the end. The likeliest tokens stay what they are; below 1,
+    the denoiser is less sure of them, so that a gamma commits fewer at a time.
+    """
     torch.set_num_threads(config.threads)
     checkpoint = Checkpoint.open(context_path, towers=("context",))
     if checkpoint.tokenizer_path is None:
@@ -127,6 +133,8 @@ def train_denoiser(config: TrainConfig, context_path: Path, *, all_masked: float
     loop = _run(task, config)
     assert weights_hash(context) == frozen, "the context tower changed while the denoiser was trained"
     model.load_state_dict(loop.ema)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(head_scale)
     raw = json.loads((context_path / "config.json").read_text(encoding="utf-8"))
     # The context's tensors are copied, not exported: they are to be the same bits, in whatever dtype they are.
     same = read_tensors(checkpoint, (name for name, _ in context_tensors(checkpoint.config)))

@@ -26,7 +26,7 @@ from twotower.v1 import inference_pb2 as twotower_dot_v1_dot_inference__pb2
 from twotower.v1 import tensor_pb2 as twotower_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19twotower/v1/context.proto\x12\x0btwotower.v1\x1a\x1btwotower/v1/inference.proto\x1a\x18twotower/v1/tensor.proto\"\xc7\x01\n\x06Params\x12\x1f\n\x04mode\x18\x01 \x01(\x0e\x32\x11.twotower.v1.Mode\x12\x12\n\nmax_tokens\x18\x02 \x01(\x03\x12\x12\n\nblock_size\x18\x03 \x01(\x03\x12\r\n\x05steps\x18\x04 \x01(\x03\x12\r\n\x05gamma\x18\x05 \x01(\x01\x12\x13\n\x0btemperature\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x03\x12\x15\n\reos_token_ids\x18\x08 \x03(\x03\x12\r\n\x05top_k\x18\t \x01(\x03\x12\r\n\x05top_p\x18\n \x01(\x01\"\x80\x01\n\x0bOpenRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x15.twotower.v1.TokenIds\x12\x11\n\tgenerated\x18\x03 \x01(\x03\x12#\n\x06params\x18\x04 \x01(\x0b\x32\x13.twotower.v1.Params\"k\n\x0cSessionEvent\x12*\n\x05\x62lock\x18\x01 \x01(\x0b\x32\x19.twotower.v1.SessionBlockH\x00\x12&\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x17.twotower.v1.SessionEndH\x00\x42\x07\n\x05\x65vent\"3\n\x0cSessionBlock\x12\x11\n\ttoken_ids\x18\x01 \x03(\x03\x12\x10\n\x08\x66orwards\x18\x02 \x01(\x03\">\n\nSessionEnd\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.twotower.v1.FinishReason\"\x94\x01\n\rWorkerMessage\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.twotower.v1.HelloH\x00\x12,\n\nblock_done\x18\x02 \x01(\x0b\x32\x16.twotower.v1.BlockDoneH\x00\x12%\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x13.twotower.v1.FailedH\x00\x42\t\n\x07message\"\x8f\x01\n\x05Hello\x12\x16\n\x0eschema_version\x18\x01 \x01(\x05\x12\x15\n\rcheckpoint_id\x18\x02 \x01(\t\x12!\n\x05\x64type\x18\x03 \x01(\x0e\x32\x12.twotower.v1.DType\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x12\n\nsession_id\x18\x05 \x01(\t\x12\r\n\x05lease\x18\x06 \x01(\x03\"C\n\tBlockDone\x12\x11\n\tgenerated\x18\x01 \x01(\x03\x12\x11\n\ttoken_ids\x18\x02 \x03(\x03\x12\x10\n\x08\x66orwards\x18\x03 \x01(\x03\"\x18\n\x06\x46\x61iled\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xb9\x01\n\x0e\x43ontextMessage\x12)\n\x08\x61ttached\x18\x01 \x01(\x0b\x32\x15.twotower.v1.AttachedH\x00\x12)\n\x06\x66rames\x18\x02 \x01(\x0b\x32\x17.twotower.v1.FrameBatchH\x00\x12%\n\x06refine\x18\x03 \x01(\x0b\x32\x13.twotower.v1.RefineH\x00\x12\x1f\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x10.twotower.v1.EndH\x00\x42\t\n\x07message\"?\n\x08\x41ttached\x12#\n\x06params\x18\x01 \x01(\x0b\x32\x13.twotower.v1.Params\x12\x0e\n\x06length\x18\x02 \x01(\x03\"+\n\x06Refine\x12\x11\n\tgenerated\x18\x01 \x01(\x03\x12\x0e\n\x06length\x18\x02 \x01(\x03\"\x05\n\x03\x45nd2\x94\x01\n\x0c\x43ontextTower\x12=\n\x04Open\x12\x18.twotower.v1.OpenRequest\x1a\x19.twotower.v1.SessionEvent0\x01\x12\x45\n\x06\x41ttach\x12\x1a.twotower.v1.WorkerMessage\x1a\x1b.twotower.v1.ContextMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19twotower/v1/context.proto\x12\x0btwotower.v1\x1a\x1btwotower/v1/inference.proto\x1a\x18twotower/v1/tensor.proto\"\xd9\x01\n\x06Params\x12\x1f\n\x04mode\x18\x01 \x01(\x0e\x32\x11.twotower.v1.Mode\x12\x12\n\nmax_tokens\x18\x02 \x01(\x03\x12\x12\n\nblock_size\x18\x03 \x01(\x03\x12\r\n\x05steps\x18\x04 \x01(\x03\x12\r\n\x05gamma\x18\x05 \x01(\x01\x12\x13\n\x0btemperature\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x03\x12\x15\n\reos_token_ids\x18\x08 \x03(\x03\x12\r\n\x05top_k\x18\t \x01(\x03\x12\r\n\x05top_p\x18\n \x01(\x01\x12\x10\n\x08logprobs\x18\x0b \x01(\x03\"\xa9\x01\n\x0bOpenRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x15.twotower.v1.TokenIds\x12\x11\n\tgenerated\x18\x03 \x01(\x03\x12#\n\x06params\x18\x04 \x01(\x0b\x32\x13.twotower.v1.Params\x12\'\n\x08priority\x18\x05 \x01(\x0e\x32\x15.twotower.v1.Priority\"k\n\x0cSessionEvent\x12*\n\x05\x62lock\x18\x01 \x01(\x0b\x32\x19.twotower.v1.SessionBlockH\x00\x12&\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x17.twotower.v1.SessionEndH\x00\x42\x07\n\x05\x65vent\"a\n\x0cSessionBlock\x12\x11\n\ttoken_ids\x18\x01 \x03(\x03\x12\x10\n\x08\x66orwards\x18\x02 \x01(\x03\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.twotower.v1.TokenLogprobs\">\n\nSessionEnd\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.twotower.v1.FinishReason\"\x94\x01\n\rWorkerMessage\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.twotower.v1.HelloH\x00\x12,\n\nblock_done\x18\x02 \x01(\x0b\x32\x16.twotower.v1.BlockDoneH\x00\x12%\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x13.twotower.v1.FailedH\x00\x42\t\n\x07message\"\x8f\x01\n\x05Hello\x12\x16\n\x0eschema_version\x18\x01 \x01(\x05\x12\x15\n\rcheckpoint_id\x18\x02 \x01(\t\x12!\n\x05\x64type\x18\x03 \x01(\x0e\x32\x12.twotower.v1.DType\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x12\n\nsession_id\x18\x05 \x01(\t\x12\r\n\x05lease\x18\x06 \x01(\x03\"q\n\tBlockDone\x12\x11\n\tgenerated\x18\x01 \x01(\x03\x12\x11\n\ttoken_ids\x18\x02 \x03(\x03\x12\x10\n\x08\x66orwards\x18\x03 \x01(\x03\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.twotower.v1.TokenLogprobs\"\x18\n\x06\x46\x61iled\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xb9\x01\n\x0e\x43ontextMessage\x12)\n\x08\x61ttached\x18\x01 \x01(\x0b\x32\x15.twotower.v1.AttachedH\x00\x12)\n\x06\x66rames\x18\x02 \x01(\x0b\x32\x17.twotower.v1.FrameBatchH\x00\x12%\n\x06refine\x18\x03 \x01(\x0b\x32\x13.twotower.v1.RefineH\x00\x12\x1f\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x10.twotower.v1.EndH\x00\x42\t\n\x07message\"?\n\x08\x41ttached\x12#\n\x06params\x18\x01 \x01(\x0b\x32\x13.twotower.v1.Params\x12\x0e\n\x06length\x18\x02 \x01(\x03\"+\n\x06Refine\x12\x11\n\tgenerated\x18\x01 \x01(\x03\x12\x0e\n\x06length\x18\x02 \x01(\x03\"\x05\n\x03\x45nd2\x94\x01\n\x0c\x43ontextTower\x12=\n\x04Open\x12\x18.twotower.v1.OpenRequest\x1a\x19.twotower.v1.SessionEvent0\x01\x12\x45\n\x06\x41ttach\x12\x1a.twotower.v1.WorkerMessage\x1a\x1b.twotower.v1.ContextMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,31 +34,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'twotower.v1.context_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PARAMS']._serialized_start=98
-  _globals['_PARAMS']._serialized_end=297
-  _globals['_OPENREQUEST']._serialized_start=300
-  _globals['_OPENREQUEST']._serialized_end=428
-  _globals['_SESSIONEVENT']._serialized_start=430
-  _globals['_SESSIONEVENT']._serialized_end=537
-  _globals['_SESSIONBLOCK']._serialized_start=539
-  _globals['_SESSIONBLOCK']._serialized_end=590
-  _globals['_SESSIONEND']._serialized_start=592
-  _globals['_SESSIONEND']._serialized_end=654
-  _globals['_WORKERMESSAGE']._serialized_start=657
-  _globals['_WORKERMESSAGE']._serialized_end=805
-  _globals['_HELLO']._serialized_start=808
-  _globals['_HELLO']._serialized_end=951
-  _globals['_BLOCKDONE']._serialized_start=953
-  _globals['_BLOCKDONE']._serialized_end=1020
-  _globals['_FAILED']._serialized_start=1022
-  _globals['_FAILED']._serialized_end=1046
-  _globals['_CONTEXTMESSAGE']._serialized_start=1049
-  _globals['_CONTEXTMESSAGE']._serialized_end=1234
-  _globals['_ATTACHED']._serialized_start=1236
-  _globals['_ATTACHED']._serialized_end=1299
-  _globals['_REFINE']._serialized_start=1301
-  _globals['_REFINE']._serialized_end=1344
-  _globals['_END']._serialized_start=1346
-  _globals['_END']._serialized_end=1351
-  _globals['_CONTEXTTOWER']._serialized_start=1354
-  _globals['_CONTEXTTOWER']._serialized_end=1502
+  _globals['_PARAMS']._serialized_end=315
+  _globals['_OPENREQUEST']._serialized_start=318
+  _globals['_OPENREQUEST']._serialized_end=487
+  _globals['_SESSIONEVENT']._serialized_start=489
+  _globals['_SESSIONEVENT']._serialized_end=596
+  _globals['_SESSIONBLOCK']._serialized_start=598
+  _globals['_SESSIONBLOCK']._serialized_end=695
+  _globals['_SESSIONEND']._serialized_start=697
+  _globals['_SESSIONEND']._serialized_end=759
+  _globals['_WORKERMESSAGE']._serialized_start=762
+  _globals['_WORKERMESSAGE']._serialized_end=910
+  _globals['_HELLO']._serialized_start=913
+  _globals['_HELLO']._serialized_end=1056
+  _globals['_BLOCKDONE']._serialized_start=1058
+  _globals['_BLOCKDONE']._serialized_end=1171
+  _globals['_FAILED']._serialized_start=1173
+  _globals['_FAILED']._serialized_end=1197
+  _globals['_CONTEXTMESSAGE']._serialized_start=1200
+  _globals['_CONTEXTMESSAGE']._serialized_end=1385
+  _globals['_ATTACHED']._serialized_start=1387
+  _globals['_ATTACHED']._serialized_end=1450
+  _globals['_REFINE']._serialized_start=1452
+  _globals['_REFINE']._serialized_end=1495
+  _globals['_END']._serialized_start=1497
+  _globals['_END']._serialized_end=1502
+  _globals['_CONTEXTTOWER']._serialized_start=1505
+  _globals['_CONTEXTTOWER']._serialized_end=1653
 # @@protoc_insertion_point(module_scope)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from twotower.request import FinishReason, GenerationParams, Mode
+from twotower.request import FinishReason, GenerationParams, Mode, Priority
 from twotower.v1 import context_pb2, inference_pb2
 
 MODE_TO_PB = {Mode.DIFFUSION: inference_pb2.MODE_DIFFUSION, Mode.AR: inference_pb2.MODE_AR}
@@ -12,6 +12,13 @@ FINISH_TO_PB = {
     FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
 }
 FINISH_FROM_PB = {value: key for key, value in FINISH_TO_PB.items()}
+
+PRIORITY_TO_PB = {
+    Priority.NORMAL: inference_pb2.PRIORITY_NORMAL,
+    Priority.HIGH: inference_pb2.PRIORITY_HIGH,
+    Priority.LOW: inference_pb2.PRIORITY_LOW,
+}
+PRIORITY_FROM_PB = {value: key for key, value in PRIORITY_TO_PB.items()}
 
 
 def params_to_pb(params: GenerationParams) -> context_pb2.Params:

@@ -40,17 +40,15 @@ def state_spec(config: ModelConfig, dtype: torch.dtype, length: int) -> dict[Key
     return spec | _kv_spec(config, dtype, length)
 
 
-def state_from(
-    tensors: Mapping[Key, Tensor], config: ModelConfig, dtype: torch.dtype, device: torch.device, length: int
-) -> tuple[ContextState, dict[int, Tensor]]:
-    """The state and the decay rates, from tensors that fit `state_spec`."""
-    state = ContextState(config, dtype, device)
+def fill_state(state: ContextState, tensors: Mapping[Key, Tensor], length: int) -> dict[int, Tensor]:
+    """Put tensors that fit `state_spec` into `state`; returns the context's decay rates."""
     for i, mamba in state.mamba.items():
-        mamba.conv, mamba.ssm = _whole_tail(tensors[Key("conv", i)]), tensors[Key("ssm", i)]
+        mamba.conv.copy_(_whole_tail(tensors[Key("conv", i)]))
+        mamba.ssm.copy_(tensors[Key("ssm", i)])
     for i, kv in state.kv.items():
         kv.write(0, tensors[Key("k", i)], tensors[Key("v", i)])
     state.length = length
-    return state, {i: tensors[Key("a", i)] for i in state.mamba}
+    return {i: tensors[Key("a", i)] for i in state.mamba}
 
 
 def delta_tensors(delta: Delta) -> Iterator[tuple[Key, Tensor]]:

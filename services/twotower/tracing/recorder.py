@@ -1,0 +1,73 @@
+"""Records a process's spans as JSON lines: one file for each process, so that none waits for another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.trace import NoOpTracer, Tracer
+
+from twotower.errors import ConfigError
+
+LANE = "lane"
+"""Attribute of a span: what of the process did it, e.g. `engine` or `wire`. Spans of one lane do not overlap,
+but where several sessions share it."""
+
+NO_TRACER: Tracer = NoOpTracer()
+"""Records nothing."""
+
+
+class FileExporter(SpanExporter):
+    """Appends spans to a file, one JSON object a line."""
+
+    def __init__(self, path: Path, service: str) -> None:
+        """Raises OSError if the file cannot be written."""
+        self._service = service
+        self._file = path.open("w", encoding="utf-8")
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Write a batch; called on the exporter's own thread."""
+        for span in spans:
+            attributes = dict(span.attributes or {})
+            line = {
+                "service": self._service,
+                "lane": attributes.pop(LANE, "engine"),
+                "name": span.name,
+                "start_ns": span.start_time,
+                "end_ns": span.end_time,
+                "attributes": attributes,
+            }
+            self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        return SpanExportResult.SUCCESS
+
+    def shutdown(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+@contextmanager
+def recording(directory: Path | None, service: str) -> Iterator[Tracer]:
+    """A tracer that records to `directory`/`service`.jsonl until left; with None, one that records nothing.
+
+    Raises ConfigError if the directory cannot be written to.
+    """
+    if directory is None:
+        yield NO_TRACER
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        exporter = FileExporter(directory / f"{service}.jsonl", service)
+    except OSError as error:
+        raise ConfigError(f"trace: {directory} cannot be written to: {error.strerror}") from None
+    provider = TracerProvider(resource=Resource.create({SERVICE_NAME: service}), shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    try:
+        yield provider.get_tracer("twotower")
+    finally:
+        provider.shutdown()
