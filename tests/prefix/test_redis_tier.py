@@ -28,7 +28,7 @@ from twotower.prefix.redis_tier import RedisTier, RedisTierConfig
 from twotower.prefix.stats import TierStats
 from twotower.request import GenerationParams
 from twotower.wire.frames import MESSAGE_BYTES, Key
-from twotower.wire.state import state_from, state_spec, state_tensors
+from twotower.wire.state import fill_state, state_spec, state_tensors
 
 CHUNK = 16
 MODEL = ModelConfig.from_dict(TINY)
@@ -273,7 +273,7 @@ async def test_a_prompt_goes_on_from_another_replicas_state(redis: Redis, tmp_pa
     assert tensors is not None
     other = second.open("second", prompt, GenerationParams())
     rates = {Key("a", i): rate for i, rate in second.decay_rates.items()}
-    other.state, _ = state_from(tensors | rates, checkpoint.config, dtype, CPU, border)
+    fill_state(other.state, tensors | rates, border)
     for engine, going in ((first, session), (second, other)):
         engine.prefill(going, going.prefill_left)
         engine.commit([(going, list(range(16)))])

@@ -104,7 +104,10 @@ class RedisTier:
         return state
 
     def store_later(self, chain: Sequence[bytes], chunks: int, tensors: Mapping[Key, Tensor]) -> bool:
-        """`store` in the background; False if too many are under way. `tensors` must not change any more."""
+        """`store` in the background; False if too many are under way.
+
+        `tensors` must not change any more: of a session that goes on, give copies, since its own are its slot.
+        """
         if len(self._stores) >= self._config.max_stores:
             return False
         task = asyncio.create_task(self.store(chain, chunks, tensors))
