@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from twotower.errors import ConfigError, InvalidArgument
+from twotower.transport.config import AUTO, CHOICES
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "word-problems"
 """The small checkpoint that ships with the package."""
@@ -39,6 +40,16 @@ def add_state_memory(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="SIZE",
         help="memory for the states of sessions, e.g. 40G (auto: a quarter of the machine's, or most of what a GPU has left)",
+    )
+
+
+def add_transport(parser: argparse.ArgumentParser) -> None:
+    """``--transport KIND``."""
+    parser.add_argument(
+        "--transport",
+        default=AUTO,
+        choices=CHOICES,
+        help="how states get to denoisers: auto (the best that both ends can), in frames, shared memory, torch.distributed",
     )
 
 

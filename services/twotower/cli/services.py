@@ -11,6 +11,7 @@ from twotower.cli.options import (
     add_drain,
     add_place,
     add_state_memory,
+    add_transport,
     check_at_least_one,
     check_drain,
 )
@@ -78,6 +79,7 @@ def run_context(args: argparse.Namespace) -> None:
         advertise=args.advertise,
         dtype=args.dtype,
         device=args.device,
+        transport=args.transport,
         threads=args.threads,
         max_sessions=args.max_sessions,
         state_memory=args.state_memory,
@@ -102,6 +104,7 @@ def run_denoiser(args: argparse.Namespace) -> None:
         port=args.port,
         dtype=args.dtype,
         device=args.device,
+        transport=args.transport,
         threads=args.threads,
         state_memory=args.state_memory,
         slots=args.slots,
@@ -121,5 +124,6 @@ def _add(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: st
 
 def _add_tower(parser: argparse.ArgumentParser) -> None:
     add_place(parser)
+    add_transport(parser)
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
     add_state_memory(parser)

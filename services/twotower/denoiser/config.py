@@ -25,5 +25,7 @@ class DenoiserConfig:
     """For the states of sessions: auto, or a size such as 40G. There are fewer slots if it is short."""
     slots: int = 8
     """Sessions refined together."""
+    transport: str = "auto"
+    """How states come from contexts: auto, grpc, shm or dist."""
     drain_s: float = 30.0
     """How long running sessions may take after SIGTERM."""

@@ -28,6 +28,8 @@ from twotower.request import GenerationParams
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
 from twotower.tasks import end_tasks, until_stopped
+from twotower.transport.config import TransportConfig
+from twotower.transport.ends import WorkerTransports
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,8 @@ async def _work(
 ) -> None:
     worker_id = f"{socket.gethostname()}-{os.getpid()}"
     loop = DenoiserLoop(engine)
-    worker = Worker(checkpoint, loop, queue, worker_id, pool)
+    transports = WorkerTransports(TransportConfig.of(config.transport), engine.tower.device)
+    worker = Worker(checkpoint, loop, queue, worker_id, pool, transports)
     server = RpcServer(config.host, config.port)
     await server.start([])
 
@@ -91,6 +94,7 @@ async def _work(
     await worker.drain(config.drain_s)
     await end_tasks(running)
     await server.stop(0.5)
+    transports.close()
 
 
 def _pool_size(config: DenoiserConfig, checkpoint: Checkpoint, tower: DenoiserTower) -> PoolSize:

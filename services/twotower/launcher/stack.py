@@ -101,7 +101,7 @@ class Stack:
         config = self._config
         place = ("--dtype", config.dtype, "--device", config.device, "--threads", config.tower_threads)
         memory = ("--state-memory", config.state_memory)
-        return self._process(f"{kind}-{index}", kind, *place, *memory, *options)
+        return self._process(f"{kind}-{index}", kind, *place, *memory, "--transport", config.transport, *options)
 
     def _process(self, name: str, kind: str, *options: object) -> ServiceProcess:
         config = self._config
