@@ -107,6 +107,8 @@ class Group:
     async def joined(self) -> None:
         """Wait until both processes are there. Raises Unavailable."""
         await asyncio.shield(self._joined)
+        if self.broken:
+            raise Unavailable(f"process group {self.name} broke")
 
     async def run(self, move: Callable[[Channel], dist.Work]) -> None:
         """Do one `move` and wait for its end. It is never left half done: cancelled, it goes on. Raises Unavailable."""
