@@ -99,6 +99,16 @@ def test_bad_settings_of_prefix(capsys: pytest.CaptureFixture[str], words: str, 
     assert f"error: {named}: " in capsys.readouterr().err
 
 
+def test_transport(capsys: pytest.CaptureFixture[str]) -> None:
+    """At the real size, between two processes."""
+    assert main(["bench", "transport", "--tokens", "16", "--rounds", "1", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["delta_bytes_real_size"] == delta_bytes()
+    assert told["snapshot_bytes_real_size"] == snapshot_bytes(16)
+    for kind in ("grpc", "shm", "dist"):
+        assert min(told[kind][key] for key in ("snapshot_ms", "delta_ms", "gb_per_s")) > 0
+
+
 @pytest.mark.parametrize(("words", "named"), [("--rate 0", "rate"), ("--rounds 0", "rounds"), ("--max-tokens 0", "max_tokens")])
 def test_bad_settings(checkpoint: Path, capsys: pytest.CaptureFixture[str], words: str, named: str) -> None:
     assert main(f"bench serving --checkpoint {checkpoint} {words}".split()) == 1

@@ -9,11 +9,13 @@ import os
 import random
 import sys
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twotower.cli.options import add_place, add_stack_size, add_trace, check_at_least_one, check_target
 from twotower.errors import ConfigError
+from twotower.transport.config import CHOICES, Kind
 
 if TYPE_CHECKING:
     from twotower.bench.prefix import PrefixResult
@@ -65,7 +67,12 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     prefix.add_argument("--json", action="store_true", help="print one JSON object")
     prefix.set_defaults(run=_prefix)
 
-    transport = parts.add_parser("transport", help="bytes of a snapshot and of a delta at the real size", allow_abbrev=False)
+    transport = parts.add_parser("transport", help="what travels at the real size, and how fast", allow_abbrev=False)
+    transport.add_argument("--tokens", type=int, default=1024, metavar="N", help="tokens of the snapshot (default 1024)")
+    transport.add_argument("--rounds", type=int, default=20, metavar="N", help="transfers of each kind (default 20)")
+    transport.add_argument(
+        "--only", nargs="+", choices=CHOICES[1:], default=CHOICES[1:], help="these transports (default: all)"
+    )
     transport.add_argument("--json", action="store_true", help="print one JSON object")
     transport.set_defaults(run=_transport)
 
@@ -236,10 +243,19 @@ async def _shared_prefix(args: argparse.Namespace) -> tuple[PrefixResult, int]:
 
 def _transport(args: argparse.Namespace) -> None:
     from twotower.bench.sizes import delta_bytes, snapshot_bytes
+    from twotower.bench.transport import measure
 
-    told = {"delta_bytes_real_size": delta_bytes(), "snapshot_bytes_real_size": snapshot_bytes()}
+    check_at_least_one(args, "tokens", "rounds")
+    told: dict[str, Any] = {"delta_bytes_real_size": delta_bytes(), "snapshot_bytes_real_size": snapshot_bytes(args.tokens)}
     _say(args, f"delta of a 16-token block: {told['delta_bytes_real_size']:,} bytes")
-    _say(args, f"snapshot at 1,024 tokens: {told['snapshot_bytes_real_size']:,} bytes")
+    _say(args, f"snapshot at {args.tokens:,} tokens: {told['snapshot_bytes_real_size']:,} bytes")
+    for name in args.only:
+        result = asyncio.run(measure(Kind(name), args.tokens, args.rounds))
+        told[name] = {key: round(value, 3) for key, value in asdict(result).items()}
+        _say(
+            args,
+            f"{name:>5}: snapshot {result.snapshot_ms:6.1f} ms ({result.gb_per_s:.2f} GB/s), delta {result.delta_ms:5.1f} ms",
+        )
     _finish(args, told)
 
 
