@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.checkpoints import TINY, write_tiny_checkpoint
-from twotower.bench.baseline import generate_plain, make_plain
 from tests.support.processes import up
+from twotower.bench.baseline import generate_plain, make_plain
 from twotower.bench.checkpoint import write_random_checkpoint
 from twotower.bench.prefix import PrefixResult, SharedPrompts
 from twotower.bench.sizes import delta_bytes, snapshot_bytes

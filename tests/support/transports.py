@@ -1,6 +1,6 @@
 """Both ends of a transport in this process, and what travels between them: real sockets, real memory, real groups."""
 
-from __future__ import annotations
+from __future__ import gc
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
@@ -91,5 +91,6 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def mapped_segments(pid: int | str = "self") -> int:
-    """Segments that a process has mapped."""
+    """Segments that a process has mapped; of this one, without what only waits to be collected."""
+    gc.collect()
     return Path(f"/proc/{pid}/maps").read_text().count("memfd:twotower")
