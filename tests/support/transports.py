@@ -1,8 +1,9 @@
 """Both ends of a transport in this process, and what travels between them: real sockets, real memory, real groups."""
 
-from __future__ import gc
+from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
