@@ -1,4 +1,4 @@
-"""One thread of torch in every test process: several work side by side, and the matrices are small."""
+"""What must be set before torch is imported: several processes work side by side, with small matrices."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported anywhere, and for the processes that tests start
+if not Path("/dev/nvidiactl").exists():  # without a GPU, Triton's interpreter runs the kernels
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported anywhere: torch's compiler does so, too
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

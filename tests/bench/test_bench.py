@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.checkpoints import TINY, write_tiny_checkpoint
-from twotower.bench.baseline import generate_plain, with_looped_experts
+from tests.support.processes import up
+from twotower.bench.baseline import generate_plain, make_plain
 from twotower.bench.checkpoint import write_random_checkpoint
+from twotower.bench.prefix import PrefixResult, SharedPrompts
 from twotower.bench.sizes import delta_bytes, snapshot_bytes
 from twotower.bench.workload import Workload
 from twotower.cli.main import main
@@ -24,8 +26,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_plain_way_writes_the_engines_tokens(checkpoint: Path) -> None:
     workload = Workload(vocab_size=96, prompt_tokens=9, max_tokens=40)
     engine, plain = LocalEngine(checkpoint, threads=1), LocalEngine(checkpoint, threads=1)
-    with_looped_experts(plain.context.tower.context_tower)
-    with_looped_experts(plain.denoiser.tower.denoiser_tower)
+    make_plain(plain.context.tower)
+    make_plain(plain.denoiser.tower)
     for prompt in workload.prompts(3):
         expected = engine.generate(prompt, workload.params)
         assert expected.forwards == 5 * expected.blocks
@@ -58,6 +60,53 @@ def test_serving(checkpoint: Path, capfd: pytest.CaptureFixture[str], load: str)
     promised = "engine_tokens_per_s services_tokens_per_s services_over_engine batch_gain ttft_ms delta_bytes_real_size"
     assert {*promised.split(), "snapshot_bytes_real_size"} <= told.keys()
     assert told["rows"][-1] | {"requests": 4, "concurrency": 4} == told["rows"][-1]
+
+
+def test_shared_prompts_share_their_beginning_within_a_round_only() -> None:
+    work = SharedPrompts(96, 16, prefix_tokens=20, tail_tokens=5, requests=3, rounds=2, steps=5, seed=0)
+    rounds = work.prompts()
+    assert [[len(prompt) for prompt in each] for each in rounds] == [[25] * 3] * 2
+    assert [len({tuple(prompt[:20]) for prompt in each}) for each in rounds] == [1, 1]
+    assert rounds[0][0][:20] != rounds[1][0][:20]
+    assert len({tuple(prompt) for each in rounds for prompt in each}) == 6
+
+
+def test_what_is_told_of_shared_prompts() -> None:
+    result = PrefixResult([[4.0, 3.0, 1.0], [8.0, 1.0, 2.0], [6.0, 2.0, 2.0]])
+    assert (result.first_ms, result.following_ms, result.place_ms) == (6000.0, 2000.0, [6000.0, 2000.0, 2000.0])
+    assert result.ratio == pytest.approx(1 / 3)
+
+
+def test_prefix(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = "bench prefix --prefix-tokens 40 --tail-tokens 3 --requests 3 --rounds 2 --seed 7 --json"
+    assert main([*words.split(), "--checkpoint", str(checkpoint)]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert (told["seed"], told["requests"], len(told["place_ms"])) == (7, 3, 3)
+    assert min(told["first_ms"], told["following_ms"], told["following_over_first"]) > 0
+    with up(checkpoint) as running:
+        assert main([*words.split(), "--target", running.grpc]) == 0
+        assert json.loads(capfd.readouterr().out).keys() == told.keys()
+        assert main([*words.split(), "--target", running.grpc, "--prefix-tokens", "5000"]) == 1
+        assert "error: prompt" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [("--target nowhere", "target"), ("--target h:1 --requests 1", "requests"), ("--target h:1 --rounds 0", "rounds")],
+)
+def test_bad_settings_of_prefix(capsys: pytest.CaptureFixture[str], words: str, named: str) -> None:
+    assert main(f"bench prefix {words}".split()) == 1
+    assert f"error: {named}: " in capsys.readouterr().err
+
+
+def test_transport(capsys: pytest.CaptureFixture[str]) -> None:
+    """At the real size, between two processes."""
+    assert main(["bench", "transport", "--tokens", "16", "--rounds", "1", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["delta_bytes_real_size"] == delta_bytes()
+    assert told["snapshot_bytes_real_size"] == snapshot_bytes(16)
+    for kind in ("grpc", "shm", "dist"):
+        assert min(told[kind][key] for key in ("snapshot_ms", "delta_ms", "gb_per_s")) > 0
 
 
 @pytest.mark.parametrize(("words", "named"), [("--rate 0", "rate"), ("--rounds 0", "rounds"), ("--max-tokens 0", "max_tokens")])

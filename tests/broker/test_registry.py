@@ -56,10 +56,20 @@ async def test_nothing_is_left_of_the_dead(redis: Redis) -> None:
     assert await redis.keys("*") == []
 
 
-async def test_announcements_of_other_versions(redis: Redis) -> None:
-    """One that says more is understood; one that cannot be understood is passed over."""
+async def test_what_is_said_of_prefixes_is_heard(redis: Redis) -> None:
     registry = Registry(redis, "abc")
-    for name, said in (("more", {**dataclasses.asdict(CONTEXT), "name": "more", "mood": "good"}), ("less", {"name": "less"})):
+    keeps = dataclasses.replace(CONTEXT, dtype="bfloat16", chunk_tokens=128, prefixes="00" * 8 * 256)
+    await registry.announce(keeps)
+    assert await registry.replicas("context") == [keeps]
+
+
+async def test_announcements_of_other_versions(redis: Redis) -> None:
+    """One that says more, or leaves out what can be, is understood; one that cannot be understood is passed over."""
+    registry = Registry(redis, "abc")
+    whole = dataclasses.asdict(CONTEXT)
+    older = {key: value for key, value in whole.items() if key not in ("dtype", "chunk_tokens", "prefixes")}
+    more, less = {**whole, "name": "more", "mood": "good"}, {"name": "less"}
+    for name, said in (("more", more), ("less", less), ("older", {**older, "name": "older"})):
         await registry.announce(dataclasses.replace(CONTEXT, name=name))
         await redis.set(f"twotower:abc:replica:context:{name}", json.dumps(said))
-    assert await registry.replicas("context") == [dataclasses.replace(CONTEXT, name="more")]
+    assert await registry.replicas("context") == [dataclasses.replace(CONTEXT, name=name) for name in ("more", "older")]

@@ -120,7 +120,7 @@ REFINE = context_pb2.ContextMessage(refine=context_pb2.Refine(generated=0, lengt
         ([ATTACHED, _frame(dtype=2, shape=[1])], "frame 'conv' of layer 0: dtype"),
         ([ATTACHED, _frame(dtype=1, shape=[1])], "frame 'conv' of layer 0: shape"),
         ([ATTACHED, _frame(name="weights")], "frame 'weights' of layer 0: not expected"),
-        ([ATTACHED, ATTACHED], "expected frames, refine or end"),
+        ([ATTACHED, ATTACHED], "expected tensors, refine or end"),
     ],
 )
 async def test_a_context_that_speaks_nonsense(

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
 
 from twotower.broker.registry import Kind, Replica
 from twotower.errors import BrokerUnavailable
-from twotower.gateway.replicas import FORGOTTEN_S, ReplicaPool
+from twotower.gateway.prefixes import PromptChains
+from twotower.gateway.replicas import DETOUR_SESSIONS, FORGOTTEN_S, ReplicaPool
+from twotower.prefix.chain import ChainSpec, pack_links
 
 KEEP_S = 30.0
+SPEC = ChainSpec("x", "float32", 4)
+SYSTEM = list(range(100, 116))
+"""Four chunks."""
 
 
 class Registry:
@@ -77,4 +85,91 @@ async def test_what_drains_takes_nothing_new() -> None:
         registry.named[kind][0] = dataclasses.replace(registry.named[kind][0], capacity=0)
     await pool.refresh()
     assert (pool.contexts, pool.denoisers) == (1, 1)
+    await pool.close()
+
+
+@asynccontextmanager
+async def contexts(*holds: Sequence[bytes], loads: Sequence[int] = (), capacity: int = 8) -> AsyncIterator[ReplicaPool]:
+    """A pool of contexts 0, 1, ... that announce to hold these links, and a load."""
+    registry = Registry()
+    registry.named["context"] = [
+        Replica("context", f"c{i}", str(i), "x", load, capacity, SPEC.dtype, SPEC.chunk_tokens, pack_links(links))
+        for i, (links, load) in enumerate(zip(holds, loads or [0] * len(holds), strict=True))
+    ]
+    pool = ReplicaPool(registry, KEEP_S, lambda: 0.0)
+    await pool.refresh()
+    yield pool
+    await pool.close()
+
+
+def picked(pool: ReplicaPool, prompt: Sequence[int]) -> str:
+    replica = pool.pick((), PromptChains(prompt))
+    assert replica is not None
+    return replica.address
+
+
+async def test_a_prompt_goes_where_most_of_its_prefix_is() -> None:
+    system = SPEC.chain(SYSTEM)
+    async with contexts([], system[1:2], system[3:], loads=(0, 1, 2)) as pool:
+        assert picked(pool, [*SYSTEM, 1, 2, 3]) == "2"
+        assert picked(pool, SYSTEM[:12]) == "1"  # a state behind the fourth chunk is none behind the third
+        assert picked(pool, SYSTEM[:7]) == "0"
+        assert picked(pool, [1, *SYSTEM]) == "0"
+        assert picked(pool, [1]) == "0"
+        replica = pool.pick((), PromptChains(SYSTEM))
+        assert replica is not None
+        assert pool.expected_tokens(replica, PromptChains(SYSTEM)) == len(SYSTEM)
+        second = pool.pick([replica], PromptChains(SYSTEM))
+        assert second is not None
+        assert second.address == "1"
+
+
+@pytest.mark.parametrize(
+    ("capacity", "load", "chosen"),
+    [(4, DETOUR_SESSIONS, "0"), (4, DETOUR_SESSIONS + 1, "1"), (64, 16, "0"), (64, 17, "1")],
+)
+async def test_but_not_to_one_that_is_overloaded(capacity: int, load: int, chosen: str) -> None:
+    async with contexts(SPEC.chain(SYSTEM), [], loads=(5 + load, 5), capacity=capacity) as pool:
+        assert picked(pool, SYSTEM) == chosen
+
+
+async def test_then_to_the_next_best() -> None:
+    system = SPEC.chain(SYSTEM)
+    async with contexts(system, system[:1], [], loads=(8, 2, 0)) as pool:
+        assert picked(pool, SYSTEM) == "1"
+
+
+async def test_of_two_that_hold_as_much_the_less_loaded_is_taken() -> None:
+    system = SPEC.chain(SYSTEM)
+    async with contexts(system, system, [], loads=(2, 1, 0)) as pool:
+        assert picked(pool, SYSTEM) == "1"
+
+
+async def test_where_a_prompt_was_sent_is_remembered_before_it_is_announced() -> None:
+    async with contexts([], [], [], loads=(0, 1, 2)) as pool:
+        prompt = PromptChains([*SYSTEM, 1, 2, 3, 4])
+        least = pool.pick((), prompt)
+        assert least is not None
+        second = pool.pick([least], prompt)
+        assert second is not None
+        assert second.address == "1"
+        pool.sent(second, prompt)
+        assert picked(pool, [*SYSTEM, 5, 6, 7, 8]) == "1"
+        assert picked(pool, [5, *SYSTEM]) == "0"
+
+
+async def test_contexts_that_keep_no_prefixes_or_chunk_otherwise() -> None:
+    registry = Registry()
+    told = [
+        Replica("context", "c0", "0", "x", 0, 8),
+        Replica("context", "c1", "1", "x", 1, 8, "bfloat16", 4, pack_links(SPEC.chain(SYSTEM))),
+        Replica("context", "c2", "2", "x", 2, 8, "float32", 8, pack_links(ChainSpec("x", "float32", 8).chain(SYSTEM))),
+    ]
+    registry.named["context"] = told[:2]
+    pool = ReplicaPool(registry, KEEP_S, lambda: 0.0)
+    await pool.refresh()
+    assert picked(pool, SYSTEM) == "0"
+    registry.named["context"] = told
+    await pool.refresh()
+    assert picked(pool, SYSTEM) == "2"
     await pool.close()

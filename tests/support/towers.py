@@ -30,6 +30,8 @@ from twotower.request import GenerationParams
 from twotower.rpc.channel import open_channel
 from twotower.rpc.server import RpcServer
 from twotower.tasks import end_tasks
+from twotower.transport.config import TransportConfig
+from twotower.transport.ends import ContextTransports, WorkerTransports
 from twotower.v1 import context_pb2, context_pb2_grpc
 from twotower.wire.params import params_to_pb
 
@@ -42,6 +44,7 @@ class RunningWorker:
 
     worker: Worker
     loop: DenoiserLoop
+    transports: WorkerTransports
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def die(self) -> None:
@@ -53,6 +56,7 @@ class RunningWorker:
         self.loop._thread.close()
         for channel in self.worker._channels.values():
             await channel.close(None)
+        self.transports.close()
 
 
 class Towers:
@@ -67,12 +71,13 @@ class Towers:
         self.stub = context_pb2_grpc.ContextTowerStub(self.channel)
         self.workers: list[RunningWorker] = []
 
-    def start_worker(self, slots: int = 8) -> RunningWorker:
+    def start_worker(self, slots: int = 8, transport: str = "auto") -> RunningWorker:
         """One more."""
         engine = DenoiserEngine(load_denoiser_tower(self.checkpoint, torch.float32, CPU))
         loop = DenoiserLoop(engine, EngineThread("denoiser"))
-        worker = Worker(self.checkpoint, loop, self.queue, f"worker-{len(self.workers)}", _pool(self.checkpoint, slots))
-        running = RunningWorker(worker, loop)
+        transports, pool = WorkerTransports(TransportConfig.of(transport), CPU), _pool(self.checkpoint, slots)
+        worker = Worker(self.checkpoint, loop, self.queue, f"worker-{len(self.workers)}", pool, transports)
+        running = RunningWorker(worker, loop, transports)
         running.tasks = [asyncio.create_task(work) for work in (loop.run(), worker.pull(), worker.flush())]
         self.workers.append(running)
         return running
@@ -100,7 +105,7 @@ def _pool(checkpoint: Checkpoint, slots: int) -> StatePool:
 
 
 @asynccontextmanager
-async def towers(path: Path, max_sessions: int = 64, max_waiting: int = 0) -> AsyncIterator[Towers]:
+async def towers(path: Path, max_sessions: int = 64, max_waiting: int = 0, transport: str = "auto") -> AsyncIterator[Towers]:
     """A context that serves; everything is gone when left."""
     checkpoint = Checkpoint.open(path)
     async with embedded_redis() as server:
@@ -110,7 +115,9 @@ async def towers(path: Path, max_sessions: int = 64, max_waiting: int = 0) -> As
         loop = ContextLoop(engine, thread, 64)
         rpc = RpcServer("127.0.0.1", 0)
         admission = Admission(_pool(checkpoint, max_sessions), max_waiting)
-        service = ContextService(checkpoint, engine, loop, ReadyQueue(redis, checkpoint.identity), admission)
+        transports = ContextTransports(TransportConfig.of(transport), "127.0.0.1", CPU)
+        queue = ReadyQueue(redis, checkpoint.identity)
+        service = ContextService(checkpoint, engine, loop, queue, admission, transports)
         context_pb2_grpc.add_ContextTowerServicer_to_server(service, rpc.server)
         await rpc.start(["twotower.v1.ContextTower"])
         service.address = rpc.address
@@ -125,5 +132,6 @@ async def towers(path: Path, max_sessions: int = 64, max_waiting: int = 0) -> As
             await rpc.stop(0)
             await end_tasks(*tasks)
             thread.close()
+            transports.close()
             with contextlib.suppress(Exception):
                 await redis.aclose()

@@ -1,13 +1,14 @@
 """The plain way to run the model, kept as a yardstick: what the published script does.
 
-A loop over all experts of a layer, with a sync for each to see whether it has tokens; and a copy of the whole
-state for every block. One request at a time. The tokens are the engine's.
+torch's own products, a loop over all experts of a layer, with a sync for each to see whether it has tokens; and a copy
+of the whole state for every block. One request at a time. The tokens are the engine's, but for what rounding decides.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
-from twotower.model.layers import MoE
+from twotower.model.layers import Linear, MoE
 from twotower.model.tower import Layer, Tower
 from twotower.request import GenerationParams
 from twotower_kernels.experts import relu2
@@ -42,8 +43,16 @@ class LoopedMoE(nn.Module):
         return routed.to(h.dtype).view_as(h) + shared
 
 
-def with_looped_experts(tower: Tower) -> None:
-    """From now on this tower loops."""
+def make_plain(tower: nn.Module) -> None:
+    """From now on this tower loops over experts, and multiplies by torch alone."""
+    for module in tower.modules():
+        if isinstance(module, Linear):
+            module.forward = partial(nn.Linear.forward, module)  # type: ignore[method-assign]  # as if it were one
+        elif isinstance(module, Tower):
+            _loop_over_experts(module)
+
+
+def _loop_over_experts(tower: Tower) -> None:
     for layer in tower.layers:
         assert isinstance(layer, Layer)
         if isinstance(layer.mixer, MoE):
@@ -53,7 +62,7 @@ def with_looped_experts(tower: Tower) -> None:
 def generate_plain(
     context: ContextEngine, denoiser: DenoiserEngine, prompt: Sequence[int], params: GenerationParams
 ) -> list[int]:
-    """Continue one prompt with towers that loop (`with_looped_experts`)."""
+    """Continue one prompt with towers that are plain (`make_plain`)."""
     session = context.open("plain", list(prompt), params)
     while session.prefill_left:
         context.prefill(session, len(prompt))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from twotower.bench.baseline import generate_plain, with_looped_experts
+from twotower.bench.baseline import generate_plain, make_plain
 from twotower.bench.workload import Result, Workload
 from twotower.engine.batch import generate_batch
 from twotower.engine.local import LocalEngine
@@ -50,8 +50,8 @@ def engine_rows(
 def plain_result(checkpoint: Path, workload: Workload, requests: int, *, dtype: str, device: str, threads: int) -> Result:
     """The baseline at batch 1, on the same weights; its tokens are checked against nothing here but counted alike."""
     engine = LocalEngine(checkpoint, dtype=dtype, device=device, threads=threads)
-    with_looped_experts(engine.context.tower.context_tower)
-    with_looped_experts(engine.denoiser.tower.denoiser_tower)
+    make_plain(engine.context.tower)
+    make_plain(engine.denoiser.tower)
     prompts = workload.prompts(requests)
     generate_plain(engine.context, engine.denoiser, prompts[0], workload.params)
     result = Result(requests)

@@ -21,8 +21,8 @@ MAX_CONNECTIONS = 16
 MIN_MAJOR = 7
 
 
-async def connect(url: str) -> Redis:
-    """A client of the Redis (>= 7) or Valkey at `url`, which has answered.
+async def connect(url: str, *, decode: bool = True) -> Redis:
+    """A client of the Redis (>= 7) or Valkey at `url`, which has answered. `decode`: values are text, not bytes.
 
     Close it with `await client.aclose()`. Raises ConfigError for a URL that is none, BrokerUnavailable.
     """
@@ -32,7 +32,7 @@ async def connect(url: str) -> Redis:
             # A burst waits for a connection instead of being refused one.
             max_connections=MAX_CONNECTIONS,
             timeout=ANSWER_TIMEOUT_S,
-            decode_responses=True,
+            decode_responses=decode,
             socket_connect_timeout=CONNECT_TIMEOUT_S,
             socket_timeout=ANSWER_TIMEOUT_S,
             # A second try at once, for a connection that went stale; what is longer is the caller's decision.

@@ -20,3 +20,8 @@ def replicas(identity: str, kind: str) -> str:
 def replica(identity: str, kind: str, name: str) -> str:
     """One replica's announcement; it expires unless renewed."""
     return f"{PREFIX}:{identity}:replica:{kind}:{name}"
+
+
+def prefix_items(identity: str, version: int) -> str:
+    """What the names of all keys of the prefix cache begin with; `version`: of their payloads."""
+    return f"{PREFIX}:{identity}:prefix:{version}:"

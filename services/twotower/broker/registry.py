@@ -31,6 +31,12 @@ class Replica:
     """Sessions it holds."""
     capacity: int
     """Sessions it takes; 0 while it drains."""
+    dtype: str = ""
+    """Of what it computes: float32 or bfloat16."""
+    chunk_tokens: int = 0
+    """Tokens of a chunk of its prefix cache; 0: it keeps none."""
+    prefixes: str = ""
+    """Which prefixes it holds states of (see `prefix.chain.pack_links`), those that repeat first."""
 
 
 class Registry:
@@ -74,9 +80,9 @@ class Registry:
 
 
 def _parse(value: str | bytes) -> Replica | None:
-    """A replica as announced, also by a newer version that says more; None if it is none of ours."""
+    """A replica as announced, also by another version that says more, or less; None if it is none of ours."""
     try:
         said = json.loads(value)
-        return Replica(**{field.name: said[field.name] for field in dataclasses.fields(Replica)})
+        return Replica(**{field.name: said[field.name] for field in dataclasses.fields(Replica) if field.name in said})
     except (ValueError, KeyError, TypeError):
         return None

@@ -6,14 +6,19 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import sys
+from contextlib import AsyncExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twotower.cli.options import add_place, add_stack_size, add_trace, check_at_least_one
+from twotower.cli.options import add_place, add_stack_size, add_trace, check_at_least_one, check_target
 from twotower.errors import ConfigError
+from twotower.transport.config import CHOICES, Kind
 
 if TYPE_CHECKING:
+    from twotower.bench.prefix import PrefixResult
     from twotower.bench.workload import Result, Workload
 
 Commands = argparse._SubParsersAction
@@ -47,7 +52,27 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     add_trace(serving)
     serving.set_defaults(run=_serving)
 
-    transport = parts.add_parser("transport", help="bytes of a snapshot and of a delta at the real size", allow_abbrev=False)
+    prefix = parts.add_parser("prefix", help="prompts that begin alike: what their beginning costs again", allow_abbrev=False)
+    where = prefix.add_mutually_exclusive_group(required=True)
+    where.add_argument("--checkpoint", type=Path, metavar="DIR", help="start a stack with it")
+    where.add_argument("--target", metavar="HOST:PORT", help="use a gateway that runs")
+    prefix.add_argument("--prefix-tokens", type=int, default=2000, metavar="N", help="shared by a round (default 2000)")
+    prefix.add_argument("--tail-tokens", type=int, default=32, metavar="N", help="of each prompt alone (default 32)")
+    prefix.add_argument("--requests", type=int, default=8, metavar="N", help="prompts of a round (default 8)")
+    prefix.add_argument("--rounds", type=int, default=3, metavar="N", help="shared beginnings (default 3)")
+    prefix.add_argument("--steps", type=int, default=5, metavar="T", help="forwards a block (default 5)")
+    prefix.add_argument("--seed", type=int, metavar="S", help="of the prompts (default: one that no cache has met)")
+    add_stack_size(prefix)
+    add_place(prefix)
+    prefix.add_argument("--json", action="store_true", help="print one JSON object")
+    prefix.set_defaults(run=_prefix)
+
+    transport = parts.add_parser("transport", help="what travels at the real size, and how fast", allow_abbrev=False)
+    transport.add_argument("--tokens", type=int, default=1024, metavar="N", help="tokens of the snapshot (default 1024)")
+    transport.add_argument("--rounds", type=int, default=20, metavar="N", help="transfers of each kind (default 20)")
+    transport.add_argument(
+        "--only", nargs="+", choices=CHOICES[1:], default=CHOICES[1:], help="these transports (default: all)"
+    )
     transport.add_argument("--json", action="store_true", help="print one JSON object")
     transport.set_defaults(run=_transport)
 
@@ -163,12 +188,74 @@ async def _served(args: argparse.Namespace, workload: Workload) -> dict[int, Res
     return results
 
 
+def _prefix(args: argparse.Namespace) -> None:
+    check_at_least_one(args, "prefix_tokens", "tail_tokens", "rounds", "steps", "contexts", "denoisers")
+    if args.requests < 2:
+        raise ConfigError(f"requests: must be at least 2, not {args.requests}")
+    if args.target is not None:
+        check_target(args.target)
+    result, seed = asyncio.run(_shared_prefix(args))
+    _say(args, f"first: {result.first_ms:,.1f} ms to the first block; following: {result.following_ms:,.1f} ms")
+    _say(args, f"following over first: {result.ratio:.3f}")
+    told = {
+        "prefix_tokens": args.prefix_tokens,
+        "tail_tokens": args.tail_tokens,
+        "requests": args.requests,
+        "rounds": args.rounds,
+        "seed": seed,
+        "first_ms": result.first_ms,
+        "following_ms": result.following_ms,
+        "following_over_first": result.ratio,
+        "place_ms": [round(ms, 2) for ms in result.place_ms],
+    }
+    _finish(args, told)
+
+
+async def _shared_prefix(args: argparse.Namespace) -> tuple[PrefixResult, int]:
+    """The result, and the seed of the prompts; with a stack of its own unless there is a target."""
+    from twotower.bench.prefix import SharedPrompts, shared_prefix
+    from twotower.client.grpc_client import GatewayClient
+    from twotower.launcher.config import UpConfig
+    from twotower.launcher.stack import stack
+
+    async with AsyncExitStack() as exits:
+        target = args.target
+        if target is None:
+            place = {"dtype": args.dtype, "device": args.device}
+            config = UpConfig(args.checkpoint, contexts=args.contexts, denoisers=args.denoisers, **place)
+            running = await exits.enter_async_context(stack(config, lambda line: print(line, file=sys.stderr)))
+            target = running.grpc_address
+        client = await exits.enter_async_context(GatewayClient(target))
+        model = await client.model()
+        seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
+        work = SharedPrompts(
+            vocab_size=model.vocab_size,
+            block_size=model.block_size,
+            prefix_tokens=args.prefix_tokens,
+            tail_tokens=args.tail_tokens,
+            requests=args.requests,
+            rounds=args.rounds,
+            steps=args.steps,
+            seed=seed,
+        )
+        return await shared_prefix(target, work), seed
+
+
 def _transport(args: argparse.Namespace) -> None:
     from twotower.bench.sizes import delta_bytes, snapshot_bytes
+    from twotower.bench.transport import measure
 
-    told = {"delta_bytes_real_size": delta_bytes(), "snapshot_bytes_real_size": snapshot_bytes()}
+    check_at_least_one(args, "tokens", "rounds")
+    told: dict[str, Any] = {"delta_bytes_real_size": delta_bytes(), "snapshot_bytes_real_size": snapshot_bytes(args.tokens)}
     _say(args, f"delta of a 16-token block: {told['delta_bytes_real_size']:,} bytes")
-    _say(args, f"snapshot at 1,024 tokens: {told['snapshot_bytes_real_size']:,} bytes")
+    _say(args, f"snapshot at {args.tokens:,} tokens: {told['snapshot_bytes_real_size']:,} bytes")
+    for name in args.only:
+        result = asyncio.run(measure(Kind(name), args.tokens, args.rounds))
+        told[name] = {key: round(value, 3) for key, value in asdict(result).items()}
+        _say(
+            args,
+            f"{name:>5}: snapshot {result.snapshot_ms:6.1f} ms ({result.gb_per_s:.2f} GB/s), delta {result.delta_ms:5.1f} ms",
+        )
     _finish(args, told)
 
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from twotower.errors import ConfigError, InvalidArgument
+from twotower.transport.config import AUTO, CHOICES
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "word-problems"
 """The small checkpoint that ships with the package."""
@@ -45,6 +46,16 @@ def add_state_memory(parser: argparse.ArgumentParser) -> None:
 def add_trace(parser: argparse.ArgumentParser) -> None:
     """``--trace DIR``."""
     parser.add_argument("--trace", type=Path, metavar="DIR", help="record what the engines do (see `twotower trace`)")
+
+
+def add_transport(parser: argparse.ArgumentParser) -> None:
+    """``--transport KIND``."""
+    parser.add_argument(
+        "--transport",
+        default=AUTO,
+        choices=CHOICES,
+        help="how states get to denoisers: auto (the best that both ends can), in frames, shared memory, torch.distributed",
+    )
 
 
 def add_drain(parser: argparse.ArgumentParser) -> None:

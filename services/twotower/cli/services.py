@@ -12,6 +12,7 @@ from twotower.cli.options import (
     add_place,
     add_state_memory,
     add_trace,
+    add_transport,
     check_at_least_one,
     check_drain,
 )
@@ -79,6 +80,7 @@ def run_context(args: argparse.Namespace) -> None:
         advertise=args.advertise,
         dtype=args.dtype,
         device=args.device,
+        transport=args.transport,
         threads=args.threads,
         max_sessions=args.max_sessions,
         state_memory=args.state_memory,
@@ -104,6 +106,7 @@ def run_denoiser(args: argparse.Namespace) -> None:
         port=args.port,
         dtype=args.dtype,
         device=args.device,
+        transport=args.transport,
         threads=args.threads,
         state_memory=args.state_memory,
         trace=args.trace,
@@ -124,6 +127,7 @@ def _add(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: st
 
 def _add_tower(parser: argparse.ArgumentParser) -> None:
     add_place(parser)
+    add_transport(parser)
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
     add_state_memory(parser)
     add_trace(parser)

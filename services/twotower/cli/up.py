@@ -7,7 +7,15 @@ import asyncio
 import contextlib
 import sys
 
-from twotower.cli.options import add_checkpoint, add_drain, add_place, add_stack_size, add_state_memory, add_trace
+from twotower.cli.options import (
+    add_checkpoint,
+    add_drain,
+    add_place,
+    add_stack_size,
+    add_state_memory,
+    add_trace,
+    add_transport,
+)
 from twotower.launcher.config import UpConfig
 
 
@@ -21,6 +29,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--http-port", type=int, default=8000, metavar="P", help="default 8000; 0: any free port")
     parser.add_argument("--redis", metavar="URL", help="Redis >= 7 or Valkey (default: an embedded one)")
     add_place(parser)
+    add_transport(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of each tower (default: cores / towers)")
     parser.add_argument("--slots", type=int, default=8, metavar="N", help="sessions each denoiser refines together (default 8)")
     parser.add_argument("--max-sessions", type=int, default=64, metavar="N", help="sessions each context holds (default 64)")
@@ -44,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
         redis_url=args.redis,
         dtype=args.dtype,
         device=args.device,
+        transport=args.transport,
         threads=args.threads,
         slots=args.slots,
         max_sessions=args.max_sessions,

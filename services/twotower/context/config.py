@@ -29,6 +29,8 @@ class ContextConfig:
     """For the states of sessions: auto, or a size such as 40G. Fewer sessions are held if it is short."""
     max_waiting: int = 256
     """Sessions that wait for state memory; one more is refused as overloaded."""
+    transport: str = "auto"
+    """How states reach workers: auto, grpc, shm or dist."""
     prefill_chunk: int = 512
     """Prompt tokens per forward, so that a long prompt does not hold up commits."""
     trace: Path | None = None

@@ -27,6 +27,8 @@ from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
 from twotower.tasks import end_tasks, until_stopped
 from twotower.tracing.recorder import recording
+from twotower.transport.config import TransportConfig
+from twotower.transport.ends import ContextTransports
 from twotower.v1 import context_pb2, context_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -68,7 +70,8 @@ async def _serve(
     stop: asyncio.Event,
 ) -> None:
     server = RpcServer(config.host, config.port)
-    service = ContextService(checkpoint, engine, loop, queue, admission)
+    transports = ContextTransports(TransportConfig.of(config.transport), config.host, engine.tower.device)
+    service = ContextService(checkpoint, engine, loop, queue, admission, transports)
     context_pb2_grpc.add_ContextTowerServicer_to_server(service, server.server)
     await server.start([SERVICE_NAME])
     # Known once the port is bound; workers are told of it with every session.
@@ -97,6 +100,7 @@ async def _serve(
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(service.sessions.empty.wait(), config.drain_s)
     await server.stop(0.5)
+    transports.close()
     await end_tasks(*tasks)
 
 

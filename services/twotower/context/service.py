@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import aclosing
 from typing import Any
 
 from twotower.broker.ready_queue import EntryId, ReadyQueue, ReadySession
@@ -18,8 +19,9 @@ from twotower.engine.session import room_for
 from twotower.errors import BrokerUnavailable, Incompatible, InvalidArgument, NonFiniteLogits, TwoTowerError, Unavailable
 from twotower.model.checkpoint import Checkpoint
 from twotower.request import FinishReason, Mode, Priority, check_request
+from twotower.transport.ends import ContextTransports
+from twotower.transport.interface import Outlet
 from twotower.v1 import context_pb2, context_pb2_grpc
-from twotower.wire.frames import to_frames
 from twotower.wire.handshake import check_hello
 from twotower.wire.params import FINISH_TO_PB, PRIORITY_FROM_PB, params_from_pb, params_to_pb
 from twotower.wire.state import delta_tensors, state_tensors
@@ -39,13 +41,20 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
     """Sessions from open to end. The engine is reached through `loop` only."""
 
     def __init__(
-        self, checkpoint: Checkpoint, engine: ContextEngine, loop: ContextLoop, queue: ReadyQueue, admission: Admission
+        self,
+        checkpoint: Checkpoint,
+        engine: ContextEngine,
+        loop: ContextLoop,
+        queue: ReadyQueue,
+        admission: Admission,
+        transports: ContextTransports,
     ) -> None:
         self._checkpoint = checkpoint
         self._engine = engine
         self._loop = loop
         self._queue = queue
         self._admission = admission
+        self._transports = transports
         self.address = ""
         """Where workers reach this context."""
         self.sessions = SessionTable()
@@ -88,20 +97,30 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         check_hello(first.hello, self._checkpoint.identity, self._engine.tower.dtype)
         live = self.sessions.claim(first.hello.session_id, first.hello.lease, first.hello.worker_id)
         live.entry_id = None  # the worker takes it off the queue
+        outlet: Outlet | None = None
         try:
-            async for message in self._serve(live, requests):
-                yield message
+            outlet, choice = self._transports.attach(first.hello.transport, context.peer())
+            async with aclosing(self._serve(live, requests, outlet, choice)) as messages:
+                async for message in messages:
+                    yield message
         finally:
+            if outlet is not None:
+                await outlet.close()
             self._start(self._release(live))
 
     async def _serve(
-        self, live: LiveSession, requests: AsyncIterator[context_pb2.WorkerMessage]
-    ) -> AsyncIterator[context_pb2.ContextMessage]:
+        self,
+        live: LiveSession,
+        requests: AsyncIterator[context_pb2.WorkerMessage],
+        outlet: Outlet,
+        choice: context_pb2.TransportChoice,
+    ) -> AsyncGenerator[context_pb2.ContextMessage]:
         session = live.session
-        attached = context_pb2.Attached(params=params_to_pb(session.params), length=session.state.length)
-        yield context_pb2.ContextMessage(attached=attached)
-        for frames in to_frames(state_tensors(session.state, self._engine.decay_rates)):
-            yield context_pb2.ContextMessage(frames=frames)
+        params, length = params_to_pb(session.params), session.state.length
+        yield context_pb2.ContextMessage(attached=context_pb2.Attached(params=params, length=length, transport=choice))
+        async with live.reading, aclosing(outlet.send(state_tensors(session.state, self._engine.decay_rates))) as tensors:
+            async for sent in tensors:
+                yield sent
         while True:
             if not live.read.is_set() and not await self._read_soon(live):
                 return  # a client that does not read must not keep a worker's slot
@@ -121,8 +140,9 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
             commit = asyncio.create_task(self._loop.commit(session, block))
             live.commit = commit
             delta = await asyncio.shield(commit)
-            for frames in to_frames(delta_tensors(delta)):
-                yield context_pb2.ContextMessage(frames=frames)
+            async with aclosing(outlet.send(list(delta_tensors(delta)))) as tensors:
+                async for sent in tensors:
+                    yield sent
         yield context_pb2.ContextMessage(end=context_pb2.End())
 
     @staticmethod
@@ -166,7 +186,8 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
             if task is not None:
                 await asyncio.wait((task,))
         await self._loop.settle()
-        self._admission.release(live.session.state)
+        async with live.reading:
+            self._admission.release(live.session.state)
 
     def _check_block(self, live: LiveSession, message: context_pb2.WorkerMessage) -> list[int]:
         """The tokens of a finished block. Raises Incompatible."""

@@ -40,6 +40,8 @@ class LiveSession:
         """The last commit; the state must not be sent before it is over."""
         self.decoding: asyncio.Task[None] | None = None
         """In AR mode, what writes its tokens."""
+        self.reading = asyncio.Lock()
+        """Held while the state is sent; it must not be given to another session before that is over."""
         self.ended = asyncio.Event()
         """The gateway has been told, or has gone."""
         self._failed = False

@@ -16,8 +16,10 @@ from twotower.errors import Incompatible, NonFiniteLogits
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.state import ContextState
 from twotower.request import GenerationParams
+from twotower.transport.ends import WorkerTransports
+from twotower.transport.interface import Arrival, Inlet
+from twotower.transport.layout import off_loop
 from twotower.v1 import context_pb2, context_pb2_grpc
-from twotower.wire.frames import FrameAssembler
 from twotower.wire.handshake import make_hello
 from twotower.wire.params import params_from_pb
 from twotower.wire.state import delta_from, delta_spec, fill_state, state_spec
@@ -26,12 +28,20 @@ from twotower.wire.state import delta_from, delta_spec, fill_state, state_spec
 class Attachment:
     """Receives the state once, then refines block after block and applies the delta of each."""
 
-    def __init__(self, checkpoint: Checkpoint, loop: DenoiserLoop, worker_id: str, state: ContextState) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        loop: DenoiserLoop,
+        worker_id: str,
+        state: ContextState,
+        transports: WorkerTransports,
+    ) -> None:
         """state: to be filled; the caller's again when `run` has ended and the loop has settled."""
         self._state = state
         self._checkpoint = checkpoint
         self._loop = loop
         self._worker_id = worker_id
+        self._transports = transports
         self._params = GenerationParams()
         self._rates: Mapping[int, Tensor] = {}
 
@@ -49,7 +59,14 @@ class Attachment:
 
     async def _work(self, call: Any, ready: ReadySession, attached: asyncio.Event, drain: asyncio.Event) -> None:
         tower = self._loop.engine.tower
-        hello = make_hello(self._checkpoint.identity, tower.dtype, self._worker_id, ready.session_id, ready.lease)
+        hello = make_hello(
+            self._checkpoint.identity,
+            tower.dtype,
+            self._worker_id,
+            ready.session_id,
+            ready.lease,
+            self._transports.offer,
+        )
         await call.write(context_pb2.WorkerMessage(hello=hello))
         first = await self._read(call)
         if first is None:
@@ -58,19 +75,28 @@ class Attachment:
             raise Incompatible("message: expected attached")
         attached.set()
         self._params = params_from_pb(first.attached.params)
-        config, length = self._checkpoint.config, first.attached.length
-        self._check_room(length, ready, "attached.length")
-        frames = FrameAssembler(state_spec(config, tower.dtype, length))
-        refine = await self._collect(call, frames)
-        if refine is None:
-            return
+        self._check_room(first.attached.length, ready, "attached.length")
+        inlet = self._transports.attach(first.attached.transport, ready.context_address)
+        try:
+            await self._serve(call, inlet, ready, first.attached.length, drain)
+        finally:
+            await inlet.close()
+
+    async def _serve(self, call: Any, inlet: Inlet, ready: ReadySession, length: int, drain: asyncio.Event) -> None:
+        """From the state of `length` tokens to the session's end."""
         state = self._state
-        self._rates = fill_state(state, frames.finish(tower.device), length)
+        with inlet.expect(state_spec(self._checkpoint.config, state.dtype, length), state.device) as arrival:
+            refine = await self._collect(call, arrival)
+            if refine is None:
+                return
+            tensors = await arrival.tensors()
+            rates = await off_loop(arrival.size, lambda: fill_state(state, tensors, length))
+            self._rates = {layer: rate.clone() for layer, rate in rates.items()}  # the rest has been copied
         while refine is not None:
             if refine.length != state.length:
                 raise Incompatible(f"refine.length: {refine.length}, the state here has {state.length}")
             self._check_room(state.length + self._params.block_size, ready, "refine.length")
-            refine = await self._block(call, state, refine, drain)
+            refine = await self._block(call, inlet, state, refine, drain)
 
     @staticmethod
     def _check_room(tokens: int, ready: ReadySession, field: str) -> None:
@@ -78,7 +104,7 @@ class Attachment:
             raise Incompatible(f"{field}: the state would hold {tokens} tokens, {ready.tokens} were announced")
 
     async def _block(
-        self, call: Any, state: ContextState, refine: context_pb2.Refine, drain: asyncio.Event
+        self, call: Any, inlet: Inlet, state: ContextState, refine: context_pb2.Refine, drain: asyncio.Event
     ) -> context_pb2.Refine | None:
         """Refine a block, hand it in, apply the delta. None when the session is over here."""
         block = self._loop.engine.start(self._params, state, refine.generated)
@@ -95,12 +121,13 @@ class Attachment:
         finally:
             answer.cancel()
             answer.add_done_callback(_retrieve)
-        frames = FrameAssembler(delta_spec(self._checkpoint.config, state.dtype, self._params.block_size))
-        following = await self._collect(call, frames, first)
-        if following is None or drain.is_set():
-            return None
-        delta = delta_from(frames.finish(state.device), self._checkpoint.config, self._params.block_size)
-        await self._loop.apply(state, delta, self._rates)
+        config, size = self._checkpoint.config, self._params.block_size
+        with inlet.expect(delta_spec(config, state.dtype, size), state.device) as arrival:
+            following = await self._collect(call, arrival, first)
+            if following is None or drain.is_set():
+                return None
+            delta = delta_from(await arrival.tensors(), config, size)
+            await self._loop.apply(state, delta, self._rates)
         return following
 
     async def _refine(self, call: Any, block: Refinement, answer: asyncio.Task[Any]) -> bool:
@@ -122,17 +149,16 @@ class Attachment:
         return False
 
     async def _collect(
-        self, call: Any, frames: FrameAssembler, message: context_pb2.ContextMessage | None = None
+        self, call: Any, arrival: Arrival, message: context_pb2.ContextMessage | None = None
     ) -> context_pb2.Refine | None:
-        """Feed frames until the context asks for a block; None if the session ends instead."""
+        """Take in tensors until the context asks for a block; None if the session ends instead."""
         message = message or await self._read(call)
-        while message is not None and message.HasField("frames"):
-            frames.add(message.frames)
+        while message is not None and await arrival.add(message):
             message = await self._read(call)
         if message is None or message.HasField("end"):
             return None
         if not message.HasField("refine"):
-            raise Incompatible("message: expected frames, refine or end")
+            raise Incompatible("message: expected tensors, refine or end")
         return message.refine
 
     @staticmethod

@@ -27,5 +27,7 @@ class DenoiserConfig:
     """Sessions refined together."""
     trace: Path | None = None
     """Directory to record spans in."""
+    transport: str = "auto"
+    """How states come from contexts: auto, grpc, shm or dist."""
     drain_s: float = 30.0
     """How long running sessions may take after SIGTERM."""

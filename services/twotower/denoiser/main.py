@@ -28,6 +28,8 @@ from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
 from twotower.tasks import end_tasks, until_stopped
 from twotower.tracing.recorder import recording
+from twotower.transport.config import TransportConfig
+from twotower.transport.ends import WorkerTransports
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +51,12 @@ async def run(config: DenoiserConfig) -> None:
         worker_id = f"{socket.gethostname()}-{os.getpid()}"
         with recording(config.trace, f"denoiser-{os.getpid()}") as tracer:
             loop = DenoiserLoop(engine, thread, tracer)
-            worker = Worker(checkpoint, loop, queue, worker_id, pool)
-            await _work(config, checkpoint, loop, worker, registry, stop)
+            transports = WorkerTransports(TransportConfig.of(config.transport), tower.device)
+            worker = Worker(checkpoint, loop, queue, worker_id, pool, transports)
+            try:
+                await _work(config, checkpoint, loop, worker, registry, stop)
+            finally:
+                transports.close()
     finally:
         thread.close()
         await redis.aclose()

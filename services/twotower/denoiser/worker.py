@@ -19,6 +19,7 @@ from twotower.model.state import ContextState
 from twotower.rpc.channel import open_channel
 from twotower.rpc.errors import error_from_rpc
 from twotower.tasks import end_tasks
+from twotower.transport.ends import WorkerTransports
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +31,21 @@ BROKER_RETRY_S = 1.0
 class Worker:
     """As many sessions at a time as its pool has slots, from any context replica."""
 
-    def __init__(self, checkpoint: Checkpoint, loop: DenoiserLoop, queue: ReadyQueue, worker_id: str, pool: StatePool) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        loop: DenoiserLoop,
+        queue: ReadyQueue,
+        worker_id: str,
+        pool: StatePool,
+        transports: WorkerTransports,
+    ) -> None:
         self._checkpoint = checkpoint
         self._loop = loop
         self._queue = queue
         self.id = worker_id
         """Its name in the queue and the registry."""
+        self._transports = transports
         self.slots = pool.size.slots
         """Sessions it takes at once."""
         self._admission = Admission(pool, max_waiting=self.slots)
@@ -107,7 +117,8 @@ class Worker:
         attached = asyncio.Event()
         acknowledge = asyncio.create_task(self._acknowledge(entry_id, attached))
         try:
-            await Attachment(self._checkpoint, self._loop, self.id, state).run(channel, ready, attached, self._drain)
+            attachment = Attachment(self._checkpoint, self._loop, self.id, state, self._transports)
+            await attachment.run(channel, ready, attached, self._drain)
         except grpc.aio.AioRpcError as rpc:
             # The session is the context's to queue again, or the gateway's to open elsewhere.
             log.warning("session %s left: %s", ready.session_id, error_from_rpc(rpc))

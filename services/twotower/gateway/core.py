@@ -112,7 +112,12 @@ class Core:
         start = last = time.monotonic()
         metrics.prompt_tokens.inc(len(request.job.prompt))
         session = SessionStream(
-            self._pool, request.job, wait_s=self._reopen_wait_s, deadline=deadline, on_reopen=metrics.reopened.inc
+            self._pool,
+            request.job,
+            wait_s=self._reopen_wait_s,
+            deadline=deadline,
+            on_open=metrics.count_route,
+            on_reopen=metrics.reopened.inc,
         )
         try:
             yield Accepted(request.job.request_id, len(request.job.prompt), request.warnings)

@@ -43,6 +43,17 @@ class Metrics:
         self.reopened = Counter(
             "twotower_gateway_sessions_reopened", "Sessions moved to another context replica", registry=registry
         )
+        self.routed = Counter(
+            "twotower_gateway_sessions_routed",
+            "Sessions opened on a context, by why it was chosen: its load, or the prompt's prefix it holds",
+            ("by",),
+            registry=registry,
+        )
+        self.expected_prefix_tokens = Counter(
+            "twotower_gateway_expected_prefix_tokens",
+            "Prompt tokens that the contexts chosen were thought to hold",
+            registry=registry,
+        )
         self.first_block_s = Histogram(
             "twotower_gateway_time_to_first_block_seconds",
             "From acceptance to the first block",
@@ -59,3 +70,8 @@ class Metrics:
         )
         self.contexts = Gauge("twotower_gateway_contexts_live", "Contexts that announce themselves", registry=registry)
         self.denoisers = Gauge("twotower_gateway_denoisers_live", "Denoisers that announce themselves", registry=registry)
+
+    def count_route(self, expected_tokens: int) -> None:
+        """A session was opened on a context that is thought to hold so many tokens of its prompt."""
+        self.routed.labels("prefix" if expected_tokens else "load").inc()
+        self.expected_prefix_tokens.inc(expected_tokens)

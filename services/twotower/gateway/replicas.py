@@ -13,6 +13,8 @@ import grpc
 
 from twotower.broker.registry import Kind, Replica
 from twotower.errors import BrokerUnavailable
+from twotower.gateway.prefixes import PromptChains, SentPrefixes
+from twotower.prefix.chain import ChainSpec, unpack_links
 from twotower.rpc.channel import open_channel
 from twotower.v1 import context_pb2_grpc
 
@@ -26,6 +28,11 @@ REFUSED_S = 2.0
 FORGOTTEN_S = 3.0
 """How long a registry that names nobody any more is not believed: a Redis that was restarted empty has forgotten
 all, and each says within a second that it lives."""
+
+DETOUR_SESSIONS = 2
+DETOUR_SHARE = 0.25
+"""A context that holds a prompt's prefix gets it unless it has this many sessions more than the least loaded one, or
+this share of its capacity, whichever is more."""
 
 
 class ReplicaSource(Protocol):
@@ -42,12 +49,29 @@ class ContextReplica:
     def __init__(self, address: str) -> None:
         self.address = address
         self.announced_load = 0
+        self.capacity = 0
+        self.chunking: ChainSpec | None = None
+        """How it names prefixes; None: it keeps none."""
+        self.held: frozenset[bytes] = frozenset()
+        """Short links of the prefixes it holds, of which it announces some."""
         self.in_flight = 0
         """Sessions of this gateway on it."""
         self.passed_over_until = 0.0
         self._lost = False
         self._channel = open_channel(address)
         self.stub = context_pb2_grpc.ContextTowerStub(self._channel)
+
+    @property
+    def load(self) -> int:
+        """Sessions it holds, and those of this gateway that it may not have announced yet."""
+        return self.announced_load + self.in_flight
+
+    def announced(self, replica: Replica) -> None:
+        """Take what it last said."""
+        self.announced_load, self.capacity = replica.load, replica.capacity
+        keeps = replica.chunk_tokens > 0
+        self.chunking = ChainSpec(replica.identity, replica.dtype, replica.chunk_tokens) if keeps else None
+        self.held = unpack_links(replica.prefixes)
 
     def lose(self) -> None:
         """A call broke: not to be used until the channel has connected again."""
@@ -78,6 +102,7 @@ class ReplicaPool:
         self._away = False
         self._live: dict[str, ContextReplica] = {}
         self._gone: list[ContextReplica] = []
+        self._sent = SentPrefixes()
         self.denoisers = 0
         """Live denoiser workers."""
 
@@ -86,11 +111,28 @@ class ReplicaPool:
         """Live context replicas."""
         return len(self._live)
 
-    def pick(self, avoid: Collection[ContextReplica] = ()) -> ContextReplica | None:
-        """The least loaded usable context; equals are told apart by chance, as other gateways choose too."""
+    def pick(self, avoid: Collection[ContextReplica] = (), prompt: PromptChains | None = None) -> ContextReplica | None:
+        """The usable context that holds most of the prompt's prefix, among those not overloaded; else the least loaded.
+
+        Equals are told apart by chance, as other gateways choose too.
+        """
         now = self._clock()
         usable = [replica for replica in self._live.values() if replica not in avoid and replica.usable(now)]
-        return min(usable, key=lambda r: (r.announced_load + r.in_flight, random.random()), default=None)
+        least = min((replica.load for replica in usable), default=0)
+        fit = [r for r in usable if r.load - least <= max(DETOUR_SESSIONS, DETOUR_SHARE * r.capacity)]
+        return max(fit, key=lambda r: (self.expected_tokens(r, prompt), -r.load, random.random()), default=None)
+
+    def expected_tokens(self, replica: ContextReplica, prompt: PromptChains | None) -> int:
+        """Tokens of the prompt's prefix that a context probably need not read."""
+        if prompt is None or replica.chunking is None:
+            return 0
+        chain = prompt.of(replica.chunking)
+        return self._sent.chunks(chain, replica.address, replica.held) * replica.chunking.chunk_tokens
+
+    def sent(self, replica: ContextReplica, prompt: PromptChains) -> None:
+        """The prompt goes there: it will hold its prefix soon."""
+        if replica.chunking is not None:
+            self._sent.add(prompt.of(replica.chunking), replica.address)
 
     def pass_over(self, replica: ContextReplica) -> None:
         """It refused a session; others first for a while."""
@@ -127,18 +169,18 @@ class ReplicaPool:
         return now - self._named.get(kind, -math.inf) < FORGOTTEN_S
 
     async def _take(self, contexts: Sequence[Replica]) -> None:
-        loads = {replica.address: replica.load for replica in contexts if replica.capacity > 0}  # 0: it drains
-        for address in self._live.keys() - loads.keys():
+        taking = {replica.address: replica for replica in contexts if replica.capacity > 0}  # 0: it drains
+        for address in self._live.keys() - taking.keys():
             self._gone.append(self._live.pop(address))
-        for address, load in loads.items():
+        for address, replica in taking.items():
             if address not in self._live:
                 self._live[address] = ContextReplica(address)
-            self._live[address].announced_load = load
+            self._live[address].announced(replica)
         # Sessions may still run on a replica that is no longer announced (it drains, or Redis lost its entry).
-        idle = [replica for replica in self._gone if replica.in_flight == 0]
-        self._gone = [replica for replica in self._gone if replica.in_flight > 0]
-        for replica in idle:
-            await replica.close()
+        idle = [context for context in self._gone if context.in_flight == 0]
+        self._gone = [context for context in self._gone if context.in_flight > 0]
+        for context in idle:
+            await context.close()
 
     async def watch(self, refreshed: Callable[[], Awaitable[None]]) -> None:
         """Refresh once a second, and call `refreshed` each time, until cancelled."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import grpc
 
 from twotower.errors import BrokerUnavailable, Overloaded, TwoTowerError, Unavailable
+from twotower.gateway.prefixes import PromptChains
 from twotower.gateway.replicas import ContextReplica, ReplicaPool
 from twotower.request import FinishReason, GenerationParams
 from twotower.rpc.errors import error_from_rpc, raised_by_peer
@@ -47,13 +48,25 @@ class SessionStream:
     """Streams a job's blocks, each exactly once, across the deaths of contexts."""
 
     def __init__(
-        self, pool: ReplicaPool, job: Job, *, wait_s: float, deadline: float | None, on_reopen: Callable[[], object]
+        self,
+        pool: ReplicaPool,
+        job: Job,
+        *,
+        wait_s: float,
+        deadline: float | None,
+        on_open: Callable[[int], object],
+        on_reopen: Callable[[], object],
     ) -> None:
-        """`wait_s`: how long to wait for another context. `deadline`: by the loop's clock."""
+        """`wait_s`: how long to wait for another context. `deadline`: by the loop's clock.
+
+        `on_open` is told how many tokens of the prompt the context chosen is thought to hold.
+        """
         self._pool = pool
         self._job = job
+        self._chains = PromptChains(job.prompt)
         self._wait_s = wait_s
         self._deadline = deadline
+        self._on_open = on_open
         self._on_reopen = on_reopen
         self._emitted: list[int] = []
         self._full: set[ContextReplica] = set()
@@ -98,10 +111,12 @@ class SessionStream:
     async def _replica(self) -> ContextReplica:
         clock = asyncio.get_running_loop().time
         give_up = clock() + self._wait_s
-        while (replica := self._pool.pick(self._full)) is None:
+        while (replica := self._pool.pick(self._full, self._chains)) is None:
             if clock() >= give_up:
                 raise Unavailable(f"no context replica became available within {self._wait_s:.0f} s")
             await asyncio.sleep(BACKOFF_S)
+        self._on_open(self._pool.expected_tokens(replica, self._chains))
+        self._pool.sent(replica, self._chains)
         return replica
 
     async def _attempt(self, replica: ContextReplica) -> AsyncGenerator[SessionEvent, None]:

@@ -26,6 +26,8 @@ class UpConfig:
     """None: an embedded server, which lives and dies with the stack."""
     dtype: str = "auto"
     device: str = "auto"
+    transport: str = "auto"
+    """How states get from contexts to denoisers: auto, grpc, shm or dist."""
     threads: int | None = None
     """CPU threads of each tower; None: the cores, divided among them."""
     slots: int = 8

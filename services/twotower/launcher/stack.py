@@ -102,7 +102,8 @@ class Stack:
         place = ("--dtype", config.dtype, "--device", config.device, "--threads", config.tower_threads)
         memory = ("--state-memory", config.state_memory)
         trace = () if config.trace is None else ("--trace", config.trace)
-        return self._process(f"{kind}-{index}", kind, *place, *memory, *trace, *options)
+        transport = ("--transport", config.transport)
+        return self._process(f"{kind}-{index}", kind, *place, *memory, *transport, *trace, *options)
 
     def _process(self, name: str, kind: str, *options: object) -> ServiceProcess:
         config = self._config

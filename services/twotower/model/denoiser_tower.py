@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from twotower.model.config import ATTENTION, MAMBA, ModelConfig
 from twotower.model.layers import Attention, Mamba2, Modulation, TimestepEmbedder, linear
@@ -80,7 +79,8 @@ class DenoiserTower(nn.Module):
             else:
                 x = layer.mixer(x)
             h = h + (x if modulate is None else modulate.gate * x)
-        return F.linear(self.denoiser_tower.norm_f(h), self.lm_head.weight).float()
+        logits: Tensor = self.lm_head(self.denoiser_tower.norm_f(h))
+        return logits.float()
 
     def _attention(self, i: int, mixer: Attention, x: Tensor, states: Sequence[ContextState]) -> Tensor:
         q, k, v = mixer.project(x)

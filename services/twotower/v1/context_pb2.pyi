@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from twotower.v1 import inference_pb2 as _inference_pb2
 from twotower.v1 import tensor_pb2 as _tensor_pb2
 import builtins as _builtins
@@ -19,6 +20,32 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Transport:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TransportEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Transport.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TRANSPORT_UNSPECIFIED: _Transport.ValueType  # 0
+    TRANSPORT_GRPC: _Transport.ValueType  # 1
+    """In frames, on the attach stream."""
+    TRANSPORT_SHM: _Transport.ValueType  # 2
+    """In memory that both processes map."""
+    TRANSPORT_DIST: _Transport.ValueType  # 3
+    """By torch.distributed, point to point."""
+
+class Transport(_Transport, metaclass=_TransportEnumTypeWrapper):
+    """A way for tensors to travel."""
+
+TRANSPORT_UNSPECIFIED: Transport.ValueType  # 0
+TRANSPORT_GRPC: Transport.ValueType  # 1
+"""In frames, on the attach stream."""
+TRANSPORT_SHM: Transport.ValueType  # 2
+"""In memory that both processes map."""
+TRANSPORT_DIST: Transport.ValueType  # 3
+"""By torch.distributed, point to point."""
+Global___Transport: _TypeAlias = Transport  # noqa: Y015
 
 @_typing.final
 class Params(_message.Message):
@@ -255,6 +282,7 @@ class Hello(_message.Message):
     WORKER_ID_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     """Version of this protocol; must be equal on both sides."""
     checkpoint_id: _builtins.str
@@ -267,6 +295,10 @@ class Hello(_message.Message):
     """The session to attach to."""
     lease: _builtins.int
     """The lease under which the session was queued; an older one is refused."""
+    @_builtins.property
+    def transport(self) -> Global___TransportOffer:
+        """How tensors can reach it; absent: by gRPC only."""
+
     def __init__(
         self,
         *,
@@ -276,14 +308,59 @@ class Hello(_message.Message):
         worker_id: _builtins.str = ...,
         session_id: _builtins.str = ...,
         lease: _builtins.int = ...,
+        transport: Global___TransportOffer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["transport", b"transport"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_id", b"checkpoint_id", "dtype", b"dtype", "lease", b"lease", "schema_version", b"schema_version", "session_id", b"session_id", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_id", b"checkpoint_id", "dtype", b"dtype", "lease", b"lease", "schema_version", b"schema_version", "session_id", b"session_id", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Hello: _TypeAlias = Hello  # noqa: Y015
+
+@_typing.final
+class TransportOffer(_message.Message):
+    """The transports a worker can and may use, and what a context must know to use them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KINDS_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    SHM_SOCKET_FIELD_NUMBER: _builtins.int
+    BACKENDS_FIELD_NUMBER: _builtins.int
+    GPU_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    """Names the worker's process: what its sessions share is kept under it."""
+    host: _builtins.str
+    """Names machine and network namespace; shared memory needs them to be equal."""
+    shm_socket: _builtins.str
+    """Abstract unix socket where the worker takes memory."""
+    gpu: _builtins.str
+    """Identity of the worker's GPU, empty without one; NCCL needs two that differ."""
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___Transport.ValueType]: ...
+    @_builtins.property
+    def backends(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Backends of torch.distributed: nccl, gloo."""
+
+    def __init__(
+        self,
+        *,
+        kinds: _abc.Iterable[Global___Transport.ValueType] | None = ...,
+        peer: _builtins.str = ...,
+        host: _builtins.str = ...,
+        shm_socket: _builtins.str = ...,
+        backends: _abc.Iterable[_builtins.str] | None = ...,
+        gpu: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backends", b"backends", "gpu", b"gpu", "host", b"host", "kinds", b"kinds", "peer", b"peer", "shm_socket", b"shm_socket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransportOffer: _TypeAlias = TransportOffer  # noqa: Y015
 
 @_typing.final
 class BlockDone(_message.Message):
@@ -347,7 +424,9 @@ Global___Failed: _TypeAlias = Failed  # noqa: Y015
 
 @_typing.final
 class ContextMessage(_message.Message):
-    """What a context sends to an attached worker: Attached, frames, Refine; then per block frames, Refine; then End."""
+    """What a context sends to an attached worker: Attached, tensors, Refine; then per block tensors, Refine; then End.
+    Tensors are frames or one Placed, as the transport has it; frames are good with every transport.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -355,6 +434,7 @@ class ContextMessage(_message.Message):
     FRAMES_FIELD_NUMBER: _builtins.int
     REFINE_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    PLACED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def attached(self) -> Global___Attached:
         """The handshake succeeded."""
@@ -365,11 +445,15 @@ class ContextMessage(_message.Message):
 
     @_builtins.property
     def refine(self) -> Global___Refine:
-        """All frames are sent; refine the next block."""
+        """All tensors are sent; refine the next block."""
 
     @_builtins.property
     def end(self) -> Global___End:
         """The session is over."""
+
+    @_builtins.property
+    def placed(self) -> Global___Placed:
+        """The state, or a delta, that travels beside this stream."""
 
     def __init__(
         self,
@@ -378,12 +462,13 @@ class ContextMessage(_message.Message):
         frames: _tensor_pb2.FrameBatch | None = ...,
         refine: Global___Refine | None = ...,
         end: Global___End | None = ...,
+        placed: Global___Placed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "end", b"end", "frames", b"frames", "message", b"message", "refine", b"refine"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "end", b"end", "frames", b"frames", "message", b"message", "placed", b"placed", "refine", b"refine"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "end", b"end", "frames", b"frames", "message", b"message", "refine", b"refine"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "end", b"end", "frames", b"frames", "message", b"message", "placed", b"placed", "refine", b"refine"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["attached", "frames", "refine", "end"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["attached", "frames", "refine", "end", "placed"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -397,23 +482,94 @@ class Attached(_message.Message):
 
     PARAMS_FIELD_NUMBER: _builtins.int
     LENGTH_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
     length: _builtins.int
     """Tokens that the state holds."""
     @_builtins.property
     def params(self) -> Global___Params: ...
+    @_builtins.property
+    def transport(self) -> Global___TransportChoice:
+        """How tensors will come; absent: in frames."""
+
     def __init__(
         self,
         *,
         params: Global___Params | None = ...,
         length: _builtins.int = ...,
+        transport: Global___TransportChoice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["params", b"params"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["params", b"params", "transport", b"transport"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length", "params", b"params"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length", "params", b"params", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Attached: _TypeAlias = Attached  # noqa: Y015
+
+@_typing.final
+class TransportChoice(_message.Message):
+    """The transport of one attachment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    STORE_PORT_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
+    kind: Global___Transport.ValueType
+    store_port: _builtins.int
+    """dist: port of the key-value store where the two meet, on the host of the context's address."""
+    group: _builtins.str
+    """dist: name of the pair's process group."""
+    backend: _builtins.str
+    """dist: nccl or gloo."""
+    def __init__(
+        self,
+        *,
+        kind: Global___Transport.ValueType = ...,
+        store_port: _builtins.int = ...,
+        group: _builtins.str = ...,
+        backend: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "group", b"group", "kind", b"kind", "store_port", b"store_port"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransportChoice: _TypeAlias = TransportChoice  # noqa: Y015
+
+@_typing.final
+class Placed(_message.Message):
+    """Where tensors lie that travel beside the stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLACE_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    TENSORS_FIELD_NUMBER: _builtins.int
+    place: _builtins.int
+    """shm: the segment; dist: the transfer's number in its group."""
+    length: _builtins.int
+    """Bytes in all."""
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Frame]:
+        """Without data; offset is the place of the first byte."""
+
+    def __init__(
+        self,
+        *,
+        place: _builtins.int = ...,
+        length: _builtins.int = ...,
+        tensors: _abc.Iterable[_tensor_pb2.Frame] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length", "place", b"place", "tensors", b"tensors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Placed: _TypeAlias = Placed  # noqa: Y015
 
 @_typing.final
 class Refine(_message.Message):

@@ -63,20 +63,14 @@ class FrameAssembler:
         """Take a message. Raises Incompatible."""
         for frame in batch.frames:
             key = Key(frame.name, frame.layer)
-            spec = self._expected.get(key)
-            where = f"frame {frame.name!r} of layer {frame.layer}"
-            if spec is None:
-                raise Incompatible(f"{where}: not expected here")
-            if frame.dtype != DTYPE_TO_PB[spec.dtype]:
-                raise Incompatible(f"{where}: dtype {frame.dtype}, expected {DTYPE_TO_PB[spec.dtype]}")
-            if tuple(frame.shape) != spec.shape:
-                raise Incompatible(f"{where}: shape {list(frame.shape)}, expected {list(spec.shape)}")
+            spec = check_frame(frame, self._expected)
+            where = describe(key)
             buffer = self._buffers.setdefault(key, bytearray())
             if frame.offset != len(buffer):
                 raise Incompatible(f"{where}: offset {frame.offset}, expected {len(buffer)}")
             buffer += frame.data
-            if len(buffer) > _num_bytes(spec):
-                raise Incompatible(f"{where}: data of more than {_num_bytes(spec)} bytes")
+            if len(buffer) > num_bytes(spec):
+                raise Incompatible(f"{where}: data of more than {num_bytes(spec)} bytes")
 
     def finish(self, device: torch.device) -> dict[Key, Tensor]:
         """All tensors. Raises Incompatible if one is missing or incomplete."""
@@ -84,15 +78,32 @@ class FrameAssembler:
         for key, spec in self._expected.items():
             buffer = self._buffers.get(key)
             if buffer is None:
-                raise Incompatible(f"frame {key.name!r} of layer {key.layer}: missing")
-            if len(buffer) != _num_bytes(spec):
-                raise Incompatible(
-                    f"frame {key.name!r} of layer {key.layer}: data of {len(buffer)} bytes, expected {_num_bytes(spec)}"
-                )
+                raise Incompatible(f"{describe(key)}: missing")
+            if len(buffer) != num_bytes(spec):
+                raise Incompatible(f"{describe(key)}: data of {len(buffer)} bytes, expected {num_bytes(spec)}")
             tensor = torch.frombuffer(buffer, dtype=spec.dtype) if buffer else torch.empty(0, dtype=spec.dtype)
             out[key] = tensor.view(spec.shape).to(device)
         return out
 
 
-def _num_bytes(spec: Spec) -> int:
+def check_frame(frame: tensor_pb2.Frame, expected: Mapping[Key, Spec]) -> Spec:
+    """What the frame's tensor must be, if its header says just that. Raises Incompatible, naming what differs."""
+    key = Key(frame.name, frame.layer)
+    spec = expected.get(key)
+    if spec is None:
+        raise Incompatible(f"{describe(key)}: not expected here")
+    if frame.dtype != DTYPE_TO_PB[spec.dtype]:
+        raise Incompatible(f"{describe(key)}: dtype {frame.dtype}, expected {DTYPE_TO_PB[spec.dtype]}")
+    if tuple(frame.shape) != spec.shape:
+        raise Incompatible(f"{describe(key)}: shape {list(frame.shape)}, expected {list(spec.shape)}")
+    return spec
+
+
+def describe(key: Key) -> str:
+    """For messages."""
+    return f"frame {key.name!r} of layer {key.layer}"
+
+
+def num_bytes(spec: Spec) -> int:
+    """Of the tensor's elements."""
     return math.prod(spec.shape) * spec.dtype.itemsize

@@ -8,12 +8,19 @@ from twotower.errors import Incompatible
 from twotower.v1 import context_pb2
 from twotower.wire.frames import DTYPE_TO_PB
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the attach protocol: messages, names and layout of frames."""
 
 
-def make_hello(identity: str, dtype: torch.dtype, worker_id: str, session_id: str, lease: int) -> context_pb2.Hello:
-    """A worker's first message."""
+def make_hello(
+    identity: str,
+    dtype: torch.dtype,
+    worker_id: str,
+    session_id: str,
+    lease: int,
+    transport: context_pb2.TransportOffer | None = None,
+) -> context_pb2.Hello:
+    """A worker's first message. Without a transport, tensors come by gRPC."""
     return context_pb2.Hello(
         schema_version=SCHEMA_VERSION,
         checkpoint_id=identity,
@@ -21,6 +28,7 @@ def make_hello(identity: str, dtype: torch.dtype, worker_id: str, session_id: st
         worker_id=worker_id,
         session_id=session_id,
         lease=lease,
+        transport=transport,
     )
 
 

@@ -1,0 +1,80 @@
+"""The routed experts of a MoE layer on a CPU, each weight that is needed read once (`kernels.cpp`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from twotower_kernels.cpu.build import MIN_OUTPUTS, load
+
+
+def usable(hidden: Tensor, up: Tensor, down: Tensor) -> bool:
+    """Whether `grouped_experts` can run here and on these."""
+    return (
+        hidden.device.type == "cpu"
+        and min(up.shape[1:]) >= MIN_OUTPUTS
+        and hidden.dtype == up.dtype == down.dtype == torch.bfloat16
+        and up.is_contiguous()
+        and down.is_contiguous()
+        and _available()
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # of torch, which does not type it
+def _available() -> bool:
+    return load() is not None
+
+
+def grouped_experts(hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """As `twotower_kernels.experts.grouped_experts`; see `usable`.
+
+    Sums are fp32, and of one order: a token's result does not depend on what else is in the batch, to the bit.
+    What lies between the two projections is rounded to bf16 after relu2. Returns (N, H) fp32.
+    """
+    return (
+        _op(hidden, experts, weights, up, down) if torch.compiler.is_compiling() else _run(hidden, experts, weights, up, down)
+    )
+
+
+def _run(hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    library = load()
+    assert library is not None
+    n, top_k = experts.shape
+    total, width, size = up.shape
+    assert hidden.shape == (n, size)
+    assert down.shape == (total, size, width)
+    assert experts.dtype == torch.int64
+    assert weights.dtype == torch.float32
+    if hidden.stride(-1) != 1:
+        hidden = hidden.contiguous()
+    experts, weights = experts.contiguous(), weights.contiguous()
+    out = torch.empty(n, size, dtype=torch.float32)
+    if n == 0:
+        return out
+    failed = library.tt_grouped_experts(
+        hidden.data_ptr(),
+        hidden.stride(0),
+        experts.data_ptr(),
+        weights.data_ptr(),
+        up.data_ptr(),
+        down.data_ptr(),
+        out.data_ptr(),
+        n,
+        top_k,
+        total,
+        size,
+        width,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for the experts of {n} tokens")
+    return out
+
+
+_op = torch.library.custom_op("twotower::cpu_grouped_experts", _run, mutates_args=(), device_types="cpu")
+"""For compiled graphs, which cannot look into it."""
+
+
+@_op.register_fake
+def _(hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return hidden.new_empty((experts.shape[0], up.shape[2]), dtype=torch.float32)

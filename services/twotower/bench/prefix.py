@@ -1,0 +1,99 @@
+"""What a shared beginning saves: the time to the first block of prompts that begin alike, against the first of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import statistics
+import time
+from dataclasses import dataclass
+
+from twotower.client.grpc_client import GatewayClient
+from twotower.errors import Unavailable
+from twotower.events import Block
+from twotower.request import GenerationParams
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPrompts:
+    """Rounds of prompts; those of a round share a random beginning that no other round has."""
+
+    vocab_size: int
+    block_size: int
+    prefix_tokens: int
+    tail_tokens: int
+    requests: int
+    """Of a round; one after the other."""
+    rounds: int
+    steps: int
+    seed: int
+
+    @property
+    def params(self) -> GenerationParams:
+        """One block."""
+        return GenerationParams(max_tokens=self.block_size, steps=self.steps, block_size=self.block_size, gamma=1.0)
+
+    def prompts(self) -> list[list[list[int]]]:
+        """By round and place in it. Equal for equal seeds."""
+        rng = random.Random(self.seed)
+
+        def tokens(count: int) -> list[int]:
+            return [rng.randrange(4, self.vocab_size) for _ in range(count)]
+
+        return [
+            [[*shared, *tokens(self.tail_tokens)] for _ in range(self.requests)]
+            for shared in (tokens(self.prefix_tokens) for _ in range(self.rounds))
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixResult:
+    """Times to the first block, s, by round and place in it."""
+
+    first_block_s: list[list[float]]
+
+    @property
+    def place_ms(self) -> list[float]:
+        """Median over the rounds for each place, ms. The second prompt is what shows that the first one's beginning repeats."""
+        return [1e3 * statistics.median(times) for times in zip(*self.first_block_s, strict=True)]
+
+    @property
+    def first_ms(self) -> float:
+        """Median of the first of each round, ms."""
+        return self.place_ms[0]
+
+    @property
+    def following_ms(self) -> float:
+        """Median of all that follow, ms."""
+        return 1e3 * statistics.median(seconds for times in self.first_block_s for seconds in times[1:])
+
+    @property
+    def ratio(self) -> float:
+        """Following over first: 1 where nothing is saved."""
+        return self.following_ms / self.first_ms
+
+
+async def shared_prefix(target: str, work: SharedPrompts) -> PrefixResult:
+    """Send all prompts to a gateway, one at a time. Raises TwoTowerError."""
+    ((warm_up,),) = dataclasses.replace(work, rounds=1, requests=1, seed=work.seed + 1).prompts()
+    async with GatewayClient(target) as client:
+        await _first_block_s(client, warm_up, work.params)  # first use costs are no one's speed
+        return PrefixResult([[await _first_block_s(client, prompt, work.params) for prompt in each] for each in work.prompts()])
+
+
+async def _first_block_s(client: GatewayClient, prompt: list[int], params: GenerationParams) -> float:
+    started, first = time.perf_counter(), None
+    events = client.generate(
+        prompt,
+        max_tokens=params.max_tokens,
+        block_size=params.block_size,
+        steps=params.steps,
+        gamma=params.gamma,
+        ignore_eos=True,
+    )
+    async for event in events:
+        if isinstance(event, Block) and first is None:
+            first = time.perf_counter() - started
+    if first is None:
+        raise Unavailable(f"{client.target} ended a request without a block")
+    return first

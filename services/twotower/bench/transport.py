@@ -1,0 +1,154 @@
+"""How fast a state gets from one process to another, at the published model's size, over each transport.
+
+The context's end is a process of its own (`python -m twotower.bench.transport`): a gRPC server whose `Attach` sends a
+snapshot or a delta whenever it is asked. This process is the worker's end, and holds the clock: from asking until all
+tensors are in tensors of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twotower.bench.sizes import REAL
+from twotower.model.config import ModelConfig
+from twotower.rpc.channel import open_channel
+from twotower.rpc.server import RpcServer
+from twotower.transport.config import Kind, TransportConfig
+from twotower.transport.ends import ContextTransports, WorkerTransports
+from twotower.transport.interface import Inlet
+from twotower.transport.layout import off_loop
+from twotower.v1 import context_pb2, context_pb2_grpc
+from twotower.wire.frames import Key, Spec, num_bytes
+from twotower.wire.state import delta_spec, state_spec
+
+CPU = torch.device("cpu")
+BLOCK = 16
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Medians of one transport."""
+
+    snapshot_ms: float
+    delta_ms: float
+    gb_per_s: float
+    """Of a snapshot."""
+
+
+class _Sender(context_pb2_grpc.ContextTowerServicer):
+    """Sends tensors of the real size when it is asked: `BlockDone.generated` is their number of tokens, 0 for a delta."""
+
+    def __init__(self, transports: ContextTransports) -> None:
+        self._transports = transports
+
+    async def Attach(
+        self, requests: AsyncIterator[context_pb2.WorkerMessage], context: Any
+    ) -> AsyncIterator[context_pb2.ContextMessage]:
+        """Hello first, as in the service."""
+        hello = await anext(requests)
+        outlet, choice = self._transports.attach(hello.hello.transport, context.peer())
+        yield context_pb2.ContextMessage(attached=context_pb2.Attached(transport=choice))
+        held: dict[int, list[tuple[Key, Tensor]]] = {}
+        async for request in requests:
+            length = request.block_done.generated
+            if length not in held:
+                held[length] = [(key, torch.ones(each.shape, dtype=each.dtype)) for key, each in _spec(length).items()]
+            async with aclosing(outlet.send(held[length])) as messages:
+                async for message in messages:
+                    yield message
+            yield context_pb2.ContextMessage(refine=context_pb2.Refine())
+        await outlet.close()
+
+
+async def measure(kind: Kind, length: int, rounds: int) -> Measured:
+    """Medians of `rounds` snapshots of `length` tokens and as many deltas. Raises TwoTowerError if `kind` cannot be used."""
+    config = TransportConfig(kind)
+    worker = WorkerTransports(config, CPU)
+    try:
+        async with _sender(kind) as address:
+            channel = open_channel(address)
+            call: Any = context_pb2_grpc.ContextTowerStub(channel).Attach()
+            try:
+                await call.write(context_pb2.WorkerMessage(hello=context_pb2.Hello(transport=worker.offer)))
+                inlet = worker.attach((await call.read()).attached.transport, address)
+                snapshot = await _seconds(call, inlet, length, rounds)
+                delta = await _seconds(call, inlet, 0, rounds)
+            finally:
+                call.cancel()
+                await channel.close(None)
+    finally:
+        worker.close()
+    size = sum(map(num_bytes, _spec(length).values()))
+    return Measured(snapshot * 1000, delta * 1000, size / snapshot / 1e9)
+
+
+async def _seconds(call: Any, inlet: Inlet, length: int, rounds: int) -> float:
+    """Median of one transfer into memory that is there already, as a worker's pool is."""
+    spec = _spec(length)
+    own = {key: torch.zeros(each.shape, dtype=each.dtype) for key, each in spec.items()}
+    times = []
+    for _ in range(WARM_UP + rounds):
+        start = time.perf_counter()
+        await call.write(context_pb2.WorkerMessage(block_done=context_pb2.BlockDone(generated=length)))
+        with inlet.expect(spec, CPU) as arrival:
+            while await arrival.add(await call.read()):
+                pass
+            tensors = await arrival.tensors()
+            await off_loop(arrival.size, lambda tensors=tensors: _copy(own, tensors))  # type: ignore[misc]
+        times.append(time.perf_counter() - start)
+    return median(times[WARM_UP:])
+
+
+def _copy(own: Mapping[Key, Tensor], tensors: Mapping[Key, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        own[key].copy_(tensor)
+
+
+def _spec(length: int) -> dict[Key, Spec]:
+    """Of a state of `length` tokens; of a block's delta for 0."""
+    config = ModelConfig.from_dict(REAL)
+    return state_spec(config, torch.bfloat16, length) if length else delta_spec(config, torch.bfloat16, BLOCK)
+
+
+@asynccontextmanager
+async def _sender(kind: Kind) -> AsyncIterator[str]:
+    """The address of a context's end in a process of its own, which ends with us."""
+    argv = (sys.executable, "-m", "twotower.bench.transport", kind.value)
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*argv, stdin=pipe, stdout=pipe)
+    try:
+        assert process.stdout is not None
+        yield (await process.stdout.readline()).decode().strip()
+    finally:
+        process.kill()
+        await process.communicate()
+
+
+async def _serve(kind: Kind) -> None:
+    """Until stdin ends, as it does when the process that measures has ended, however it did."""
+    torch.set_num_threads(1)
+    server = RpcServer("127.0.0.1", 0)
+    transports = ContextTransports(TransportConfig(kind), "127.0.0.1", CPU)
+    context_pb2_grpc.add_ContextTowerServicer_to_server(_Sender(transports), server.server)
+    await server.start(["twotower.v1.ContextTower"])
+    print(server.address, flush=True)
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_reader(sys.stdin, ended.set)
+    await ended.wait()
+    await server.stop(0)
+    transports.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(Kind(sys.argv[1])))

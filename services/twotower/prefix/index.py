@@ -1,0 +1,204 @@
+"""Which prefixes a tier holds, and which of them go when room is needed: a segmented LRU. No torch, no Redis.
+
+An entry begins on *probation*. When its prefix is met again it becomes *protected*. Room is made on probation first,
+so that prompts which come once, however many, never push out one that repeats. Protected entries may fill all but
+`probation_share` of the bytes; beyond that the one unused for longest goes back on probation, where it has a last
+chance. What they leave free is probation's.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Generic, NamedTuple, TypeVar
+
+from twotower.prefix.stats import TierStats
+
+V = TypeVar("V")
+
+
+class Segment(StrEnum):
+    """Where an entry stands."""
+
+    PROBATION = "probation"
+    PROTECTED = "protected"
+
+
+@dataclass(slots=True, eq=False)
+class Entry(Generic[V]):
+    """A prefix that is held. Only its index changes it."""
+
+    link: bytes
+    value: V
+    num_bytes: int
+    segment: Segment
+    pins: int = 0
+    """How many use it now; while any does, it stays."""
+
+
+class Match(NamedTuple, Generic[V]):
+    """The longest prefix found."""
+
+    chunks: int
+    entry: Entry[V]
+
+
+@dataclass(slots=True)
+class _Segment(Generic[V]):
+    idle: OrderedDict[bytes, Entry[V]] = field(default_factory=OrderedDict)
+    """The one unused for longest first."""
+    pinned: OrderedDict[bytes, Entry[V]] = field(default_factory=OrderedDict)
+    held_bytes: int = 0
+    idle_bytes: int = 0
+
+    def add(self, entry: Entry[V]) -> None:
+        """As the one used last."""
+        (self.pinned if entry.pins else self.idle)[entry.link] = entry
+        self.held_bytes += entry.num_bytes
+        self.idle_bytes += 0 if entry.pins else entry.num_bytes
+
+    def remove(self, entry: Entry[V]) -> None:
+        del (self.pinned if entry.pins else self.idle)[entry.link]
+        self.held_bytes -= entry.num_bytes
+        self.idle_bytes -= 0 if entry.pins else entry.num_bytes
+
+    def oldest(self) -> Entry[V] | None:
+        """Of those that nobody uses."""
+        return next(iter(self.idle.values()), None)
+
+    def newest_first(self) -> Iterator[Entry[V]]:
+        yield from reversed(self.pinned.values())
+        yield from reversed(self.idle.values())
+
+
+class PrefixIndex(Generic[V]):
+    """Entries by link, `capacity` bytes at most. For one thread."""
+
+    def __init__(
+        self,
+        capacity: int,
+        chunk_tokens: int,
+        on_evict: Callable[[Entry[V]], object],
+        *,
+        probation_share: float = 0.2,
+        stats: TierStats | None = None,
+    ) -> None:
+        """`on_evict` is told of each entry that made room, after it has left; it must not call the index.
+
+        `probation_share`: of the bytes, in (0, 1], what protected entries never take from those on probation.
+        """
+        self.capacity = capacity
+        self.stats = TierStats() if stats is None else stats
+        self._chunk_tokens = chunk_tokens
+        self._on_evict = on_evict
+        self._protected_limit = capacity - int(capacity * probation_share)
+        self._entries: dict[bytes, Entry[V]] = {}
+        self._segments: dict[Segment, _Segment[V]] = {segment: _Segment() for segment in Segment}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, link: bytes) -> bool:
+        return link in self._entries
+
+    @property
+    def held_bytes(self) -> int:
+        """Of all entries."""
+        return sum(segment.held_bytes for segment in self._segments.values())
+
+    def get(self, link: bytes) -> Entry[V] | None:
+        """An entry, which does not count as its use."""
+        return self._entries.get(link)
+
+    def longest(self, chain: Sequence[bytes]) -> Match[V] | None:
+        """The entry that covers most chunks of a prompt, which is protected from now on. Counts a hit or a miss."""
+        for chunks in range(len(chain), 0, -1):
+            entry = self._entries.get(chain[chunks - 1])
+            if entry is not None:
+                self._use(entry, Segment.PROTECTED)
+                self.stats.hits += 1
+                self.stats.hit_tokens += chunks * self._chunk_tokens
+                return Match(chunks, entry)
+        self.stats.misses += 1
+        return None
+
+    def put(self, link: bytes, value: V, num_bytes: int, *, protected: bool = False) -> bool:
+        """Hold `value` under `link`; False if it is not taken.
+
+        That is where room could only be had from entries that are in use or, unless the new one is to be
+        `protected` (its prefix is known to repeat), protected; and where the link is there already, which
+        counts as meeting its prefix again.
+        """
+        if (known := self._entries.get(link)) is not None:
+            self._use(known, Segment.PROTECTED)
+            return False
+        segments = tuple(Segment) if protected else (Segment.PROBATION,)
+        needed = self.held_bytes + num_bytes - self.capacity
+        if needed > sum(self._segments[segment].idle_bytes for segment in segments):
+            return False
+        self._evict(needed, segments)
+        entry = Entry(link, value, num_bytes, Segment.PROTECTED if protected else Segment.PROBATION)
+        self._entries[link] = entry
+        self._segments[entry.segment].add(entry)
+        self._settle()
+        return True
+
+    def pin(self, entry: Entry[V]) -> None:
+        """It is in use, and stays until `unpin` was called as often."""
+        self._segments[entry.segment].remove(entry)
+        entry.pins += 1
+        self._segments[entry.segment].add(entry)
+
+    def unpin(self, entry: Entry[V]) -> None:
+        """One use is over; after the last one, the entry is the one used last."""
+        if entry.pins < 1:
+            raise ValueError("the entry is not pinned")
+        self._segments[entry.segment].remove(entry)
+        entry.pins -= 1
+        self._segments[entry.segment].add(entry)
+        self._settle()
+
+    def free(self, num_bytes: int) -> int:
+        """Evict until so many bytes are free that were not, protected entries last; returns how many it were."""
+        return self._evict(num_bytes, tuple(Segment))
+
+    def newest(self, limit: int) -> list[bytes]:
+        """Links to tell others of: protected entries, then those on probation, each the one used last first."""
+        links: list[bytes] = []
+        for segment in (Segment.PROTECTED, Segment.PROBATION):
+            for entry in self._segments[segment].newest_first():
+                if len(links) == limit:
+                    return links
+                links.append(entry.link)
+        return links
+
+    def _use(self, entry: Entry[V], segment: Segment) -> None:
+        """Move an entry to the end of a segment."""
+        self._segments[entry.segment].remove(entry)
+        entry.segment = segment
+        self._segments[segment].add(entry)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Send back on probation what protected entries have too much, and tell the bytes."""
+        protected = self._segments[Segment.PROTECTED]
+        while protected.held_bytes > self._protected_limit and (entry := protected.oldest()) is not None:
+            protected.remove(entry)
+            entry.segment = Segment.PROBATION
+            self._segments[Segment.PROBATION].add(entry)
+        self.stats.bytes = self.held_bytes
+
+    def _evict(self, needed: int, segments: Sequence[Segment]) -> int:
+        freed = 0
+        for name in segments:
+            segment = self._segments[name]
+            while freed < needed and (entry := segment.oldest()) is not None:
+                segment.remove(entry)
+                del self._entries[entry.link]
+                freed += entry.num_bytes
+                self.stats.evictions[name.value] += 1
+                self.stats.bytes = self.held_bytes
+                self._on_evict(entry)
+        return freed

@@ -1,0 +1,98 @@
+"""Shared memory without names, the worker's part: it takes segments from contexts (see `segments`)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+
+from torch import Tensor
+
+from twotower.errors import Incompatible
+from twotower.transport.segments import NUMBER, map_segment, peer_uid
+
+BACKLOG = 128
+
+
+class SegmentInbox:
+    """A listening socket, and the segments that came in. Make it in a running event loop, and use it there only."""
+
+    def __init__(self) -> None:
+        self.address = f"twotower-{secrets.token_hex(16)}"
+        """Of the abstract unix socket."""
+        self._loop = asyncio.get_running_loop()
+        self._segments: dict[int, tuple[socket.socket, Tensor]] = {}
+        self._connections: set[socket.socket] = set()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.setblocking(False)
+        self._listener.bind("\0" + self.address)
+        self._listener.listen(BACKLOG)
+        self._loop.add_reader(self._listener, self._accept)
+
+    def segment(self, number: int) -> Tensor:
+        """A segment's memory, (size,) uint8. Raises Incompatible."""
+        if number not in self._segments:  # sent before the message that led us here, but perhaps not looked at
+            self._accept()
+            for connection in list(self._connections):
+                self._read(connection)
+        if number not in self._segments:
+            raise Incompatible(f"placed.place: no segment {number} has come from a context")
+        return self._segments[number][1]
+
+    def give_back(self, number: int) -> None:
+        """The segment has been read."""
+        connection, _ = self._segments.get(number, (None, None))
+        if connection is not None:
+            with contextlib.suppress(OSError):  # the context has gone; its end of the connection tells
+                connection.send(NUMBER.pack(number))
+
+    def close(self) -> None:
+        """Give everything back. Memory that is still being read stays mapped until that is over."""
+        for connection in list(self._connections):
+            self._leave(connection)
+        if self._listener.fileno() >= 0:  # closing twice is no error
+            self._loop.remove_reader(self._listener)
+            self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:  # no more
+                return
+            if peer_uid(connection) != os.geteuid():
+                connection.close()
+                continue
+            connection.setblocking(False)
+            self._connections.add(connection)
+            self._loop.add_reader(connection, self._read, connection)
+
+    def _read(self, connection: socket.socket) -> None:
+        """Take all messages that are there: a number with a descriptor is a new segment, without one it is to be forgotten."""
+        while connection in self._connections:
+            try:
+                message, fds, _, _ = socket.recv_fds(connection, NUMBER.size, 1)
+            except BlockingIOError:
+                return
+            except OSError:
+                message, fds = b"", []
+            if not message:
+                self._leave(connection)
+                return
+            (number,) = NUMBER.unpack(message)
+            if not fds:
+                self._segments.pop(number, None)
+                continue
+            try:
+                self._segments[number] = connection, map_segment(fds[0], os.fstat(fds[0]).st_size)
+            finally:
+                os.close(fds[0])
+
+    def _leave(self, connection: socket.socket) -> None:
+        self._loop.remove_reader(connection)
+        self._connections.discard(connection)
+        connection.close()
+        for number in [number for number, (owner, _) in self._segments.items() if owner is connection]:
+            del self._segments[number]
