@@ -118,16 +118,20 @@ def quantized_experts(hidden: Tensor, experts: Tensor, weights: Tensor, up: Pack
 
 @dataclass(frozen=True, slots=True)
 class RowError:
-    """By how much rows differ from what they should be, relative to their length."""
+    """By how much rows differ from what they should be."""
 
     mean: float
     max: float
 
 
-def row_error(approximate: Tensor, exact: Tensor) -> RowError:
-    """|approximate - exact| / |exact| of rows (..., D), in the 2-norm; of a row of zeros 0 if it is met, else infinite."""
+def row_error(approximate: Tensor, exact: Tensor, *, typical: bool = False) -> RowError:
+    """|approximate - exact| / |exact| of rows (..., D), in the 2-norm; of a row of zeros 0 if it is met, else infinite.
+
+    typical: divided by the root mean square of all rows' |exact| instead, for rows that may by chance be next to zero.
+    """
     distance = (approximate.double() - exact.double()).norm(dim=-1)
-    error = torch.where(distance == 0, 0.0, distance / exact.double().norm(dim=-1))
+    lengths = exact.double().norm(dim=-1)
+    error = torch.where(distance == 0, 0.0, distance / (lengths.square().mean().sqrt() if typical else lengths))
     return RowError(float(error.mean()), float(error.max()))
 
 

@@ -165,6 +165,9 @@ def test_errors_of_rows() -> None:
     assert error.mean == pytest.approx((0.1 + 0.0 + 0.2) / 3)
     assert error.max == pytest.approx(0.2)
     assert row_error(exact + 1e-9, exact).max == math.inf
+    typical = row_error(exact + torch.tensor([[0.0, 0.5], [0.1, 0.0], [0.2, 0.0]]), exact, typical=True)
+    assert typical.max == pytest.approx(0.5 / math.sqrt(26 / 3))
+    assert typical.mean == pytest.approx(0.8 / 3 / math.sqrt(26 / 3))
 
 
 def test_every_e4m3_code_decodes() -> None:
