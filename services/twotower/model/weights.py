@@ -154,11 +154,11 @@ def _load(
 ) -> None:
     for name, tensor in _read(checkpoint, list(shapes), log):
         if not stacks.take(name, tensor, checkpoint.config.n_routed_experts):
-            _set(tower, name, tensor.to(device, loaded_dtype(name, dtype)))
+            set_parameter(tower, name, tensor.to(device, loaded_dtype(name, dtype)))
     for moe, up, down in stacks.layers(checkpoint.config):
         if isinstance(up, Tensor) and isinstance(down, Tensor):
-            _set(tower, f"{moe}.experts.up_proj", up)
-            _set(tower, f"{moe}.experts.down_proj", down)
+            set_parameter(tower, f"{moe}.experts.up_proj", up)
+            set_parameter(tower, f"{moe}.experts.down_proj", down)
         else:
             assert not isinstance(up, Tensor)
             assert not isinstance(down, Tensor)
@@ -180,7 +180,8 @@ def loaded_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if _ALWAYS_FP32.search(name) else dtype
 
 
-def _set(tower: nn.Module, name: str, tensor: Tensor) -> None:
+def set_parameter(tower: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor where the meta device left a parameter without values."""
     owner, _, leaf = name.rpartition(".")
     module = tower.get_submodule(owner)
     parameter = nn.Parameter(tensor, requires_grad=False)
