@@ -98,7 +98,9 @@ def _random(name: str, like: Tensor, dtype: torch.dtype, device: torch.device, g
     """Values that keep activations near 1."""
     if name.endswith(("norm.weight", "norm_f.weight", ".D")):
         return torch.ones(like.shape, dtype=dtype, device=device)
-    if name.endswith(("bias", "A_log")):
+    if name.startswith("scale_shift_tables"):  # a conditioning that does nothing: a random one would make all tokens alike
+        return torch.tensor([0.0, 0.0, 1.0], dtype=dtype, device=device).unsqueeze(1).expand(like.shape).contiguous()
+    if name.endswith(("bias", "A_log")) or name.startswith("t_block"):
         return torch.zeros(like.shape, dtype=dtype, device=device)
     if like.dim() == 3 and "experts" in name:
         # Every expert is the first one's copy: drawing billions of numbers would take longer than what is timed.
