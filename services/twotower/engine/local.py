@@ -50,7 +50,7 @@ class LocalEngine:
         dtype: str = "auto",
         device: str = "auto",
         threads: int | None = None,
-        prefill_chunk: int = 512,
+        prefill_chunk: int = 128,
     ) -> None:
         """Load both towers. Raises CheckpointError, ConfigError."""
         if threads is not None:
