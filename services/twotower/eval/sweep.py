@@ -45,8 +45,8 @@ def sweep(evaluation: Evaluation, base: Comparison, report: Callable[[Point], No
     ]
     points = []
     for varied, value, setting in settings:
-        score = evaluation.diffusion(setting, base.batch)
-        points.append(Point(varied, value, score, base.ar.accuracy, score.tokens_per_s / base.ar.tokens_per_s))
+        score, ar = evaluation.diffusion(setting, base.batch)
+        points.append(Point(varied, value, score, base.ar.accuracy, score.tokens_per_s / ar.tokens_per_s))
         report(points[-1])
     return points
 
