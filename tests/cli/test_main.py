@@ -27,7 +27,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _start(*words: str) -> subprocess.Popen[bytes]:
     argv = [sys.executable, "-m", "twotower.cli.main", *ENDLESS, *words]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # Whoever started the tests, maybe in the background of a shell, may have had Ctrl-C ignored.
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_heed_ctrl_c)
+
+
+def _heed_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _interrupted(*words: str) -> None:

@@ -20,7 +20,7 @@ from twotower.engine.local import LocalEngine
 from twotower.engine.refinement import Refinement
 from twotower.model.state import ContextState
 from twotower.request import GenerationParams, Mode
-from twotower.v1 import context_pb2
+from twotower.v1 import context_pb2, inference_pb2
 from twotower.wire.handshake import make_hello
 from twotower.wire.params import params_to_pb
 
@@ -228,6 +228,24 @@ async def test_overload(path: Path) -> None:
         for call in calls:
             call.cancel()
         await until(lambda: len(stack.service.sessions) == 0)
+
+
+async def test_the_most_urgent_of_those_that_wait_is_next(path: Path) -> None:
+    """For state memory, and in the queue of a worker with one slot."""
+    ended: list[str] = []
+
+    async def generate(stack: Towers, name: str) -> None:
+        priority = inference_pb2.Priority.Value(f"PRIORITY_{name}")
+        request = context_pb2.OpenRequest(prompt={"ids": [5]}, params=params_to_pb(PARAMS), priority=priority)
+        _ = [event async for event in stack.stub.Open(request)]
+        ended.append(name)
+
+    async with towers(path, max_sessions=1, max_waiting=8) as stack, asyncio.TaskGroup() as group:
+        for count, name in enumerate(("NORMAL", "LOW", "NORMAL", "HIGH"), 1):  # the first has the memory at once
+            group.create_task(generate(stack, name))
+            await until(lambda: len(stack.service.sessions) + stack.service._admission.waiting == count)  # noqa: B023
+        stack.start_worker(slots=1)
+    assert ended == ["NORMAL", "HIGH", "NORMAL", "LOW"]
 
 
 async def test_not_a_number_reaches_the_client_and_no_one_else(stack: Towers, local: LocalEngine) -> None:

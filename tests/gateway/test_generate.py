@@ -11,10 +11,12 @@ from tests.support.gateways import gateway
 from tests.support.scripted_context import FORWARDS, ScriptedContext
 from twotower.errors import InvalidArgument, Unavailable
 from twotower.events import Accepted, Block, Event, Finished
-from twotower.request import FinishReason, Mode
+from twotower.gateway.grpc_face import request_from_pb
+from twotower.request import FinishReason, Mode, Priority
 from twotower.rpc.channel import open_channel
 from twotower.text.tokenizer import Tokenizer
 from twotower.v1 import inference_pb2, inference_pb2_grpc
+from twotower.wire.params import PRIORITY_FROM_PB
 
 from .conftest import BLOCK, MAX_CONTEXT
 
@@ -228,3 +230,14 @@ async def _until_refused(client: Any) -> None:
 
 async def _drain(events: Any) -> list[Event]:
     return [event async for event in events]
+
+
+async def test_a_priority_reaches_the_context(checkpoint: Path) -> None:
+    context = ScriptedContext([5, 6, EOS])
+    async with gateway(checkpoint, context) as running, running.client() as client:
+        for priority in Priority:
+            _ = [event async for event in client.generate([5], priority=priority)]
+        _ = [event async for event in client.generate([5])]
+        with pytest.raises(InvalidArgument, match=r"^priority: 9 is unknown"):
+            request_from_pb(inference_pb2.GenerateRequest(text="fox", priority=9))  # type: ignore[arg-type]
+    assert [PRIORITY_FROM_PB[call.priority] for call in context.opened] == [*Priority, Priority.NORMAL]

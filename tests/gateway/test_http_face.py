@@ -18,6 +18,7 @@ from tests.support.scripted_context import FORWARDS, ScriptedContext
 from tests.support.waiting import until
 from twotower.errors import NonFiniteLogits, Overloaded
 from twotower.text.tokenizer import Tokenizer
+from twotower.v1 import inference_pb2
 
 from .conftest import BLOCK, MAX_CONTEXT
 from .test_failures import SCRIPT, fail_at, hang_at
@@ -407,3 +408,32 @@ async def test_what_outlasts_the_drain_is_told_so(checkpoint: Path, stream: bool
         error = answer.json()["error"]
     assert "shutting down" in error["message"]
     assert not any(record.exc_info for record in caplog.records)
+
+
+async def test_a_service_tier_is_a_priority(checkpoint: Path) -> None:
+    context = ScriptedContext([5, 6, EOS])
+    tiers = {"auto": "NORMAL", "default": "NORMAL", "priority": "HIGH", "flex": "LOW"}
+    async with http(checkpoint, context) as client:
+        for tier in tiers:
+            answer = await client.post("/v1/completions", json={"prompt": "fox", "service_tier": tier})
+            assert answer.status_code == 200
+        refused = await client.post("/v1/completions", json={"prompt": "fox", "service_tier": "scale"})
+    assert [inference_pb2.Priority.Name(call.priority) for call in context.opened] == [f"PRIORITY_{p}" for p in tiers.values()]
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "service_tier")
+
+
+async def test_a_time_that_has_passed_ends_the_work(checkpoint: Path) -> None:
+    context = ScriptedContext(SCRIPT, hang_at(1))
+    async with http(checkpoint, context) as client:
+        whole = await client.post("/v1/completions", json={"prompt": "fox", "max_tokens": 40, "timeout_s": 0.3})
+        assert (whole.status_code, whole.json()["error"]["type"]) == (504, "timeout_error")
+        await asyncio.wait_for(context.left.wait(), 10)
+        context.left.clear()
+        body = {"prompt": "fox", "max_tokens": 40, "timeout_s": 0.3, "stream": True}
+        events = events_of((await client.post("/v1/completions", json=body)).text)
+        assert events[0]["choices"][0]["token_ids"] == SCRIPT[:BLOCK]
+        assert events[-1]["error"]["type"] == "timeout_error"
+        await asyncio.wait_for(context.left.wait(), 10)
+        for bad in (0, -1, "soon"):
+            refused = await client.post("/v1/completions", json={"prompt": "fox", "timeout_s": bad})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "timeout_s")

@@ -10,7 +10,7 @@ import pytest
 from twotower.errors import InvalidArgument
 from twotower.gateway.openai import DEFAULT_MAX_TOKENS, CompletionCall, parse_completion, parse_json
 from twotower.gateway.request import Request
-from twotower.request import Mode
+from twotower.request import Mode, Priority
 
 MAX_REQUESTS = 64
 
@@ -38,15 +38,12 @@ def test_all_fields() -> None:
     call = parse(
         model="m", max_tokens=3.0, temperature=1, seed=7, stop=["a", "b"], stream=True, user="u", top_p=0.9, top_k=5,
         stream_options={"include_usage": True, "include_obfuscation": False},
-        mode="ar", gamma=0.5, block_size=8, steps=4, eos_token_ids=[5],
+        mode="ar", gamma=0.5, block_size=8, steps=4, eos_token_ids=[5], timeout_s=2.5, service_tier="flex",
     )  # fmt: skip
-    assert call == CompletionCall(
-        requests=(Request("x", DEFAULT_MAX_TOKENS, Mode.AR, 3, 8, 4, 0.5, 1.0, 5, 0.9, 7, ("a", "b"), eos_token_ids=(5,)),),
-        n=1,
-        model="m",
-        stream=True,
-        include_usage=True,
+    request = Request(
+        "x", DEFAULT_MAX_TOKENS, Mode.AR, 3, 8, 4, 0.5, 1.0, 5, 0.9, 7, ("a", "b"), eos_token_ids=(5,), priority=Priority.LOW
     )
+    assert call == CompletionCall((request,), n=1, model="m", stream=True, include_usage=True, timeout_s=2.5)
     assert isinstance(call.requests[0].max_tokens, int)
 
 

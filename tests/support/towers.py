@@ -16,6 +16,7 @@ from tests.support.redis_server import embedded_redis
 from twotower.broker.connection import connect
 from twotower.broker.ready_queue import ReadyQueue
 from twotower.context.loop import ContextLoop
+from twotower.context.prefixes import PrefixCache
 from twotower.context.service import ContextService
 from twotower.denoiser.loop import DenoiserLoop
 from twotower.denoiser.worker import Worker
@@ -26,6 +27,7 @@ from twotower.engine.thread import EngineThread
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.pool import PoolSize, StatePool, pages_for
 from twotower.model.weights import load_context_tower, load_denoiser_tower
+from twotower.prefix.chain import ChainSpec
 from twotower.request import GenerationParams
 from twotower.rpc.channel import open_channel
 from twotower.rpc.server import RpcServer
@@ -105,19 +107,23 @@ def _pool(checkpoint: Checkpoint, slots: int) -> StatePool:
 
 
 @asynccontextmanager
-async def towers(path: Path, max_sessions: int = 64, max_waiting: int = 0, transport: str = "auto") -> AsyncIterator[Towers]:
+async def towers(
+    path: Path, max_sessions: int = 64, max_waiting: int = 0, transport: str = "auto", prefix_bytes: int = 1 << 24
+) -> AsyncIterator[Towers]:
     """A context that serves; everything is gone when left."""
     checkpoint = Checkpoint.open(path)
     async with embedded_redis() as server:
         redis = await connect(server.url)
         engine = ContextEngine(load_context_tower(checkpoint, torch.float32, CPU))
         thread = EngineThread("context")
-        loop = ContextLoop(engine, thread, 64)
+        loop = ContextLoop(engine, thread, chunk=16, budget=64)
         rpc = RpcServer("127.0.0.1", 0)
         admission = Admission(_pool(checkpoint, max_sessions), max_waiting)
         transports = ContextTransports(TransportConfig.of(transport), "127.0.0.1", CPU)
         queue = ReadyQueue(redis, checkpoint.identity)
-        service = ContextService(checkpoint, engine, loop, queue, admission, transports)
+        spec = ChainSpec(checkpoint.identity, "float32", 16)
+        prefixes = PrefixCache(spec, prefix_bytes, engine.decay_rates, thread, None)
+        service = ContextService(checkpoint, engine, loop, queue, admission, prefixes, transports)
         context_pb2_grpc.add_ContextTowerServicer_to_server(service, rpc.server)
         await rpc.start(["twotower.v1.ContextTower"])
         service.address = rpc.address

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from twotower.cli.main import main
 from twotower.engine.local import LocalEngine
@@ -31,9 +33,14 @@ def test_corpus_tokenizer_context_denoiser(tmp_path: Path, capfd: pytest.Capture
     train("context", "--tokenizer", tokenizer, "--out", str(tmp_path / "context"), *short, str(tmp_path / "run1"))
     more = ("--init", str(tmp_path / "context"), "--muon-lr", "0.01")
     train("context", "--tokenizer", tokenizer, "--out", str(tmp_path / "context"), *more, *short, str(tmp_path / "run1b"))
-    train("denoiser", "--context", str(tmp_path / "context"), "--out", str(tmp_path / "both"), *short, str(tmp_path / "run2"))
+    denoiser = ("denoiser", "--context", str(tmp_path / "context"))
+    train(*denoiser, "--out", str(tmp_path / "both"), *short, str(tmp_path / "run2"))
+    train(*denoiser, "--out", str(tmp_path / "unsure"), "--head-scale", "0.5", *short, str(tmp_path / "run3"))
 
     assert json.loads((tmp_path / "both/config.json").read_text())["vocab_size"] == 300
+    sure, unsure = (load_file(tmp_path / name / "model.safetensors") for name in ("both", "unsure"))
+    assert [name for name in sure if not torch.equal(sure[name], unsure[name])] == ["lm_head.weight"]
+    assert torch.equal(sure["lm_head.weight"] * 0.5, unsure["lm_head.weight"])
     engine = LocalEngine(tmp_path / "both", threads=1)
     assert len(engine.generate([5, 6, 7], GenerationParams(max_tokens=20)).token_ids) == 20
 

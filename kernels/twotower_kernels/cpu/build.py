@@ -67,7 +67,7 @@ def build(cache: Path | None = None) -> Path:
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.tt_linear.argtypes = [pointer, count, pointer, pointer, count, count, count, number]
+    library.tt_linear.argtypes = [pointer, count, pointer, pointer, pointer, count, count, count, number]
     library.tt_linear.restype = None
     library.tt_grouped_experts.argtypes = [pointer, count, *(pointer,) * 5, *(count,) * 5, number]
     library.tt_grouped_experts.restype = number

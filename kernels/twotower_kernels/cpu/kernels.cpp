@@ -104,8 +104,8 @@ inline __attribute__((always_inline)) void product(const bf16* const* x, int64_t
 extern "C" {
 
 // out (rows, outputs) = x (rows, inner) w^T, w (outputs, inner), outputs >= 16; rows of x lie `x_row` elements apart. out is
-// bf16.
-void tt_linear(const bf16* x, int64_t x_row, const bf16* w, bf16* out, int64_t rows, int64_t inner, int64_t outputs,
+// bf16; bias (outputs) is added before rounding, if there is one.
+void tt_linear(const bf16* x, int64_t x_row, const bf16* w, const bf16* bias, bf16* out, int64_t rows, int64_t inner, int64_t outputs,
                int threads) {
   const int64_t part = 64, parts = outputs < part ? 1 : outputs / part;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -116,6 +116,10 @@ void tt_linear(const bf16* x, int64_t x_row, const bf16* w, bf16* out, int64_t r
       const int64_t count = rows - from < 64 ? rows - from : 64;
       for (int64_t i = 0; i < count; i++) in[i] = x + (from + i) * x_row;
       product(in, count, w, inner, first, last, [&](int64_t r, int64_t o, __m512 v) {
+        if (bias) {
+          const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bias + o)));
+          v = _mm512_add_ps(v, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+        }
         store_bf16(out + (from + r) * outputs + o, v);
       });
     }

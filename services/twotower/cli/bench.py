@@ -20,6 +20,7 @@ from twotower.transport.config import CHOICES, Kind
 
 if TYPE_CHECKING:
     from twotower.bench.prefix import PrefixResult
+    from twotower.bench.soak import Soak
     from twotower.bench.workload import Result, Workload
 
 Commands = argparse._SubParsersAction
@@ -67,6 +68,14 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     add_place(prefix)
     prefix.add_argument("--json", action="store_true", help="print one JSON object")
     prefix.set_defaults(run=_prefix)
+
+    soak = parts.add_parser("soak", help="the whole stack at full load for a long time", allow_abbrev=False)
+    _add_work(soak)
+    add_stack_size(soak)
+    soak.add_argument("--minutes", type=float, default=20.0, metavar="M", help="default 20")
+    soak.add_argument("--concurrency", type=int, default=16, metavar="C", help="requests in flight (default 16)")
+    soak.add_argument("--prompts", type=int, default=32, metavar="N", help="different ones, asked in turn (default 32)")
+    soak.set_defaults(run=_soak)
 
     bench_device.add_parts(parts)
 
@@ -260,6 +269,64 @@ def _transport(args: argparse.Namespace) -> None:
             f"{name:>5}: snapshot {result.snapshot_ms:6.1f} ms ({result.gb_per_s:.2f} GB/s), delta {result.delta_ms:5.1f} ms",
         )
     _finish(args, told)
+
+
+def _soak(args: argparse.Namespace) -> int:
+    from twotower.bench.soak import expected_texts
+
+    check_at_least_one(args, "threads", "contexts", "denoisers", "concurrency", "prompts")
+    if not args.minutes > 0:
+        raise ConfigError(f"minutes: must be positive, not {args.minutes}")
+    workload = _workload(args)
+    expected = expected_texts(args.checkpoint, workload, args.prompts, dtype=args.dtype, threads=_threads(args))
+    result = asyncio.run(_soaked(args, workload, expected))
+    growth = result.growth()
+    told = {
+        "minutes": result.seconds / 60,
+        "requests": result.requests,
+        "tokens_per_s": result.tokens / result.seconds,
+        "wrong": result.wrong,
+        "failed": result.failed,
+        "memory_growth": {name: round(share, 4) for name, share in growth.items()},
+        "memory_mb": {name: round(mb, 1) for name, mb in result.memory[-1].items()},
+    }
+    _say(args, f"{result.requests} requests in {told['minutes']:.1f} minutes, {result.wrong} wrong, {result.failed} failed")
+    for name, mb in result.memory[-1].items():
+        _say(args, f"{name}: {mb:,.0f} MB, {growth.get(name, 1.0):.3f} of what it was in the second quarter of the time")
+    _finish(args, told)
+    return int(result.wrong + result.failed > 0)
+
+
+async def _soaked(args: argparse.Namespace, workload: Workload, expected: list[list[int]]) -> Soak:
+    from twotower.bench.soak import soak
+    from twotower.launcher.config import UpConfig
+    from twotower.launcher.stack import stack
+
+    def report(so_far: Soak) -> None:
+        if len(so_far.memory) % 12 == 0:
+            mb = ", ".join(f"{name} {size:,.0f}" for name, size in so_far.memory[-1].items())
+            _say(args, f"{so_far.seconds / 60:.0f} min: {so_far.requests} requests, {so_far.wrong} wrong; MB: {mb}")
+
+    config = UpConfig(
+        args.checkpoint,
+        contexts=args.contexts,
+        denoisers=args.denoisers,
+        dtype=args.dtype,
+        device=args.device,
+        max_sessions=max(64, args.concurrency),
+    )
+    async with stack(config, lambda line: print(line, file=sys.stderr)) as running:
+        services = [*running.towers, *([running.gateway] if running.gateway is not None else [])]
+        pids = {service.name: service.pid for service in services if service.pid is not None}
+        return await soak(
+            running.grpc_address,
+            workload,
+            expected,
+            seconds=60 * args.minutes,
+            concurrency=args.concurrency,
+            pids=pids,
+            report=report,
+        )
 
 
 def _workload(args: argparse.Namespace) -> Workload:

@@ -21,7 +21,7 @@ from twotower.cli.options import (
 )
 from twotower.errors import InvalidArgument, Unavailable
 from twotower.events import Accepted, Block, Event, Finished
-from twotower.request import Mode
+from twotower.request import Mode, Priority
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -51,6 +51,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
     )
+    parser.add_argument(
+        "--priority", default="normal", choices=[p.name.lower() for p in Priority], help="who goes first where requests wait"
+    )
+    parser.add_argument("--timeout", type=float, metavar="S", help="give up after so many seconds (default: never)")
     parser.add_argument("--no-eos", action="store_true", help="go on to --max-tokens whatever is generated")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     add_place(parser)
@@ -66,6 +70,10 @@ def run(args: argparse.Namespace) -> None:
     if args.mode == Mode.MOCK_AR.value and not args.local:
         raise InvalidArgument("mode", "mock-ar exists only with --local")
     check_at_least_one(args, "threads")
+    if args.timeout is not None and not args.timeout > 0:
+        raise InvalidArgument("timeout", f"must be above 0 seconds, not {args.timeout:g}")
+    if args.local and (args.timeout is not None or args.priority != "normal"):
+        raise InvalidArgument("local", "nothing waits in one process: --timeout and --priority are for a gateway")
     if not args.local:
         local = {"checkpoint": None, "threads": None, "dtype": "auto", "device": "auto"}
         for name, unset in {**local, "experts": "auto", "context_experts": None}.items():
@@ -181,6 +189,8 @@ async def _remote(args: argparse.Namespace, prompt: str | tuple[int, ...], resul
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
+            priority=Priority[args.priority.upper()],
+            timeout_s=args.timeout,
             seed=args.seed,
             stop=args.stop,
             ignore_eos=args.no_eos,

@@ -63,6 +63,19 @@ def add_state_memory(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_prefix_memory(parser: argparse.ArgumentParser) -> None:
+    """``--prefix-memory SIZE``, ``--prefix-redis-memory SIZE``."""
+    parser.add_argument(
+        "--prefix-memory",
+        default="auto",
+        metavar="SIZE",
+        help="of a context, for cached prefixes, e.g. 8G (auto: a quarter of the state memory; 0: none)",
+    )
+    parser.add_argument(
+        "--prefix-redis-memory", default="1G", metavar="SIZE", help="for cached prefixes in Redis (default 1G; 0: none)"
+    )
+
+
 def add_trace(parser: argparse.ArgumentParser) -> None:
     """``--trace DIR``."""
     parser.add_argument("--trace", type=Path, metavar="DIR", help="record what the engines do (see `twotower trace`)")

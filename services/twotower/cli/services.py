@@ -12,6 +12,7 @@ from twotower.cli.options import (
     add_drain,
     add_experts,
     add_place,
+    add_prefix_memory,
     add_state_memory,
     add_trace,
     add_transport,
@@ -38,7 +39,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     context.add_argument(
         "--max-waiting", type=int, default=256, metavar="N", help="sessions that wait for memory (default 256)"
     )
-    context.add_argument("--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens a forward (default 512)")
+    context.add_argument(
+        "--prefill-chunk", type=int, default=128, metavar="N", help="prompt tokens a forward, and a cached chunk (default 128)"
+    )
+    context.add_argument("--prefill-budget", type=int, default=512, metavar="N", help="tokens an iteration (default 512)")
+    add_prefix_memory(context)
+    context.add_argument("--metrics-port", type=int, metavar="P", help="Prometheus metrics over HTTP (default: none; 0: any)")
     context.set_defaults(run=run_context)
 
     denoiser = _add(commands, "denoiser", "a denoising worker: pulls sessions, writes their blocks")
@@ -75,7 +81,7 @@ def run_context(args: argparse.Namespace) -> None:
     from twotower.context.config import ContextConfig
     from twotower.context.main import run
 
-    check_at_least_one(args, "threads", "max_sessions", "max_waiting", "prefill_chunk")
+    check_at_least_one(args, "threads", "max_sessions", "max_waiting", "prefill_chunk", "prefill_budget")
     check_drain(args)
     config = ContextConfig(
         checkpoint=args.checkpoint,
@@ -93,6 +99,10 @@ def run_context(args: argparse.Namespace) -> None:
         trace=args.trace,
         max_waiting=args.max_waiting,
         prefill_chunk=args.prefill_chunk,
+        prefill_budget=args.prefill_budget,
+        metrics_port=args.metrics_port,
+        prefix_memory=args.prefix_memory,
+        prefix_redis_memory=args.prefix_redis_memory,
         drain_s=args.drain,
     )
     asyncio.run(run(config))

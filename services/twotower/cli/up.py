@@ -13,6 +13,7 @@ from twotower.cli.options import (
     add_drain,
     add_experts,
     add_place,
+    add_prefix_memory,
     add_stack_size,
     add_state_memory,
     add_trace,
@@ -38,6 +39,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--slots", type=int, default=8, metavar="N", help="sessions each denoiser refines together (default 8)")
     parser.add_argument("--max-sessions", type=int, default=64, metavar="N", help="sessions each context holds (default 64)")
     add_state_memory(parser)
+    add_prefix_memory(parser)
     add_trace(parser)
     add_drain(parser)
     parser.set_defaults(run=run)
@@ -64,6 +66,8 @@ def run(args: argparse.Namespace) -> None:
         slots=args.slots,
         max_sessions=args.max_sessions,
         state_memory=args.state_memory,
+        prefix_memory=args.prefix_memory,
+        prefix_redis_memory=args.prefix_redis_memory,
         trace=args.trace,
         drain_s=args.drain,
         debug=args.debug,

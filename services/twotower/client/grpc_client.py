@@ -13,11 +13,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from twotower.errors import InvalidArgument, TwoTowerError, Unavailable
 from twotower.events import Accepted, Block, Event, Finished
-from twotower.request import Mode
+from twotower.request import Mode, Priority
 from twotower.rpc.channel import open_channel
 from twotower.rpc.errors import error_from_rpc, raised_by_peer
 from twotower.v1 import inference_pb2, inference_pb2_grpc
-from twotower.wire.params import FINISH_FROM_PB, MODE_TO_PB
+from twotower.wire.params import FINISH_FROM_PB, MODE_TO_PB, PRIORITY_TO_PB
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,7 @@ class GatewayClient:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        priority: Priority = Priority.NORMAL,
         seed: int | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
@@ -86,6 +87,7 @@ class GatewayClient:
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
+                priority=PRIORITY_TO_PB[priority],
                 seed=seed,
                 stop=stop,
                 ignore_eos=ignore_eos,

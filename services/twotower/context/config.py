@@ -33,8 +33,16 @@ class ContextConfig:
     """Sessions that wait for state memory; one more is refused as overloaded."""
     transport: str = "auto"
     """How states reach workers: auto, grpc, shm or dist."""
-    prefill_chunk: int = 512
-    """Prompt tokens per forward, so that a long prompt does not hold up commits."""
+    prefill_chunk: int = 128
+    """Prompt tokens of a forward, and of a cached prefix's chunk."""
+    prefill_budget: int = 512
+    """Tokens of an iteration, so that a long prompt does not hold up commits."""
+    prefix_memory: str = "auto"
+    """For cached prefixes: auto (a quarter of what states may take), a size such as 8G, or 0 for none."""
+    prefix_redis_memory: str = "1G"
+    """For cached prefixes in Redis, of all replicas together: a size, or 0 for none."""
+    metrics_port: int | None = None
+    """Of Prometheus metrics over HTTP; 0: any free port, None: none."""
     trace: Path | None = None
     """Directory to record spans in."""
     drain_s: float = 30.0

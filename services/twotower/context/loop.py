@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from opentelemetry.trace import Tracer
@@ -19,12 +20,17 @@ from twotower.tracing.recorder import NO_TRACER
 log = logging.getLogger(__name__)
 
 
+AfterChunk = Callable[[Session], None]
+"""Called on the engine's thread, each time a chunk of the session's prompt is read."""
+
+
 class _Work:
     """Something a session waits for."""
 
-    def __init__(self, session: Session, block: list[int] | None = None) -> None:
+    def __init__(self, session: Session, block: list[int] | None = None, after_chunk: AfterChunk | None = None) -> None:
         self.session = session
         self.block = block
+        self.after_chunk = after_chunk
         self.result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     @property
@@ -39,17 +45,22 @@ Outcome = tuple[_Work, Any]
 class ContextLoop:
     """Turns the waits of many sessions into batched forwards. Nothing else touches the engine."""
 
-    def __init__(self, engine: ContextEngine, thread: EngineThread, budget: int, tracer: Tracer = NO_TRACER) -> None:
-        """budget: tokens of an iteration."""
+    def __init__(
+        self, engine: ContextEngine, thread: EngineThread, *, chunk: int, budget: int, tracer: Tracer = NO_TRACER
+    ) -> None:
+        """chunk: prompt tokens of a forward; budget: tokens of an iteration."""
         self._engine = engine
+        self._chunk = chunk
         self._thread = thread
         self._tracer = tracer
         self._scheduler: ContextScheduler[_Work] = ContextScheduler(budget, lambda work: work.tokens)
         self._wake = asyncio.Event()
 
-    async def prefill(self, session: Session) -> None:
-        """Read the session's prompt."""
-        work = _Work(session)
+    async def prefill(self, session: Session, after_chunk: AfterChunk | None = None) -> None:
+        """Read the rest of the session's prompt."""
+        if not session.prefill_left:
+            return
+        work = _Work(session, after_chunk=after_chunk)
         self._scheduler.add_prefill(work)
         await self._wait(work)
 
@@ -122,9 +133,16 @@ class ContextLoop:
         return list(zip(works, tokens, strict=True))
 
     def _prefill(self, work: _Work, tokens: int) -> list[Outcome]:
+        """Read at least so many tokens, in chunks that begin at multiples of their size: a prompt's state has the same
+        bits however its chunks fall into iterations, and wherever a cached prefix ends."""
+        session, read = work.session, 0
         try:
-            with self._tracer.start_as_current_span("prefill", attributes={"tokens": tokens}):
-                self._engine.prefill(work.session, tokens)
+            while read < tokens and session.prefill_left:
+                chunk = self._chunk - session.state.length % self._chunk
+                with self._tracer.start_as_current_span("prefill", attributes={"tokens": min(chunk, session.prefill_left)}):
+                    read += self._engine.prefill(session, chunk)
+                if work.after_chunk is not None:
+                    work.after_chunk(session)
         except Exception as error:
             return _all_failed([work], error)
         return [] if work.tokens else [(work, None)]

@@ -6,6 +6,10 @@ import asyncio
 import contextlib
 import logging
 import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+from prometheus_client import CollectorRegistry, start_http_server
 
 from twotower.broker.connection import connect
 from twotower.broker.heartbeat import heartbeat
@@ -13,16 +17,22 @@ from twotower.broker.ready_queue import ReadyQueue
 from twotower.broker.registry import Registry, Replica
 from twotower.context.config import ContextConfig
 from twotower.context.loop import ContextLoop
+from twotower.context.prefixes import PrefixCache
 from twotower.context.service import ContextService
 from twotower.engine.admission import Admission
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.thread import EngineThread
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.context_tower import ContextTower
-from twotower.model.memory import state_budget
+from twotower.model.memory import parse_bytes, prefix_budget, state_budget
 from twotower.model.pool import PoolSize, StatePool
 from twotower.model.weights import load_context_tower, resolve_device, resolve_dtype
+from twotower.prefix.chain import ChainSpec
+from twotower.prefix.metrics import PrefixMetrics
+from twotower.prefix.redis_tier import RedisTier, RedisTierConfig
+from twotower.prefix.stats import PrefixStats, TierStats
 from twotower.request import GenerationParams
+from twotower.rpc.address import check_port
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
 from twotower.tasks import end_tasks, until_stopped
@@ -51,9 +61,15 @@ async def run(config: ContextConfig) -> None:
         log.debug("state memory: %d slots, %d pages", pool.size.slots, pool.size.pages)
         admission = Admission(pool, config.max_waiting)
         queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
-        with recording(config.trace, f"context-{os.getpid()}") as tracer:
-            loop = ContextLoop(engine, thread, config.prefill_chunk, tracer)
-            await _serve(config, checkpoint, engine, loop, admission, queue, registry, stop)
+        async with _prefixes(config, checkpoint, engine, thread) as prefixes:
+            with recording(config.trace, f"context-{os.getpid()}") as tracer:
+                loop = ContextLoop(engine, thread, chunk=config.prefill_chunk, budget=config.prefill_budget, tracer=tracer)
+                transports = ContextTransports(TransportConfig.of(config.transport), config.host, tower.device)
+                service = ContextService(checkpoint, engine, loop, queue, admission, prefixes, transports)
+                try:
+                    await _serve(config, service, loop, admission, prefixes, registry, stop)
+                finally:
+                    transports.close()
     finally:
         thread.close()
         await redis.aclose()
@@ -61,17 +77,14 @@ async def run(config: ContextConfig) -> None:
 
 async def _serve(
     config: ContextConfig,
-    checkpoint: Checkpoint,
-    engine: ContextEngine,
+    service: ContextService,
     loop: ContextLoop,
     admission: Admission,
-    queue: ReadyQueue,
+    prefixes: PrefixCache,
     registry: Registry,
     stop: asyncio.Event,
 ) -> None:
     server = RpcServer(config.host, config.port)
-    transports = ContextTransports(TransportConfig.of(config.transport), config.host, engine.tower.device)
-    service = ContextService(checkpoint, engine, loop, queue, admission, transports)
     context_pb2_grpc.add_ContextTowerServicer_to_server(service, server.server)
     await server.start([SERVICE_NAME])
     # Known once the port is bound; workers are told of it with every session.
@@ -82,9 +95,12 @@ async def _serve(
             kind="context",
             name=address,
             address=address,
-            identity=checkpoint.identity,
+            identity=prefixes.spec.identity,
             load=len(service.sessions) + admission.waiting,
             capacity=0 if service.draining else admission.pool.size.slots,
+            dtype=prefixes.spec.dtype,
+            chunk_tokens=prefixes.spec.chunk_tokens if prefixes.enabled else 0,
+            prefixes=prefixes.announced(),
         )
 
     await registry.announce(describe())
@@ -100,8 +116,47 @@ async def _serve(
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(service.sessions.empty.wait(), config.drain_s)
     await server.stop(0.5)
-    transports.close()
     await end_tasks(*tasks)
+
+
+@asynccontextmanager
+async def _prefixes(
+    config: ContextConfig, checkpoint: Checkpoint, engine: ContextEngine, thread: EngineThread
+) -> AsyncIterator[PrefixCache]:
+    """The prefix cache in both of its tiers, and its metrics."""
+    tower = engine.tower
+    budget = prefix_budget(config.prefix_memory, state_budget(config.state_memory, tower.device))
+    in_redis = 0 if config.prefix_redis_memory == "0" else parse_bytes(config.prefix_redis_memory, "prefix_redis_memory")
+    spec = ChainSpec(checkpoint.identity, str(tower.dtype).removeprefix("torch."), config.prefill_chunk)
+    redis = await connect(config.redis_url, decode=False) if in_redis else None
+    try:
+        tier = None
+        if redis is not None:
+            tier = RedisTier(redis, spec, tower.config, tower.dtype, RedisTierConfig(max_bytes=in_redis), TierStats())
+        cache = PrefixCache(spec, budget, engine.decay_rates, thread, tier)
+        metrics = CollectorRegistry()
+        PrefixMetrics(PrefixStats(cache.tiers), metrics)
+        with _metrics(config, metrics):
+            yield cache
+        await cache.close()
+    finally:
+        if redis is not None:
+            await redis.aclose()
+
+
+@contextlib.contextmanager
+def _metrics(config: ContextConfig, registry: CollectorRegistry) -> Iterator[None]:
+    if config.metrics_port is None:
+        yield
+        return
+    check_port(config.host, config.metrics_port, "--metrics-port")
+    server, thread = start_http_server(config.metrics_port, config.host, registry)
+    log.info("metrics on http://%s:%d/metrics", config.host, server.server_port)
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
 
 
 def _pool_size(config: ContextConfig, checkpoint: Checkpoint, tower: ContextTower) -> PoolSize:

@@ -12,6 +12,7 @@ from typing import Any
 
 from twotower.broker.ready_queue import EntryId, ReadyQueue, ReadySession
 from twotower.context.loop import ContextLoop
+from twotower.context.prefixes import PrefixCache
 from twotower.context.sessions import LiveSession, SessionTable
 from twotower.engine.admission import Admission
 from twotower.engine.context_engine import ContextEngine
@@ -47,6 +48,7 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         loop: ContextLoop,
         queue: ReadyQueue,
         admission: Admission,
+        prefixes: PrefixCache,
         transports: ContextTransports,
     ) -> None:
         self._checkpoint = checkpoint
@@ -54,6 +56,7 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         self._loop = loop
         self._queue = queue
         self._admission = admission
+        self._prefixes = prefixes
         self._transports = transports
         self.address = ""
         """Where workers reach this context."""
@@ -67,7 +70,8 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
             raise Unavailable("this context is draining")
         live = await self._open(request)
         try:
-            await self._loop.prefill(live.session)
+            borders = await self._prefixes.restore(live.session)
+            await self._loop.prefill(live.session, lambda session: self._prefixes.keep(session, borders))
             if live.session.params.mode is Mode.AR:
                 live.decoding = self._start(self._decode(live))
             else:

@@ -64,7 +64,7 @@ def generate_batch(
     prompts: Sequence[Sequence[int]],
     params: GenerationParams,
     batch: int,
-    prefill_chunk: int = 512,
+    prefill_chunk: int = 128,
 ) -> Iterator[Completion]:
     """Continue all prompts, at most `batch` at a time; a place that becomes free is taken at once.
 

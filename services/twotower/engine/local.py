@@ -50,7 +50,7 @@ class LocalEngine:
         dtype: str = "auto",
         device: str = "auto",
         threads: int | None = None,
-        prefill_chunk: int = 512,
+        prefill_chunk: int = 128,
         experts: str = "auto",
         context_experts: str | None = None,
     ) -> None:

@@ -12,6 +12,9 @@ import torch
 P = ParamSpec("P")
 T = TypeVar("T")
 
+HELPERS = 4
+"""Threads beside the event loop, for copies."""
+
 
 class EngineThread:
     """Runs torch's work, one call after the other, beside the event loop.
@@ -19,14 +22,15 @@ class EngineThread:
     Every thread that calls a parallel operation gets a team of OpenMP threads of its own, and as soon as there are
     more of these in all than CPUs, none of them spins for work any more: each small operation then wakes
     its helpers through the kernel, which was seen to cost more than half of the speed. So loading, warming up and
-    serving all run here, and the event loop's own thread keeps to one CPU.
+    serving all run here, and the event loop's own thread and its helpers keep to one CPU each.
     """
 
     def __init__(self, name: str, threads: int = 1) -> None:
-        """threads: CPU threads of an operation."""
-        torch.set_num_threads(1)  # of the calling thread,
-        torch.get_num_threads()  # which takes the number that was set last when it first asks for it: now, and not later
-        self._executor = ThreadPoolExecutor(1, name, initializer=torch.set_num_threads, initargs=(threads,))
+        """threads: CPU threads of an operation. To be made in the event loop's thread."""
+        _use_threads(1)
+        helpers = ThreadPoolExecutor(HELPERS, "helper", initializer=_use_threads, initargs=(1,))
+        asyncio.get_running_loop().set_default_executor(helpers)  # of `asyncio.to_thread`, where states are packed
+        self._executor = ThreadPoolExecutor(1, name, initializer=_use_threads, initargs=(threads,))
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of `work`, which begins when all that came before it has ended."""
@@ -39,6 +43,12 @@ class EngineThread:
     def close(self) -> None:
         """Begin nothing more."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _use_threads(count: int) -> None:
+    """CPU threads of this thread's operations."""
+    torch.set_num_threads(count)
+    torch.get_num_threads()  # a thread takes the number that was set last, by any, when it first asks: now, and not later
 
 
 def _nothing() -> None:

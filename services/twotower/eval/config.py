@@ -8,6 +8,9 @@ from pathlib import Path
 from twotower.errors import ConfigError
 from twotower.request import GenerationParams
 
+AR_EVERY = 3
+"""In a sweep AR runs before every so many parts of the problems: machines are noisy, and a ratio needs a neighbour."""
+
 AMONG = 25
 """Problems after which the other mode has its turn: both modes see the same state of a noisy machine."""
 

@@ -16,7 +16,7 @@ import torch
 from twotower.engine.batch import Completion, generate_batch
 from twotower.engine.local import LocalEngine
 from twotower.errors import CheckpointError
-from twotower.eval.config import AMONG, EvalConfig
+from twotower.eval.config import AMONG, AR_EVERY, EvalConfig
 from twotower.request import GenerationParams, Mode, check_request
 from twotower.text.tokenizer import Tokenizer
 from twotower.train.answers import is_correct, is_degenerate
@@ -178,14 +178,18 @@ class Evaluation:
                 self._solve(score, mode, self.params, settings, part, batch)
         return Comparison(batch, ar, diffusion, turns[0][2], turns[1][2])
 
-    def diffusion(self, params: GenerationParams, batch: int) -> Score:
-        """One setting of the diffusion mode over all problems."""
-        score, everything = Score(), range(len(self.problems))
+    def diffusion(self, params: GenerationParams, batch: int) -> tuple[Score, Score]:
+        """One setting of the diffusion mode over all problems, and AR over some of them in between, for its speed."""
+        score, ar = Score(), Score()
         params = dataclasses.replace(params, eos_token_ids=self.params.eos_token_ids)
-        settings = self.tune(Mode.DIFFUSION, batch)
-        self._solve(Score(), Mode.DIFFUSION, params, settings, everything[:2], batch)  # a new block size may compile anew
-        self._solve(score, Mode.DIFFUSION, params, settings, everything, batch)
-        return score
+        settings, ar_settings = self.tune(Mode.DIFFUSION, batch), self.tune(Mode.AR, batch)
+        self._solve(Score(), Mode.DIFFUSION, params, settings, range(min(2, len(self.problems))), batch)  # may compile anew
+        for i, start in enumerate(range(0, len(self.problems), AMONG)):
+            part = range(start, min(start + AMONG, len(self.problems)))
+            if i % AR_EVERY == 0:
+                self._solve(ar, Mode.AR, self.params, ar_settings, part, batch)
+            self._solve(score, Mode.DIFFUSION, params, settings, part, batch)
+        return score, ar
 
     def _solve(
         self, score: Score, mode: Mode, params: GenerationParams, settings: Settings, which: Sequence[int], batch: int

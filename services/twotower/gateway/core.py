@@ -82,7 +82,7 @@ class Core:
         except InvalidArgument as error:
             self._count(request.mode, outcome_of(error))
             raise
-        return Prepared(Job(uuid.uuid4().hex, tuple(prompt), params), request.stop, tuple(warnings))
+        return Prepared(Job(uuid.uuid4().hex, tuple(prompt), params, request.priority), request.stop, tuple(warnings))
 
     @contextmanager
     def admit(self, requests: Sequence[Prepared]) -> Iterator[None]:

@@ -11,9 +11,9 @@ from twotower.errors import InvalidArgument
 from twotower.events import Accepted, Block, Event
 from twotower.gateway.core import Core
 from twotower.gateway.request import Request
-from twotower.request import Mode
+from twotower.request import Mode, Priority
 from twotower.v1 import inference_pb2, inference_pb2_grpc
-from twotower.wire.params import FINISH_TO_PB, MODE_FROM_PB
+from twotower.wire.params import FINISH_TO_PB, MODE_FROM_PB, PRIORITY_FROM_PB
 
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
@@ -61,6 +61,11 @@ def request_from_pb(message: inference_pb2.GenerateRequest) -> Request:
         mode = Mode.DIFFUSION
     if mode is None:
         raise InvalidArgument("mode", f"{message.mode} is unknown")
+    priority = PRIORITY_FROM_PB.get(message.priority)
+    if message.priority == inference_pb2.PRIORITY_UNSPECIFIED:
+        priority = Priority.NORMAL
+    if priority is None:
+        raise InvalidArgument("priority", f"{message.priority} is unknown")
     return Request(
         prompt=message.text if kind == "text" else tuple(message.token_ids.ids),
         default_max_tokens=DEFAULT_MAX_TOKENS,
@@ -76,6 +81,7 @@ def request_from_pb(message: inference_pb2.GenerateRequest) -> Request:
         stop=tuple(message.stop),
         ignore_eos=message.ignore_eos,
         eos_token_ids=tuple(message.eos_token_ids),
+        priority=priority,
     )
 
 

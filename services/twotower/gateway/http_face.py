@@ -125,7 +125,8 @@ class Completions:
         prepared = [await self._core.prepare(request) for request in call.requests]
         reply = replies.Completion(prepared[0].job.request_id, int(time.time()), self._core.model.name)
         with self._core.admit(prepared):
-            async with aclosing(_merged([self._core.run(request) for request in prepared])) as events:
+            deadline = None if call.timeout_s is None else asyncio.get_running_loop().time() + call.timeout_s
+            async with aclosing(_merged([self._core.run(request, deadline) for request in prepared])) as events:
                 if call.stream:
                     await self._stream(call, reply, prepared, events, send)
                 else:

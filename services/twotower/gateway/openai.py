@@ -15,7 +15,7 @@ from typing import Any, Never, TypeVar
 
 from twotower.errors import InvalidArgument
 from twotower.gateway.request import DEFAULT_SEED, Request
-from twotower.request import MAX_SEED, Mode
+from twotower.request import MAX_SEED, Mode, Priority
 
 T = TypeVar("T")
 
@@ -24,6 +24,9 @@ DEFAULT_MAX_TOKENS = 16
 
 MAX_CHOICES = 8
 """Texts for each prompt."""
+
+TIERS = {"auto": Priority.NORMAL, "default": Priority.NORMAL, "priority": Priority.HIGH, "flex": Priority.LOW}
+"""OpenAI's names for who goes first."""
 
 MODES = {mode.value: mode for mode in (Mode.DIFFUSION, Mode.AR)}
 
@@ -39,6 +42,8 @@ class CompletionCall:
     model: str | None
     stream: bool
     include_usage: bool
+    timeout_s: float | None
+    """How long the call may take."""
 
 
 def parse_json(body: bytes) -> Mapping[str, Any]:
@@ -76,6 +81,7 @@ def parse_completion(body: Mapping[str, Any], max_requests: int) -> CompletionCa
         "stop": _optional(body, "stop", _stop) or (),
         "ignore_eos": _optional(body, "ignore_eos", _boolean) or False,
         "eos_token_ids": eos_token_ids or (),
+        "priority": _optional(body, "service_tier", _priority) or Priority.NORMAL,
     }
     if "prompt" not in body:
         raise InvalidArgument("prompt", "is missing")
@@ -100,11 +106,15 @@ def parse_completion(body: Mapping[str, Any], max_requests: int) -> CompletionCa
         model=_optional(body, "model", _string),
         stream=stream,
         include_usage=_include_usage(body, stream),
+        timeout_s=_optional(body, "timeout_s", _seconds),
     )
 
 
-_OURS = ("mode", "gamma", "block_size", "steps", "top_k", "ignore_eos", "eos_token_ids")
-_TAKEN = ("model", "prompt", "n", "best_of", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options")
+_OURS = ("mode", "gamma", "block_size", "steps", "top_k", "ignore_eos", "eos_token_ids", "timeout_s")
+_TAKEN = (
+    *("model", "prompt", "n", "best_of", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options"),
+    "service_tier",
+)
 _IGNORED = ("user",)
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
@@ -193,6 +203,20 @@ def _mode(name: str, value: Any) -> Mode:
     if mode is None:
         raise InvalidArgument(name, f"must be one of {', '.join(MODES)}, not {value!r}")
     return mode
+
+
+def _priority(name: str, value: Any) -> Priority:
+    priority = TIERS.get(_string(name, value))
+    if priority is None:
+        raise InvalidArgument(name, f"must be one of {', '.join(TIERS)}, not {value!r}")
+    return priority
+
+
+def _seconds(name: str, value: Any) -> float:
+    seconds = _number(name, value)
+    if seconds <= 0:
+        raise InvalidArgument(name, f"must be above 0 seconds, not {seconds:g}")
+    return seconds
 
 
 def _stop(name: str, value: Any) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from twotower.errors import InvalidArgument
-from twotower.request import GenerationParams, Mode, ModelLimits
+from twotower.request import GenerationParams, Mode, ModelLimits, Priority
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
@@ -37,6 +37,7 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     eos_token_ids: tuple[int, ...] = ()
+    priority: Priority = Priority.NORMAL
 
 
 def check_unresolved(request: Request, has_tokenizer: bool) -> None:

@@ -13,10 +13,10 @@ import grpc
 from twotower.errors import BrokerUnavailable, Overloaded, TwoTowerError, Unavailable
 from twotower.gateway.prefixes import PromptChains
 from twotower.gateway.replicas import ContextReplica, ReplicaPool
-from twotower.request import FinishReason, GenerationParams
+from twotower.request import FinishReason, GenerationParams, Priority
 from twotower.rpc.errors import error_from_rpc, raised_by_peer
 from twotower.v1 import context_pb2, inference_pb2
-from twotower.wire.params import FINISH_FROM_PB, params_to_pb
+from twotower.wire.params import FINISH_FROM_PB, PRIORITY_TO_PB, params_to_pb
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class Job:
     request_id: str
     prompt: tuple[int, ...]
     params: GenerationParams
+    priority: Priority = Priority.NORMAL
 
 
 class _LostError(Exception):
@@ -127,6 +128,7 @@ class SessionStream:
             prompt=inference_pb2.TokenIds(ids=(*job.prompt, *self._emitted)),
             generated=len(self._emitted),
             params=params_to_pb(job.params),
+            priority=PRIORITY_TO_PB[job.priority],
         )
         timeout = None if self._deadline is None else max(0.0, self._deadline - asyncio.get_running_loop().time())
         replica.in_flight += 1

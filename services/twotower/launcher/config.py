@@ -40,6 +40,10 @@ class UpConfig:
     """Sessions each context holds."""
     state_memory: str = "auto"
     """Of each tower, for the states of its sessions."""
+    prefix_memory: str = "auto"
+    """Of each context, for cached prefixes."""
+    prefix_redis_memory: str = "1G"
+    """Of the contexts together, for cached prefixes in Redis."""
     trace: Path | None = None
     """Directory where the towers record spans."""
     drain_s: float = 30.0

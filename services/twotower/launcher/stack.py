@@ -50,8 +50,9 @@ class Stack:
             self.redis_url = self._redis.url
         else:
             await (await connect(config.redis_url)).aclose()
+        prefixes = ("--prefix-memory", config.prefix_memory, "--prefix-redis-memory", config.prefix_redis_memory)
         self.towers = [
-            *(self._service("context", i, "--max-sessions", config.max_sessions) for i in range(config.contexts)),
+            *(self._service("context", i, "--max-sessions", config.max_sessions, *prefixes) for i in range(config.contexts)),
             *(self._service("denoiser", i, "--slots", config.slots) for i in range(config.denoisers)),
         ]
         room = config.contexts * config.max_sessions  # what the contexts cannot hold is refused where it comes in

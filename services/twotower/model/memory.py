@@ -12,8 +12,10 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 CPU_SHARE = 0.25
 """Of a machine's memory, where nothing is said: other towers may run on it."""
-CUDA_SHARE = 0.8
-"""Of what the weights leave of a GPU; the rest is for activations."""
+CUDA_SHARE = 0.6
+"""Of what the weights leave of a GPU; the rest is for cached prefixes and activations."""
+PREFIX_SHARE = 0.25
+"""Of the state memory, what cached prefixes may take beside it."""
 
 
 def state_budget(option: str, device: torch.device) -> int:
@@ -26,13 +28,20 @@ def state_budget(option: str, device: torch.device) -> int:
     return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_SHARE)
 
 
-def parse_bytes(option: str) -> int:
-    """ "512M" -> 536870912. Raises ConfigError."""
+def prefix_budget(option: str, state_bytes: int) -> int:
+    """Bytes for "auto", "0" or a size, beside `state_bytes` for states. Raises ConfigError."""
+    if option == "auto":
+        return int(state_bytes * PREFIX_SHARE)
+    return 0 if option == "0" else parse_bytes(option, "prefix_memory")
+
+
+def parse_bytes(option: str, name: str = "state_memory") -> int:
+    """ "512M" -> 536870912. Raises ConfigError, which names the option."""
     number, unit = (option[:-1], option[-1].upper()) if option and not option[-1].isdigit() else (option, "")
     try:
         count = float(number) * _UNITS[unit]
     except (KeyError, ValueError):
-        raise ConfigError(f"state_memory: must be auto or a size such as 512M or 40G, not {option!r}") from None
+        raise ConfigError(f"{name}: must be auto or a size such as 512M or 40G, not {option!r}") from None
     if not 1 <= count < 1 << 60:  # also refuses NaN
-        raise ConfigError(f"state_memory: must be a size between a byte and an exabyte, not {option!r}")
+        raise ConfigError(f"{name}: must be a size between a byte and an exabyte, not {option!r}")
     return int(count)

@@ -9,7 +9,7 @@ from torch import Tensor
 from twotower_kernels.cpu import experts as cpu
 from twotower_kernels.cpu.build import load
 from twotower_kernels.experts import all_experts
-from twotower_kernels.linear import CPU_ROWS, linear
+from twotower_kernels.linear import linear
 
 pytestmark = pytest.mark.skipif(load() is None, reason="no AVX-512 BF16, or no compiler")
 
@@ -79,13 +79,19 @@ def test_what_is_not_finite_stays_with_its_token(bad: float) -> None:
     assert torch.equal(out[others], sound[others])
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 16, 31, CPU_ROWS, CPU_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 31, 64, 65, 150])
 @pytest.mark.parametrize(("outputs", "size"), [(16, 32), (100, 192), (777, 70), (17, 5)])
 def test_linear(rows: int, outputs: int, size: int) -> None:
     x, weight = _bf16(rows, size, seed=1), _bf16(outputs, size, seed=2, scale=size**-0.5)
     out = linear(x, weight)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), x.float() @ weight.float().t(), rtol=1e-2, atol=1e-2)
+
+
+def test_linear_with_a_bias() -> None:
+    x, weight, bias = _bf16(5, 40, seed=1), _bf16(37, 40, seed=2), _bf16(37, seed=3)
+    expected = x.float() @ weight.float().t() + bias.float()
+    torch.testing.assert_close(linear(x, weight, bias).float(), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_linear_of_rows_that_lie_apart_and_of_more_axes() -> None:
@@ -96,8 +102,9 @@ def test_linear_of_rows_that_lie_apart_and_of_more_axes() -> None:
 
 
 def test_linear_has_the_same_bits_whoever_is_beside() -> None:
-    x, weight = _bf16(30, 96, seed=1), _bf16(50, 96, seed=2)
+    x, weight = _bf16(150, 96, seed=1), _bf16(50, 96, seed=2)
     assert torch.equal(linear(x[11:12], weight)[0], linear(x, weight)[11])
+    assert torch.equal(linear(x[140:], weight), linear(x, weight)[140:])
 
 
 def test_gradients_flow() -> None:
