@@ -11,11 +11,15 @@ import pytest
 
 from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.redis_server import embedded_redis
-from twotower.errors import ServiceFailed
+from twotower.client.grpc_client import GatewayClient
+from twotower.engine.local import LocalEngine
+from twotower.errors import ConfigError, ServiceFailed
+from twotower.events import Block
 from twotower.launcher import embedded_redis as embedded
 from twotower.launcher import stack as stack_module
 from twotower.launcher.config import UpConfig
 from twotower.launcher.stack import stack
+from twotower.request import GenerationParams
 
 
 async def test_a_service_that_dies_too_often_ends_the_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,6 +33,20 @@ async def test_a_service_that_dies_too_often_ends_the_stack(tmp_path: Path, monk
             await running.failed()
         processes = [*running.towers, running.gateway]
     assert [process.pid for process in processes if process is not None] == [None] * 3
+
+
+async def test_towers_of_different_precision_serve_together(tmp_path: Path) -> None:
+    path = write_tiny_checkpoint(tmp_path)
+    params = GenerationParams(max_tokens=40, steps=4, gamma=1.0)
+    config = UpConfig(path, contexts=2, experts="fp4", context_experts="fp8", threads=1)
+    async with stack(config, lambda line: None) as running, GatewayClient(running.grpc_address) as client:
+        events = client.generate((5, 6, 7), max_tokens=40, steps=4, gamma=1.0, ignore_eos=True)
+        tokens = [token async for event in events if isinstance(event, Block) for token in event.token_ids]
+    engine = LocalEngine(path, threads=1, experts="fp4", context_experts="fp8")
+    assert tokens == engine.generate([5, 6, 7], params).token_ids
+    with pytest.raises(ConfigError, match="experts"):
+        async with stack(UpConfig(path, experts="fp5"), lambda line: None):
+            pass
 
 
 def test_threads_are_shared_out(tmp_path: Path) -> None:

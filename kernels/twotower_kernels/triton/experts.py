@@ -57,15 +57,24 @@ def grouped_experts(
     assert hidden.stride(1) == 1
     assert up.is_contiguous()
     assert down.is_contiguous()
-    out = torch.empty(n, size, dtype=torch.float32, device=hidden.device)
     if n == 0:
-        return out
-    rows = n * top_k
+        return torch.empty(n, size, dtype=torch.float32, device=hidden.device)
     if block_rows is None:
-        block_rows = _choose_rows(n, rows, total)
+        block_rows = choose_rows(n, n * top_k, total)
     assert block_rows >= _MIN_DOT
-    starts = torch.empty(total + 1, dtype=torch.int32, device=hidden.device)
-    order = torch.empty(rows, dtype=torch.int32, device=hidden.device)
+    starts, order = plan(experts, total)
+    mid = torch.empty(n * top_k, width, dtype=hidden.dtype, device=hidden.device)
+    _project(hidden, up, mid, starts, order, None, top_k, block_rows)
+    parts = torch.empty(n * top_k, size, dtype=torch.float32, device=hidden.device)
+    _project(mid, down, parts, starts, order, weights.contiguous(), top_k, block_rows)
+    return sum_choices(parts, top_k)
+
+
+def plan(experts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Which rows each of `total` experts has: experts (N, k) int64 -> their starts (total + 1,) and their order (N k,)."""
+    rows = experts.numel()
+    starts = torch.empty(total + 1, dtype=torch.int32, device=experts.device)
+    order = torch.empty(rows, dtype=torch.int32, device=experts.device)
     _plan_kernel[(total,)](
         experts.contiguous(),
         starts,
@@ -75,16 +84,20 @@ def grouped_experts(
         num_warps=4,
         enable_fp_fusion=True,
     )
-    mid = torch.empty(rows, width, dtype=hidden.dtype, device=hidden.device)
-    _project(hidden, up, mid, starts, order, None, top_k, block_rows)
-    parts = torch.empty(rows, size, dtype=torch.float32, device=hidden.device)
-    _project(mid, down, parts, starts, order, weights.contiguous(), top_k, block_rows)
+    return starts, order
+
+
+def sum_choices(parts: Tensor, top_k: int) -> Tensor:
+    """parts (N k, H) fp32, weighted, in the order of (token, choice) -> (N, H) fp32."""
+    rows, size = parts.shape
+    n = rows // top_k
+    out = torch.empty(n, size, dtype=torch.float32, device=parts.device)
     block = min(1024, triton.next_power_of_2(size))
     _sum_kernel[(triton.cdiv(size, block), n)](parts, out, size, TOP_K=top_k, BLOCK=block, num_warps=4, enable_fp_fusion=True)
     return out
 
 
-def _choose_rows(n: int, rows: int, experts: int) -> int:
+def choose_rows(n: int, rows: int, experts: int) -> int:
     """Twice what an expert has on average, for few of them to need a second walk; no expert has more than all tokens."""
     fair = triton.next_power_of_2(triton.cdiv(2 * rows, experts))
     return int(max(_MIN_DOT, min(fair, triton.next_power_of_2(n), _MAX_ROWS)))
@@ -193,14 +206,20 @@ def _project_kernel(
             w = tl.load(matrix + at, mask=(at + c < inputs)[None, :], other=0.0).to(compute)
             t = tl.load(tokens + at, mask=(at + c < inputs)[:, None] & known[None, :], other=0.0).to(compute)
             acc = tl.dot(w, t, acc, input_precision="tf32x3")
-        stored = (o < outputs)[:, None] & known[None, :]
-        if UP:
-            acc = tl.where(acc < 0, 0.0, acc)  # a maximum with 0 would make 0 of NaN
-            result = as_dtype(acc * acc, out.dtype.element_ty, INTERPRETED)
-            tl.store(out + (first + r).to(tl.int64)[None, :] * outputs + o[:, None], result, mask=stored)
-        else:
-            acc = acc * tl.load(weights + row, mask=known, other=0.0)[None, :]
-            tl.store(out + row.to(tl.int64)[None, :] * outputs + o[:, None], acc, mask=stored)
+        store_rows(acc, out, weights, row, first + r, known, o, outputs, UP, INTERPRETED)
+
+
+@triton.jit
+def store_rows(acc, out, weights, row, at, known, o, outputs, UP: tl.constexpr, INTERPRETED: tl.constexpr):
+    """acc (outputs o, rows): after relu2 to the rows `at` of expert order, or weighted to `row` of (token, choice)."""
+    stored = (o < outputs)[:, None] & known[None, :]
+    if UP:
+        acc = tl.where(acc < 0, 0.0, acc)  # a maximum with 0 would make 0 of NaN
+        result = as_dtype(acc * acc, out.dtype.element_ty, INTERPRETED)
+        tl.store(out + at.to(tl.int64)[None, :] * outputs + o[:, None], result, mask=stored)
+    else:
+        acc = acc * tl.load(weights + row, mask=known, other=0.0)[None, :]
+        tl.store(out + row.to(tl.int64)[None, :] * outputs + o[:, None], acc, mask=stored)
 
 
 @triton.jit

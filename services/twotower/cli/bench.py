@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twotower.cli import bench_device
 from twotower.cli.options import add_place, add_stack_size, add_trace, check_at_least_one, check_target
 from twotower.errors import ConfigError
 from twotower.transport.config import CHOICES, Kind
@@ -75,6 +76,8 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     soak.add_argument("--concurrency", type=int, default=16, metavar="C", help="requests in flight (default 16)")
     soak.add_argument("--prompts", type=int, default=32, metavar="N", help="different ones, asked in turn (default 32)")
     soak.set_defaults(run=_soak)
+
+    bench_device.add_parts(parts)
 
     transport = parts.add_parser("transport", help="what travels at the real size, and how fast", allow_abbrev=False)
     transport.add_argument("--tokens", type=int, default=1024, metavar="N", help="tokens of the snapshot (default 1024)")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from twotower.cli.options import add_checkpoint, add_place
+from twotower.cli.options import add_checkpoint, add_context_experts, add_experts, add_place
 
 if TYPE_CHECKING:
     from twotower.eval.measure import Comparison, Settings
@@ -30,6 +30,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0")
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="default 256")
     add_place(parser)
+    add_experts(parser)
+    add_context_experts(parser, None, "as --experts")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: the fastest for each mode)")
     parser.add_argument(
         "--compile",
@@ -69,6 +71,8 @@ def run(args: argparse.Namespace) -> None:
         params=params,
         dtype=args.dtype,
         device=args.device,
+        experts=args.experts,
+        context_experts=args.context_experts,
         threads=args.threads,
         compiled={"auto": None, "yes": True, "no": False}[args.compile],
     )
@@ -91,7 +95,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"wrote {args.out / 'sweep.md'} and {args.out / 'sweep.png'}", file=sys.stderr)
     if args.json:
         settings = {"seed": args.seed, "gamma": args.gamma, "block_size": block_size, "steps": params.steps}
-        place = {"dtype": args.dtype, "device": str(evaluation.engine.context.tower.device)}
+        precision = {"experts": args.experts, "context_experts": args.context_experts or args.experts}
+        place = {**precision, "dtype": args.dtype, "device": str(evaluation.engine.context.tower.device)}
         headline, *others = [comparison.as_json() for comparison in comparisons]
         extra = {"sweep": [point.as_json() for point in points]} if points else {}
         print(json.dumps({**headline, "batches": others, "settings": {**settings, **place}, **extra}))

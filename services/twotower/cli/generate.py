@@ -10,7 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from twotower.cli.options import DEFAULT_CHECKPOINT, DEFAULT_TARGET, add_place, check_at_least_one, check_target
+from twotower.cli.options import (
+    DEFAULT_CHECKPOINT,
+    DEFAULT_TARGET,
+    add_context_experts,
+    add_experts,
+    add_place,
+    check_at_least_one,
+    check_target,
+)
 from twotower.errors import InvalidArgument, Unavailable
 from twotower.events import Accepted, Block, Event, Finished
 from twotower.request import Mode, Priority
@@ -50,6 +58,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--no-eos", action="store_true", help="go on to --max-tokens whatever is generated")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     add_place(parser)
+    add_experts(parser)
+    add_context_experts(parser, None, "as --experts")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads, with --local")
     parser.set_defaults(run=run)
 
@@ -65,9 +75,13 @@ def run(args: argparse.Namespace) -> None:
     if args.local and (args.timeout is not None or args.priority != "normal"):
         raise InvalidArgument("local", "nothing waits in one process: --timeout and --priority are for a gateway")
     if not args.local:
-        for name, unset in (("checkpoint", None), ("threads", None), ("dtype", "auto"), ("device", "auto")):
+        local = {"checkpoint": None, "threads": None, "dtype": "auto", "device": "auto"}
+        for name, unset in {**local, "experts": "auto", "context_experts": None}.items():
             if getattr(args, name) != unset:
-                print(f"warning: --{name} is for --local; the gateway serves its own model its own way", file=sys.stderr)
+                print(
+                    f"warning: --{name.replace('_', '-')} is for --local; the gateway serves its own model its own way",
+                    file=sys.stderr,
+                )
     check_target(args.target)
     result = _Result(stream=not args.json)
     try:
@@ -210,4 +224,12 @@ def _local(args: argparse.Namespace, prompt: str | tuple[int, ...]) -> Iterator[
         stop=tuple(args.stop),
         ignore_eos=args.no_eos,
     )
-    return generate(args.checkpoint or DEFAULT_CHECKPOINT, request, dtype=args.dtype, device=args.device, threads=args.threads)
+    return generate(
+        args.checkpoint or DEFAULT_CHECKPOINT,
+        request,
+        dtype=args.dtype,
+        device=args.device,
+        threads=args.threads,
+        experts=args.experts,
+        context_experts=args.context_experts,
+    )

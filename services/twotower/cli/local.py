@@ -15,7 +15,16 @@ from twotower.text.stream import TextStream
 from twotower.text.tokenizer import Tokenizer
 
 
-def generate(checkpoint: Path, request: Request, *, dtype: str, device: str, threads: int | None) -> Iterator[Event]:
+def generate(
+    checkpoint: Path,
+    request: Request,
+    *,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    experts: str = "auto",
+    context_experts: str | None = None,
+) -> Iterator[Event]:
     """Check the request against the checkpoint's headers, then load both towers and generate. Raises TwoTowerError."""
     headers = Checkpoint.open(checkpoint)
     path, limits = headers.tokenizer_path, headers.limits
@@ -29,7 +38,9 @@ def generate(checkpoint: Path, request: Request, *, dtype: str, device: str, thr
     params = resolve(request, len(prompt), limits)
     warnings = check_request(prompt, params, limits)
     text = TextStream(tokenizer, request.stop, (*limits.eos_token_ids, limits.mask_token_id)) if tokenizer else None
-    engine = LocalEngine(checkpoint, dtype=dtype, device=device, threads=threads)
+    engine = LocalEngine(
+        checkpoint, dtype=dtype, device=device, threads=threads, experts=experts, context_experts=context_experts
+    )
     yield Accepted("local", len(prompt), tuple(warnings))
     started = time.perf_counter()
     tokens = forwards = blocks = 0

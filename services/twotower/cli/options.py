@@ -33,6 +33,26 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:N")
 
 
+def add_experts(parser: argparse.ArgumentParser) -> None:
+    """``--experts P``."""
+    parser.add_argument(
+        "--experts",
+        default="auto",
+        choices=("auto", "bf16", "fp8", "fp4"),
+        help="precision of the routed experts, quantized at load (auto: as the checkpoint stores them)",
+    )
+
+
+def add_context_experts(parser: argparse.ArgumentParser, default: str | None, meaning: str) -> None:
+    """``--context-experts P``. default: where it is not given, which `meaning` says."""
+    parser.add_argument(
+        "--context-experts",
+        default=default,
+        choices=("auto", "bf16", "fp8", "fp4"),
+        help=f"precision of the context tower's experts (default: {meaning})",
+    )
+
+
 def add_state_memory(parser: argparse.ArgumentParser) -> None:
     """``--state-memory SIZE``."""
     parser.add_argument(

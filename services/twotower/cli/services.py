@@ -8,7 +8,9 @@ import asyncio
 from twotower.cli.options import (
     DEFAULT_REDIS,
     add_checkpoint,
+    add_context_experts,
     add_drain,
+    add_experts,
     add_place,
     add_prefix_memory,
     add_state_memory,
@@ -26,6 +28,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     gateway.add_argument("--http-port", type=int, default=8000, metavar="P", help="default 8000; 0: any free port")
     gateway.add_argument("--model-name", metavar="NAME", help="name under which the model is served (default: the directory's)")
     gateway.add_argument("--max-in-flight", type=int, default=256, metavar="N", help="requests at once (default 256)")
+    add_context_experts(gateway, "auto", "as the checkpoint stores them")
     gateway.set_defaults(run=run_gateway)
 
     context = _add(commands, "context", "the context tower: reads prompts, keeps the state of sessions")
@@ -47,6 +50,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     denoiser = _add(commands, "denoiser", "a denoising worker: pulls sessions, writes their blocks")
     denoiser.add_argument("--port", type=int, default=0, metavar="P", help="of health checks; default 0: any free port")
     _add_tower(denoiser)
+    add_context_experts(denoiser, "auto", "as the checkpoint stores them")
     denoiser.add_argument("--slots", type=int, default=8, metavar="N", help="sessions refined together (default 8)")
     denoiser.set_defaults(run=run_denoiser)
 
@@ -66,6 +70,7 @@ def run_gateway(args: argparse.Namespace) -> None:
         http_port=args.http_port,
         model_name=args.model_name,
         max_in_flight=args.max_in_flight,
+        context_experts=args.context_experts,
         drain_s=args.drain,
     )
     asyncio.run(run(config))
@@ -86,6 +91,7 @@ def run_context(args: argparse.Namespace) -> None:
         advertise=args.advertise,
         dtype=args.dtype,
         device=args.device,
+        experts=args.experts,
         transport=args.transport,
         threads=args.threads,
         max_sessions=args.max_sessions,
@@ -116,6 +122,8 @@ def run_denoiser(args: argparse.Namespace) -> None:
         port=args.port,
         dtype=args.dtype,
         device=args.device,
+        experts=args.experts,
+        context_experts=args.context_experts,
         transport=args.transport,
         threads=args.threads,
         state_memory=args.state_memory,
@@ -137,6 +145,7 @@ def _add(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: st
 
 def _add_tower(parser: argparse.ArgumentParser) -> None:
     add_place(parser)
+    add_experts(parser)
     add_transport(parser)
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
     add_state_memory(parser)

@@ -9,7 +9,9 @@ import sys
 
 from twotower.cli.options import (
     add_checkpoint,
+    add_context_experts,
     add_drain,
+    add_experts,
     add_place,
     add_prefix_memory,
     add_stack_size,
@@ -30,6 +32,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--http-port", type=int, default=8000, metavar="P", help="default 8000; 0: any free port")
     parser.add_argument("--redis", metavar="URL", help="Redis >= 7 or Valkey (default: an embedded one)")
     add_place(parser)
+    add_experts(parser)
+    add_context_experts(parser, None, "as --experts")
     add_transport(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of each tower (default: cores / towers)")
     parser.add_argument("--slots", type=int, default=8, metavar="N", help="sessions each denoiser refines together (default 8)")
@@ -54,6 +58,8 @@ def run(args: argparse.Namespace) -> None:
         http_port=args.http_port,
         redis_url=args.redis,
         dtype=args.dtype,
+        experts=args.experts,
+        context_experts=args.context_experts or args.experts,
         device=args.device,
         transport=args.transport,
         threads=args.threads,

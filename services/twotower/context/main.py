@@ -49,12 +49,12 @@ SERVICE_NAME = context_pb2.DESCRIPTOR.services_by_name["ContextTower"].full_name
 async def run(config: ContextConfig) -> None:
     """Serve until SIGTERM, then drain. Raises CheckpointError, ConfigError, BrokerUnavailable before it serves."""
     stop = stop_requested()
-    checkpoint = Checkpoint.open(config.checkpoint, ("context",))
+    checkpoint = Checkpoint.open(config.checkpoint, ("context",), context_experts=config.experts)
     redis = await connect(config.redis_url)
     thread = EngineThread("context-engine", config.threads)
     try:
         place = resolve_dtype(config.dtype, checkpoint), resolve_device(config.device)
-        tower = await thread.run(load_context_tower, checkpoint, *place)
+        tower = await thread.run(load_context_tower, checkpoint, *place, experts=config.experts)
         engine = ContextEngine(tower)
         await thread.run(_warm_up, engine)
         pool = StatePool(tower.config, tower.dtype, tower.device, _pool_size(config, checkpoint, tower))

@@ -19,6 +19,10 @@ class DenoiserConfig:
     """auto (the checkpoint's), float32 or bfloat16."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:N."""
+    experts: str = "auto"
+    """Precision of the routed experts: auto (as the checkpoint stores them), bf16 (the model's dtype), fp8, fp4."""
+    context_experts: str = "auto"
+    """Precision at which the contexts run theirs; part of the identity under which processes find each other."""
     threads: int = 1
     """CPU threads of torch."""
     state_memory: str = "auto"

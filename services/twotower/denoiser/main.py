@@ -37,12 +37,12 @@ log = logging.getLogger(__name__)
 async def run(config: DenoiserConfig) -> None:
     """Work until SIGTERM, then hand sessions back. Raises CheckpointError, ConfigError, BrokerUnavailable before it works."""
     stop = stop_requested()
-    checkpoint = Checkpoint.open(config.checkpoint, ("denoiser",))
+    checkpoint = Checkpoint.open(config.checkpoint, ("denoiser",), context_experts=config.context_experts)
     redis = await connect(config.redis_url)
     thread = EngineThread("denoiser-engine", config.threads)
     try:
         place = resolve_dtype(config.dtype, checkpoint), resolve_device(config.device)
-        tower = await thread.run(load_denoiser_tower, checkpoint, *place)
+        tower = await thread.run(load_denoiser_tower, checkpoint, *place, experts=config.experts)
         engine = DenoiserEngine(tower)
         await thread.run(_warm_up, engine)
         pool = StatePool(tower.config, tower.dtype, tower.device, _pool_size(config, checkpoint, tower))

@@ -51,15 +51,20 @@ class LocalEngine:
         device: str = "auto",
         threads: int | None = None,
         prefill_chunk: int = 128,
+        experts: str = "auto",
+        context_experts: str | None = None,
     ) -> None:
-        """Load both towers. Raises CheckpointError, ConfigError."""
+        """Load both towers. experts: precision of the routed experts; context_experts: of the context's, where they differ.
+
+        Raises CheckpointError, ConfigError.
+        """
         if threads is not None:
             torch.set_num_threads(threads)
         self.checkpoint = Checkpoint.open(path)
         self.limits = self.checkpoint.limits
         place = resolve_dtype(dtype, self.checkpoint), resolve_device(device)
-        self.context = ContextEngine(load_context_tower(self.checkpoint, *place))
-        self.denoiser = DenoiserEngine(load_denoiser_tower(self.checkpoint, *place))
+        self.context = ContextEngine(load_context_tower(self.checkpoint, *place, experts=context_experts or experts))
+        self.denoiser = DenoiserEngine(load_denoiser_tower(self.checkpoint, *place, experts=experts))
         self._prefill_chunk = prefill_chunk
 
     def generate(self, prompt: Sequence[int], params: GenerationParams) -> Generation:

@@ -29,6 +29,10 @@ class EvalConfig:
     """Of the diffusion mode; AR takes what applies to it."""
     dtype: str = "auto"
     device: str = "auto"
+    experts: str = "auto"
+    """Precision of the routed experts: auto (as the checkpoint stores them), bf16, fp8, fp4."""
+    context_experts: str | None = None
+    """Of the context's, where they differ."""
     threads: int | None = None
     """CPU threads; None: whatever is fastest, found out for each mode."""
     compiled: bool | None = None

@@ -127,20 +127,26 @@ class Evaluation:
 
     def __init__(self, config: EvalConfig) -> None:
         """Load both towers. Raises TwoTowerError."""
-        self.engine = LocalEngine(config.checkpoint, dtype=config.dtype, device=config.device)
+        self.engine = LocalEngine(
+            config.checkpoint,
+            dtype=config.dtype,
+            device=config.device,
+            experts=config.experts,
+            context_experts=config.context_experts,
+        )
         path = self.engine.checkpoint.tokenizer_path
         if path is None:
             raise CheckpointError(f"{config.checkpoint} has no tokenizer.json, which word problems need")
-        self._tokenizer = Tokenizer.load(path)
+        self.tokenizer = Tokenizer.load(path)
         self.problems: list[Problem] = list(itertools.islice(problems("eval", config.seed), config.problems))
-        self._prompts = [self._tokenizer.encode(problem.question) for problem in self.problems]
+        self.prompts = [self.tokenizer.encode(problem.question) for problem in self.problems]
         self.settings: dict[tuple[Mode, int], Settings] = {}
         """The engine's settings by mode and batch."""
         self._threads = (config.threads,) if config.threads is not None else _thread_counts()
         self._compiled = (config.compiled,) if config.compiled is not None else (False, True)
         eos = config.params.eos_token_ids or self.engine.limits.eos_token_ids
         self.params = dataclasses.replace(config.params, eos_token_ids=eos)
-        check_request(self._prompts[0], self.params, self.engine.limits)
+        check_request(self.prompts[0], self.params, self.engine.limits)
 
     def tune(self, mode: Mode, batch: int) -> Settings:
         """The engine's fastest settings for a mode and batch, found out on the first problems."""
@@ -189,14 +195,14 @@ class Evaluation:
         self, score: Score, mode: Mode, params: GenerationParams, settings: Settings, which: Sequence[int], batch: int
     ) -> None:
         params = dataclasses.replace(params, mode=mode)
-        engine, prompts = self.engine, [self._prompts[i] for i in which]
+        engine, prompts = self.engine, [self.prompts[i] for i in which]
         torch.set_num_threads(settings.threads)
         engine.context.tower.compiled = engine.denoiser.tower.compiled = settings.compiled
         started = time.perf_counter()
         results = list(generate_batch(engine.context, engine.denoiser, prompts, params, batch))
         score.seconds += time.perf_counter() - started
         for result in results:
-            score.add(result, self._tokenizer.decode(result.token_ids), self.problems[which[result.index]].answer)
+            score.add(result, self.tokenizer.decode(result.token_ids), self.problems[which[result.index]].answer)
 
 
 def _thread_counts() -> tuple[int, ...]:

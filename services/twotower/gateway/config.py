@@ -20,6 +20,8 @@ class GatewayConfig:
     """0: any free port."""
     model_name: str | None = None
     """Name under which the model is served; None: the checkpoint directory's name."""
+    context_experts: str = "auto"
+    """Precision at which the contexts run their experts; part of the identity under which they are found."""
     max_in_flight: int = 256
     """Requests served at once; one more is refused as overloaded."""
     max_body_bytes: int = 8 * 1024 * 1024

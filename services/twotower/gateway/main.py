@@ -38,7 +38,7 @@ async def run(config: GatewayConfig) -> None:
     Raises TwoTowerError for what cannot be started.
     """
     stop = stop_requested()
-    checkpoint = Checkpoint.open(config.checkpoint)
+    checkpoint = Checkpoint.open(config.checkpoint, context_experts=config.context_experts)
     redis = await connect(config.redis_url)
     try:
         replicas = Registry(redis, checkpoint.identity)

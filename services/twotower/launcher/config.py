@@ -26,6 +26,10 @@ class UpConfig:
     """None: an embedded server, which lives and dies with the stack."""
     dtype: str = "auto"
     device: str = "auto"
+    experts: str = "auto"
+    """Precision of the denoisers' routed experts: auto (as the checkpoint stores them), bf16, fp8, fp4."""
+    context_experts: str = "auto"
+    """The same of the contexts'."""
     transport: str = "auto"
     """How states get from contexts to denoisers: auto, grpc, shm or dist."""
     threads: int | None = None

@@ -12,7 +12,7 @@ from twotower.errors import ServiceFailed
 from twotower.launcher.config import UpConfig
 from twotower.launcher.embedded_redis import EmbeddedRedis
 from twotower.launcher.process import Say, ServiceProcess
-from twotower.model.checkpoint import Checkpoint
+from twotower.model.checkpoint import Checkpoint, resolve_experts
 from twotower.rpc.address import check_port
 from twotower.tasks import end_tasks
 
@@ -40,7 +40,8 @@ class Stack:
     async def start(self) -> None:
         """Check what can be checked, start everything, wait until requests succeed. Raises TwoTowerError: one, and first."""
         config = self._config
-        Checkpoint.open(config.checkpoint)
+        checkpoint = Checkpoint.open(config.checkpoint, context_experts=config.context_experts)
+        resolve_experts(config.experts, checkpoint.config.denoiser_experts)
         for port, option in ((config.grpc_port, "--grpc-port"), (config.http_port, "--http-port")):
             check_port(config.host, port, option)  # 0, any free port, tells whether the host is ours
         if config.redis_url is None:
@@ -65,7 +66,7 @@ class Stack:
             "--http-port",
             config.http_port,
         )
-        self.gateway = self._process("gateway", "gateway", *ports)
+        self.gateway = self._process("gateway", "gateway", *self._context_experts, *ports)
         starting = [asyncio.create_task(self._start(service)) for service in (*self.towers, self.gateway)]
         try:
             *_, addresses = await asyncio.gather(*starting)
@@ -98,13 +99,20 @@ class Stack:
         else:
             self._failed.cancel()
 
+    @property
+    def _context_experts(self) -> tuple[str, str]:
+        return "--context-experts", self._config.context_experts
+
     def _service(self, kind: str, index: int, *options: object) -> ServiceProcess:
         config = self._config
         place = ("--dtype", config.dtype, "--device", config.device, "--threads", config.tower_threads)
+        experts: tuple[str, ...] = ("--experts", config.experts, *self._context_experts)
+        if kind == "context":
+            experts = ("--experts", config.context_experts)
         memory = ("--state-memory", config.state_memory)
         trace = () if config.trace is None else ("--trace", config.trace)
         transport = ("--transport", config.transport)
-        return self._process(f"{kind}-{index}", kind, *place, *memory, *transport, *trace, *options)
+        return self._process(f"{kind}-{index}", kind, *place, *experts, *memory, *transport, *trace, *options)
 
     def _process(self, name: str, kind: str, *options: object) -> ServiceProcess:
         config = self._config

@@ -13,15 +13,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from twotower.errors import CheckpointError
-from twotower.model.config import ModelConfig
-from twotower.model.tensors import CONTEXT_PREFIXES, DENOISER_PREFIXES, context_tensors, denoiser_tensors
+from twotower.errors import CheckpointError, ConfigError
+from twotower.model.config import PRECISIONS, ModelConfig
+from twotower.model.tensors import CONTEXT_PREFIXES, DENOISER_PREFIXES, context_tensors, denoiser_tensors, stored_dtypes
 from twotower.request import ModelLimits
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
-DTYPE_BYTES = {"F32": 4, "BF16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +29,7 @@ class TensorEntry:
 
     file: Path
     dtype: str
-    """As safetensors names it: F32 or BF16."""
+    """As safetensors names it: F32, BF16, or what quantized experts are stored in."""
     shape: tuple[int, ...]
     num_bytes: int
 
@@ -43,15 +42,18 @@ class Checkpoint:
     config: ModelConfig
     identity: str
     """Equal for equal checkpoints: a hash of the config and of all safetensors headers (names, dtypes,
-    shapes, sizes and the metadata, where our own writer puts a hash of the content)."""
+    shapes, sizes and the metadata, where our own writer puts a hash of the content), and of the precision at which the
+    *context's* experts run, where they are quantized at load: contexts of one identity compute the same states,
+    whereas a denoiser's precision touches no state, and is its own affair."""
     tensors: Mapping[str, TensorEntry]
 
     @classmethod
-    def open(cls, path: Path, towers: Iterable[str] = ("context", "denoiser")) -> Checkpoint:
+    def open(cls, path: Path, towers: Iterable[str] = ("context", "denoiser"), *, context_experts: str = "auto") -> Checkpoint:
         """Read config and headers, and check every tensor of the given towers against the config.
 
-        A shard that holds nothing of these towers need not be there. Raises CheckpointError, which names
-        the file or the tensor.
+        A shard that holds nothing of these towers need not be there. context_experts: precision at which the experts
+        of the contexts run, with which this process works (`resolve_experts`). Raises CheckpointError, which names
+        the file or the tensor, and ConfigError.
         """
         path = Path(path)
         if not path.is_dir():
@@ -74,7 +76,10 @@ class Checkpoint:
         else:
             raise CheckpointError(f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
         for tower in towers:
-            _check_tensors(path, tensors, dict(_EXPECTED[tower](config)))
+            _check_tensors(path, config, tensors, dict(_EXPECTED[tower](config)))
+        running = resolve_experts(context_experts, config.context_experts)
+        if running != "bf16" and config.context_experts == "bf16":  # the other way round, the weights are the same
+            digest.update(f"context experts {running}".encode())
         return cls(path, config, digest.hexdigest()[:16], tensors)
 
     @property
@@ -94,6 +99,20 @@ class Checkpoint:
         """`tokenizer.json`, if the checkpoint has one."""
         path = self.path / "tokenizer.json"
         return path if path.exists() else None
+
+
+def resolve_experts(asked: str, stored: str) -> str:
+    """The precision that routed experts run at: "auto", as they are stored, or one of PRECISIONS. Raises ConfigError.
+
+    "bf16" of quantized ones: unpacked, with the same values.
+    """
+    if asked not in ("auto", *PRECISIONS):
+        raise ConfigError(f"experts: must be auto, {', '.join(PRECISIONS)}, not {asked!r}")
+    if asked in ("auto", stored):
+        return stored
+    if stored != "bf16" and asked != "bf16":
+        raise ConfigError(f"experts: the checkpoint stores them in {stored}, and only the original can be quantized to {asked}")
+    return asked
 
 
 _PREFIXES = {"context": CONTEXT_PREFIXES, "denoiser": DENOISER_PREFIXES}
@@ -137,12 +156,14 @@ def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, object]]
     return entries, header
 
 
-def _check_tensors(path: Path, tensors: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_tensors(
+    path: Path, config: ModelConfig, tensors: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, ...]]
+) -> None:
     for name, shape in expected.items():
         entry = tensors.get(name)
         if entry is None:
             raise CheckpointError(f"{path}: tensor {name} is missing")
         if entry.shape != shape:
             raise CheckpointError(f"{path}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(shape)}")
-        if entry.dtype not in DTYPE_BYTES:
-            raise CheckpointError(f"{path}: tensor {name} has dtype {entry.dtype}; F32 and BF16 are supported")
+        if entry.dtype not in (known := stored_dtypes(config, name)):
+            raise CheckpointError(f"{path}: tensor {name} has dtype {entry.dtype}; supported: {', '.join(known)}")

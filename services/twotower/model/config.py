@@ -17,6 +17,9 @@ LAYER_KINDS = (MAMBA, ATTENTION, MOE, MLP)
 TIME_EMBEDDING_SIZE = 256
 """Width of the sinusoid of 1000·t that conditions the denoiser (model.md, Denoiser tower)."""
 
+PRECISIONS = ("bf16", "fp8", "fp4")
+"""How routed experts can be stored: like all other weights, or quantized (`twotower_kernels.quant`)."""
+
 TRAINED_BLOCK_SIZE = 16
 """Block size of the published checkpoints, whose config.json does not state it."""
 
@@ -59,6 +62,9 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] = 2
     mask_token_id: int = 3
     block_size: int = TRAINED_BLOCK_SIZE
+    # Written by `twotower quantize`: how each tower's routed experts are stored, one of PRECISIONS.
+    context_experts: str = "bf16"
+    denoiser_experts: str = "bf16"
 
     @classmethod
     def from_file(cls, path: Path) -> ModelConfig:
@@ -118,6 +124,9 @@ class ModelConfig:
         for name, token in (("mask_token_id", self.mask_token_id), *(("eos_token_id", t) for t in self.eos_token_ids)):
             if not 0 <= token < self.vocab_size:
                 raise CheckpointError(f"{name} {token} is outside the vocabulary of {self.vocab_size}")
+        for name in ("context_experts", "denoiser_experts"):
+            if getattr(self, name) not in PRECISIONS:
+                raise CheckpointError(f"{name} must be {', '.join(PRECISIONS)}, not {getattr(self, name)!r}")
         if self.torch_dtype not in ("float32", "bfloat16"):
             raise CheckpointError(f"torch_dtype must be float32 or bfloat16, not {self.torch_dtype!r}")
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twotower.model.config import TIME_EMBEDDING_SIZE, ModelConfig
+from twotower.model.packed import PackedExperts
 from twotower_kernels import linear as kernels
 from twotower_kernels.conv import causal_conv
 from twotower_kernels.experts import relu2, route, run_experts, wide_down
@@ -224,16 +225,27 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config.hidden_size, config.moe_shared_expert_intermediate_size)
         self._top_k = config.num_experts_per_tok
         self._wide: Tensor | None = None
+        self.packed: PackedExperts | None = None
+        """In place of `experts` where a kernel computes with quantized weights as they are stored."""
+
+    def pack(self, packed: PackedExperts) -> None:
+        """From now on compute with these; the layer's own experts are dropped."""
+        self.packed = packed
+        del self.experts
 
     def prepare(self) -> None:
         """Lay the loaded weights out for the fastest form; they must not change afterwards."""
-        self._wide = wide_down(self.experts.down_proj, self._top_k)
+        if self.packed is None:
+            self._wide = wide_down(self.experts.down_proj, self._top_k)
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, L, hidden) -> (B, L, hidden)."""
         flat = h.flatten(0, -2)
         experts, weights = self.gate(flat)
-        routed = run_experts(flat, experts, weights, self.experts.up_proj, self.experts.down_proj, self._wide)
+        if self.packed is not None:
+            routed = self.packed(flat, experts, weights)
+        else:
+            routed = run_experts(flat, experts, weights, self.experts.up_proj, self.experts.down_proj, self._wide)
         return routed.to(h.dtype).view_as(h) + self.shared_experts(h)
 
 

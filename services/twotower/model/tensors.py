@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from twotower.model.config import ATTENTION, MAMBA, MLP, MOE, TIME_EMBEDDING_SIZE, ModelConfig
@@ -11,17 +12,27 @@ DENOISER_PREFIXES = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
+EXPERT_PARTS = {
+    "fp8": {"weight": "F8_E4M3", "weight_scale": "F32"},
+    "fp4": {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32"},
+}
+"""What a quantized expert's matrix is stored as: the last part of each tensor's name, and its dtype as safetensors names it.
+In the order of `twotower_kernels.quant.Packed.tensors`, which defines layout and meaning."""
+
+_FLOATS = ("F32", "BF16")
+_EXPERT_PART = re.compile(r"\.experts\.\d+\.(?:up_proj|down_proj)\.(\w+)$")
+
 
 def context_tensors(config: ModelConfig) -> Shapes:
     """(name, shape) of all that a context process reads."""
-    yield from _tower(config, "context_tower.")
+    yield from _tower(config, "context_tower.", config.context_experts)
     yield "context_lm_head.weight", (config.vocab_size, config.hidden_size)
 
 
 def denoiser_tensors(config: ModelConfig) -> Shapes:
     """(name, shape) of all that a denoiser process reads."""
     hidden = config.hidden_size
-    yield from _tower(config, "denoiser_tower.")
+    yield from _tower(config, "denoiser_tower.", config.denoiser_experts)
     yield "lm_head.weight", (config.vocab_size, hidden)
     yield "t_embedder.mlp.0.weight", (hidden, TIME_EMBEDDING_SIZE)
     yield "t_embedder.mlp.0.bias", (hidden,)
@@ -33,11 +44,18 @@ def denoiser_tensors(config: ModelConfig) -> Shapes:
         yield f"scale_shift_tables.{i}", (3, hidden)
 
 
-def _tower(config: ModelConfig, prefix: str) -> Shapes:
+def stored_dtypes(config: ModelConfig, name: str) -> tuple[str, ...]:
+    """What a tensor may be stored as, as safetensors names it."""
+    experts = config.context_experts if name.startswith(CONTEXT_PREFIXES) else config.denoiser_experts
+    part = _EXPERT_PART.search(name)
+    return _FLOATS if part is None or experts == "bf16" else (EXPERT_PARTS[experts][part[1]],)
+
+
+def _tower(config: ModelConfig, prefix: str, experts: str) -> Shapes:
     yield f"{prefix}embeddings.weight", (config.vocab_size, config.hidden_size)
     for i, kind in enumerate(config.hybrid_override_pattern):
         yield f"{prefix}layers.{i}.norm.weight", (config.hidden_size,)
-        for name, shape in _MIXERS[kind](config):
+        for name, shape in _moe(config, experts) if kind == MOE else _MIXERS[kind](config):
             yield f"{prefix}layers.{i}.mixer.{name}", shape
     yield f"{prefix}norm_f.weight", (config.hidden_size,)
 
@@ -62,23 +80,36 @@ def _attention(config: ModelConfig) -> Shapes:
     yield "o_proj.weight", (config.hidden_size, queries)
 
 
-def _moe(config: ModelConfig) -> Shapes:
+def _moe(config: ModelConfig, experts: str) -> Shapes:
     yield "gate.weight", (config.n_routed_experts, config.hidden_size)
     yield "gate.e_score_correction_bias", (config.n_routed_experts,)
     for e in range(config.n_routed_experts):
         for name, shape in _mlp_of(config.hidden_size, config.moe_intermediate_size):
-            yield f"experts.{e}.{name}", shape
+            for part, stored in _expert(shape, experts):
+                yield f"experts.{e}.{name}{part}", stored
     for name, shape in _mlp_of(config.hidden_size, config.moe_shared_expert_intermediate_size):
         yield f"shared_experts.{name}", shape
+
+
+def _expert(shape: tuple[int, int], experts: str) -> Shapes:
+    """What an expert's matrix is stored as: the end of each name behind ``weight``, and its shape."""
+    outputs, inputs = shape
+    groups = -(-inputs // 16)
+    yield "", (outputs, 8 * groups) if experts == "fp4" else shape
+    if experts == "fp8":
+        yield "_scale", (outputs,)
+    elif experts == "fp4":
+        yield "_scale", (outputs, groups)
+        yield "_scale_2", ()
 
 
 def _mlp(config: ModelConfig) -> Shapes:
     yield from _mlp_of(config.hidden_size, config.intermediate_size)
 
 
-def _mlp_of(hidden: int, width: int) -> Shapes:
+def _mlp_of(hidden: int, width: int) -> Iterator[tuple[str, tuple[int, int]]]:
     yield "up_proj.weight", (width, hidden)
     yield "down_proj.weight", (hidden, width)
 
 
-_MIXERS = {MAMBA: _mamba, ATTENTION: _attention, MOE: _moe, MLP: _mlp}
+_MIXERS = {MAMBA: _mamba, ATTENTION: _attention, MLP: _mlp}

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,11 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from twotower.errors import CheckpointError, ConfigError
-from twotower.model.checkpoint import SINGLE_FILE, Checkpoint
+from twotower.model.checkpoint import SINGLE_FILE, Checkpoint, resolve_experts
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
+from twotower.model.experts import ExpertStacks
 from twotower.model.layers import MoE
+from twotower.model.packed import PackedExperts
 from twotower.model.tensors import context_tensors, denoiser_tensors
+from twotower_kernels.backend import Backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -28,7 +31,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ALWAYS_FP32 = re.compile(r"(norm\w*\.weight|A_log|\.D|dt_bias|e_score_correction_bias)$")
 # The router computes in fp64 from the checkpoint's values; rounding them first would change its choices.
 _ROUTER = re.compile(r"gate\.weight$")
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(up_proj|down_proj)\.weight$")
 
 
 @dataclass
@@ -63,22 +65,42 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_context_tower(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, log: ReadLog | None = None
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    log: ReadLog | None = None,
+    *,
+    experts: str = "auto",
+    backend: Literal["auto"] | Backend = "auto",
 ) -> ContextTower:
-    """The context tower; no tensor of the denoiser is read. Raises CheckpointError."""
+    """The context tower; no tensor of the denoiser is read.
+
+    experts: see `resolve_experts`; backend: of quantized experts, see `ExpertStacks`.
+    Raises CheckpointError, ConfigError.
+    """
+    config = checkpoint.config
     with torch.device("meta"):
-        tower = ContextTower(checkpoint.config)
-    _load(tower, checkpoint, dict(context_tensors(checkpoint.config)), dtype, device, log or ReadLog())
+        tower = ContextTower(config)
+    stacks = ExpertStacks(config.context_experts, resolve_experts(experts, config.context_experts), dtype, device, backend)
+    _load(tower, checkpoint, dict(context_tensors(config)), dtype, device, log or ReadLog(), stacks)
     return tower
 
 
 def load_denoiser_tower(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, log: ReadLog | None = None
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    log: ReadLog | None = None,
+    *,
+    experts: str = "auto",
+    backend: Literal["auto"] | Backend = "auto",
 ) -> DenoiserTower:
-    """The denoiser tower; no tensor of the context tower is read. Raises CheckpointError."""
+    """The denoiser tower; no tensor of the context tower is read. Options and errors as in `load_context_tower`."""
+    config = checkpoint.config
     with torch.device("meta"):
-        tower = DenoiserTower(checkpoint.config)
-    _load(tower, checkpoint, dict(denoiser_tensors(checkpoint.config)), dtype, device, log or ReadLog())
+        tower = DenoiserTower(config)
+    stacks = ExpertStacks(config.denoiser_experts, resolve_experts(experts, config.denoiser_experts), dtype, device, backend)
+    _load(tower, checkpoint, dict(denoiser_tensors(config)), dtype, device, log or ReadLog(), stacks)
     return tower
 
 
@@ -88,13 +110,18 @@ def save_checkpoint(path: Path, config: Mapping[str, Any], tensors: Mapping[str,
     config: as in the published `config.json`; tensors: by the checkpoint's names (see `export_tensors`).
     """
     path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    write_tensors(path / SINGLE_FILE, tensors)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, with a hash of the content in the header."""
     tensors = {name: tensors[name].detach().contiguous().cpu() for name in sorted(tensors)}
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(name.encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    (path / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    save_file(tensors, path / SINGLE_FILE, metadata={"format": "pt", "content_sha256": digest.hexdigest()})
+    save_file(tensors, file, metadata={"format": "pt", "content_sha256": digest.hexdigest()})
 
 
 def export_tensors(tower: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -123,20 +150,21 @@ def _load(
     dtype: torch.dtype,
     device: torch.device,
     log: ReadLog,
+    stacks: ExpertStacks,
 ) -> None:
-    parameters = dict(tower.named_parameters())
-    stacks: dict[str, Tensor] = {}
     for name, tensor in _read(checkpoint, list(shapes), log):
-        if (expert := _EXPERT.match(name)) is not None:
-            stem, index, kind = expert.groups()
-            key = f"{stem}.{kind}"
-            if key not in stacks:
-                stacks[key] = torch.empty(parameters[key].shape, dtype=dtype, device=device)
-            stacks[key][int(index)] = tensor
+        if not stacks.take(name, tensor, checkpoint.config.n_routed_experts):
+            set_parameter(tower, name, tensor.to(device, loaded_dtype(name, dtype)))
+    for moe, up, down in stacks.layers(checkpoint.config):
+        if isinstance(up, Tensor) and isinstance(down, Tensor):
+            set_parameter(tower, f"{moe}.experts.up_proj", up)
+            set_parameter(tower, f"{moe}.experts.down_proj", down)
         else:
-            _set(tower, name, tensor.to(device, _dtype_of(name, dtype)))
-    for key, stack in stacks.items():
-        _set(tower, key, stack)
+            assert not isinstance(up, Tensor)
+            assert not isinstance(down, Tensor)
+            layer = tower.get_submodule(moe)
+            assert isinstance(layer, MoE)
+            layer.pack(PackedExperts(up, down))
     tower.to(device)  # moves the computed buffers; the parameters are there already
     assert not any(p.is_meta for p in tower.parameters())
     tower.requires_grad_(False).eval()
@@ -145,13 +173,15 @@ def _load(
             module.prepare()
 
 
-def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+def loaded_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a parameter of this name is kept in, in a model of this dtype."""
     if _ROUTER.search(name):
         return torch.float64
     return torch.float32 if _ALWAYS_FP32.search(name) else dtype
 
 
-def _set(tower: nn.Module, name: str, tensor: Tensor) -> None:
+def set_parameter(tower: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor where the meta device left a parameter without values."""
     owner, _, leaf = name.rpartition(".")
     module = tower.get_submodule(owner)
     parameter = nn.Parameter(tensor, requires_grad=False)

@@ -12,7 +12,7 @@ from twotower_kernels import experts as plain
 
 pytest.importorskip("triton")
 
-from twotower_kernels.triton.experts import _choose_rows, grouped_experts
+from twotower_kernels.triton.experts import choose_rows, grouped_experts
 from twotower_kernels.triton.scan import interpreted
 
 DEVICE = "cpu" if interpreted() else "cuda"
@@ -142,7 +142,7 @@ def test_no_tokens() -> None:
 
 @pytest.mark.parametrize("n", [1, 16, 100, 1000, 10000])
 def test_rows_a_program_holds(n: int) -> None:
-    rows = _choose_rows(n, 6 * n, 128)
+    rows = choose_rows(n, 6 * n, 128)
     assert 16 <= rows <= 128
     assert rows & (rows - 1) == 0
     assert rows <= max(16, 2 * n)

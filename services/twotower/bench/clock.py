@@ -1,0 +1,69 @@
+"""How long a call takes, on a CPU or a GPU, and how much memory is left for it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+FLUSHED_BYTES = 256 << 20
+"""Written between calls on a GPU: more than any cache there keeps, and a head start for the host's launches."""
+
+LEAST_CALLS = 3
+MOST_CALLS = 200
+
+
+def seconds_of(call: Callable[[], object], device: torch.device, budget_s: float, *, wall: bool = False) -> float:
+    """Median over calls for about so long, at least three, after one that is not counted.
+
+    On a GPU its own clock counts, from a cold cache; with `wall` the host's does, launches and waiting included.
+    """
+    call()
+    _wait(device)
+    if device.type != "cuda" or wall:
+        return _median(lambda: _wall(call, device), budget_s)
+    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
+    return _median(lambda: _events(call, flushed), budget_s)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
+def _median(once: Callable[[], float], budget_s: float) -> float:
+    taken: list[float] = []
+    until = time.perf_counter() + budget_s
+    while len(taken) < LEAST_CALLS or (time.perf_counter() < until and len(taken) < MOST_CALLS):
+        taken.append(once())
+    return statistics.median(taken)
+
+
+def _wall(call: Callable[[], object], device: torch.device) -> float:
+    started = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _events(call: Callable[[], object], flushed: torch.Tensor) -> float:
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    flushed.zero_()
+    first.record()
+    call()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1e3
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

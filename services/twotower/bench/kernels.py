@@ -1,0 +1,286 @@
+"""Each kernel alone, beside its plain torch form, its bytes, its multiplications and the device's limits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from twotower.bench.clock import free_bytes, seconds_of
+from twotower.bench.costs import Costs
+from twotower.bench.random_tower import SHARE
+from twotower.bench.roofline import Cost, Roofline
+from twotower.model.config import ModelConfig
+from twotower.model.pool import PAGE, pages_for
+from twotower_kernels import attention, experts, norms, quant, unmask
+from twotower_kernels.backend import resolve
+from twotower_kernels.conv import causal_conv
+from twotower_kernels.scan import apply_factors, chunk_scan
+
+Call = Callable[[], object]
+
+KERNELS = ("norm", "scan", "commit", "apply", "attention", "route", "experts-bf16", "experts-fp8", "experts-fp4", "unmask")
+
+
+@dataclass(frozen=True, slots=True)
+class KernelRow:
+    """One kernel at one size."""
+
+    kernel: str
+    batch: int
+    context: int | None
+    """Of attention; other kernels know none."""
+    cost: Cost
+    least_s: float
+    """What the roofline allows."""
+    kernel_s: float | None
+    """In Triton; None where that is not there."""
+    plain_s: float
+    experts: tuple[float, int] | None = None
+    """Of the routed experts: how many were expected to be needed, and how many were."""
+
+    @property
+    def share(self) -> float:
+        """Of the roofline that is reached, by the kernel where there is one."""
+        return self.least_s / (self.plain_s if self.kernel_s is None else self.kernel_s)
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {**dataclasses.asdict(self), "share": self.share}
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    cost: Cost
+    plain: Call
+    kernel: Call | None
+    drawn: tuple[float, int] | None = None
+
+
+class KernelBench:
+    """Makes inputs of a model's shapes, and times what is done with them. Weights and inputs are bf16."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, roofline: Roofline, budget_s: float) -> None:
+        self._config = config
+        self._device = device
+        self._roofline = roofline
+        self._budget_s = budget_s
+        self._triton = resolve("auto", device) == "triton"
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    @torch.inference_mode()
+    def rows(self, kernels: tuple[str, ...], batches: list[int], contexts: list[int]) -> Iterator[KernelRow]:
+        """Each kernel at each batch (attention: and context); what memory does not hold is left out."""
+        for kernel in kernels:
+            for batch in batches:
+                for context in contexts if kernel == "attention" else [None]:
+                    if self._needed(kernel, batch, context or 0) > SHARE * free_bytes(self._device):
+                        continue
+                    case = self._case(kernel, batch, context or 0)
+                    time = partial(seconds_of, device=self._device, budget_s=self._budget_s)
+                    kernel_s = None if case.kernel is None else time(case.kernel)
+                    least = self._roofline.seconds(case.cost)
+                    yield KernelRow(kernel, batch, context, case.cost, least, kernel_s, time(case.plain), case.drawn)
+
+    def _needed(self, kernel: str, batch: int, context: int) -> float:
+        """Bytes, about: inputs, and what the plain form makes of them."""
+        costs = Costs(self._config)
+        if kernel.startswith("experts"):
+            return self._config.n_routed_experts * costs.expert_bytes() * (4 if kernel != "experts-bf16" else 1.5)
+        if kernel == "attention":
+            return 2 * costs.attention(batch, self._config.block_size, context).bytes
+        return 6 * (costs.unmask(batch, self._config.block_size) if kernel == "unmask" else costs.apply(batch, 1)).bytes
+
+    def _case(self, kernel: str, batch: int, context: int) -> _Case:
+        if kernel.startswith("experts"):
+            return self._experts(batch, kernel.partition("-")[2])
+        if kernel == "attention":
+            return self._attention(batch, context)
+        make: dict[str, Callable[[int], _Case]] = {
+            "norm": self._norm,
+            "scan": partial(self._scan, commit=False),
+            "commit": partial(self._scan, commit=True),
+            "apply": self._apply,
+            "route": self._route,
+            "unmask": self._unmask,
+        }
+        return make[kernel](batch)
+
+    def _normal(self, *shape: int, dtype: torch.dtype = torch.bfloat16, std: float = 1.0) -> Tensor:
+        values = torch.empty(shape, device=self._device)
+        return values.normal_(std=std, generator=self._generator).to(dtype)
+
+    def _norm(self, batch: int) -> _Case:
+        c = self._config
+        rows = (batch, c.block_size, c.hidden_size)
+        h, x = self._normal(*rows), self._normal(*rows)
+        gate, shift, scale = (self._normal(batch, 1, c.hidden_size) for _ in range(3))
+        args = (h, x, gate, torch.ones(c.hidden_size, device=self._device), c.layer_norm_epsilon, shift, scale)
+        plain = partial(norms.add_modulated_norm, *args, order="modulate_first")
+        kernel: Call | None = None
+        if self._triton:
+            from twotower_kernels.triton import norms as triton_norms
+
+            kernel = partial(triton_norms.add_modulated_norm, *args, order="modulate_first")
+        return _Case(Costs(c).norm(batch * c.block_size), plain, kernel)
+
+    def _scan(self, batch: int, *, commit: bool) -> _Case:
+        c, device = self._config, self._device
+        heads = c.mamba_num_heads
+        projected = self._normal(batch, c.block_size, c.d_inner + c.conv_dim + heads)
+        tail = self._normal(batch, c.conv_dim, c.conv_kernel)
+        ssm = self._normal(batch, heads, c.mamba_head_dim, c.ssm_state_size, dtype=torch.float32)
+        weight, bias = self._normal(c.conv_dim, 1, c.conv_kernel, std=0.5), self._normal(c.conv_dim)
+        dt_bias, a = torch.full((heads,), -2.0, device=device), torch.full((heads,), -1.0, device=device)
+        ones, norm = torch.ones(heads, device=device), torch.ones(c.d_inner, device=device)
+
+        def plain() -> Tensor:
+            return _plain_scan(c, projected, tail, ssm, weight, bias, dt_bias, a, ones, norm, commit=commit)
+
+        kernel: Call | None = None
+        if self._triton:
+            from twotower_kernels.triton.scan import ScanWeights, block_scan, block_scan_commit
+
+            weights = ScanWeights(weight, bias, dt_bias, a, ones, norm, c.n_groups, c.layer_norm_epsilon, c.time_step_limit)
+            kernel = partial(block_scan_commit if commit else block_scan, projected, tail, ssm, weights)
+        return _Case(Costs(c).scan(batch, c.block_size, commit=commit), plain, kernel)
+
+    def _apply(self, batch: int) -> _Case:
+        c, length = self._config, self._config.block_size
+        state = self._normal(batch, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size, dtype=torch.float32)
+        x = self._normal(batch, length, c.mamba_num_heads, c.mamba_head_dim)
+        b = self._normal(batch, length, c.n_groups, c.ssm_state_size)
+        dt = torch.full((batch, length, c.mamba_num_heads), 0.1, device=self._device)
+        args = (state, x, b, dt, torch.full((c.mamba_num_heads,), -1.0, device=self._device))
+        kernel: Call | None = None
+        if self._triton:
+            from twotower_kernels.triton import scan as triton_scan
+
+            kernel = partial(triton_scan.apply_factors, *args)
+        return _Case(Costs(c).apply(batch, length), partial(apply_factors, *args), kernel)
+
+    def _attention(self, batch: int, context: int) -> _Case:
+        c, length = self._config, self._config.block_size
+        q = self._normal(batch, c.num_attention_heads, length, c.head_dim)
+        k, v = (self._normal(batch, c.num_key_value_heads, length, c.head_dim) for _ in range(2))
+        width = pages_for(context)
+        shape = (batch * width, c.num_key_value_heads, PAGE, c.head_dim)
+        k_pages, v_pages = (torch.full(shape, 0.1, dtype=torch.bfloat16, device=self._device) for _ in range(2))
+        table = torch.arange(batch * width, dtype=torch.int32, device=self._device).view(batch, width)
+        lengths = torch.full((batch,), context, dtype=torch.int32, device=self._device)
+        args = (q, k, v, k_pages, v_pages, table, lengths)
+        kernel: Call | None = None
+        if self._triton:
+            from twotower_kernels.triton import attention as triton_attention
+
+            kernel = partial(triton_attention.block_attention, *args)
+        return _Case(Costs(c).attention(batch, length, context), partial(attention.block_attention, *args), kernel)
+
+    def _routing(self, rows: int) -> dict[str, Any]:
+        c = self._config
+        return {
+            "hidden": self._normal(rows, c.hidden_size),
+            "weight": self._normal(c.n_routed_experts, c.hidden_size, std=c.hidden_size**-0.5),
+            "correction": torch.zeros(c.n_routed_experts, device=self._device),
+            "top_k": c.num_experts_per_tok,
+            "groups": c.n_group,
+            "top_groups": c.topk_group,
+            "normalize": c.norm_topk_prob,
+            "scale": c.routed_scaling_factor,
+        }
+
+    def _route(self, batch: int) -> _Case:
+        rows = batch * self._config.block_size
+        asked = self._routing(rows)
+        kernel: Call | None = None
+        if self._triton:
+            from twotower_kernels.triton import router
+
+            kernel = partial(router.route, **asked)
+        return _Case(Costs(self._config).route(rows), partial(experts.route, **asked), kernel)
+
+    def _experts(self, batch: int, precision: str) -> _Case:
+        c, rows = self._config, batch * self._config.block_size
+        asked = self._routing(rows)
+        chosen, weights = experts.route(**asked)
+        hidden: Tensor = asked["hidden"]
+        drawn = chosen.unique().numel()
+        costs = Costs(c, precision, drawn)
+        counts = (costs.distinct(rows), drawn)
+        # Every expert is the first one's copy: that takes no less time to read, and less to make.
+        up = self._normal(c.moe_intermediate_size, c.hidden_size, std=c.hidden_size**-0.5)
+        down = self._normal(c.hidden_size, c.moe_intermediate_size, std=c.moe_intermediate_size**-0.5)
+        if precision == "bf16":
+            stacks = [one.expand(c.n_routed_experts, *one.shape).contiguous() for one in (up, down)]
+            plain, kernel = partial(experts.grouped_experts, hidden, chosen, weights, *stacks), None
+            if self._triton:
+                from twotower_kernels.triton.experts import grouped_experts
+
+                kernel = partial(grouped_experts, hidden, chosen, weights, *stacks)
+            return _Case(costs.experts(rows), plain, kernel, counts)
+        packed = [self._packed(one, "fp8" if precision == "fp8" else "fp4") for one in (up, down)]
+        plain, kernel = partial(quant.quantized_experts, hidden, chosen, weights, *packed), None
+        if self._triton:
+            from twotower_kernels.triton.quant import quantized_experts, supported
+
+            kernel = partial(quantized_experts, hidden, chosen, weights, *packed) if supported(self._device) else None
+        return _Case(costs.experts(rows), plain, kernel, counts)
+
+    def _packed(self, one: Tensor, format: quant.Format) -> quant.Packed:
+        packed = quant.quantize(one, format)
+        parts = (part.expand(self._config.n_routed_experts, *part.shape).contiguous() for part in packed.tensors)
+        return quant.Packed(format, packed.inputs, *parts)
+
+    def _unmask(self, batch: int) -> _Case:
+        c, length, device = self._config, self._config.block_size, self._device
+        args: dict[str, Any] = {
+            "logits": self._normal(batch, length, c.vocab_size, dtype=torch.float32),
+            "tokens": torch.full((batch, length), c.mask_token_id, device=device),
+            "masked": torch.ones(batch, length, dtype=torch.bool, device=device),
+            "mask_id": c.mask_token_id,
+            "gamma": torch.full((batch,), 0.8, device=device),
+            "steps_left": torch.full((batch,), length, device=device),
+            "temperature": torch.zeros(batch, device=device),
+            "uniforms": torch.zeros(batch, length, dtype=torch.float64, device=device),
+        }
+        kernel: Call | None = None
+        if self._triton:
+            from twotower_kernels.triton import unmask as triton_unmask
+
+            kernel = partial(triton_unmask.unmask, **args)
+        return _Case(Costs(c).unmask(batch, length), partial(unmask.unmask, **args), kernel)
+
+
+def _plain_scan(
+    c: ModelConfig,
+    projected: Tensor,
+    tail: Tensor,
+    ssm: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dt_bias: Tensor,
+    a: Tensor,
+    d: Tensor,
+    norm: Tensor,
+    *,
+    commit: bool,
+) -> Tensor:
+    """What `Mamba2` computes between its projections, operation by operation, and a commit's new state."""
+    z, xbc, dt = projected.split([c.d_inner, c.conv_dim, c.mamba_num_heads], -1)
+    mixed = F.silu(causal_conv(torch.cat([tail.transpose(1, 2)[:, 1:], xbc], 1), weight, bias))
+    size = c.n_groups * c.ssm_state_size
+    x, b, c_in = mixed.split([c.d_inner, size, size], -1)
+    x = x.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim))
+    b, c_in = (v.unflatten(-1, (c.n_groups, c.ssm_state_size)) for v in (b, c_in))
+    dt = F.softplus(dt.float() + dt_bias).clamp(*c.time_step_limit)
+    y, _, _ = chunk_scan(x, dt, a, b, c_in, ssm, x.shape[1], need_states=False)
+    if commit:
+        apply_factors(ssm, x, b, dt, a)
+    gated = ((y + d.unsqueeze(-1) * x.float()).flatten(-2) * F.silu(z.float())).unflatten(-1, (c.n_groups, -1))
+    return (F.rms_norm(gated, gated.shape[-1:], None, c.layer_norm_epsilon).flatten(-2) * norm).to(z.dtype)
