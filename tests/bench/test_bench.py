@@ -115,3 +115,13 @@ def test_bad_settings(checkpoint: Path, capsys: pytest.CaptureFixture[str], word
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert named in error
+
+
+def test_soak(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "bench soak --minutes 0.05 --concurrency 4 --prompts 4 --max-tokens 40 --prompt-tokens 9 --json --checkpoint"
+    assert main([*words.split(), str(checkpoint)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["wrong"], told["failed"]) == (0, 0)
+    assert told["requests"] > 0
+    assert told["memory_mb"].keys() == {"context-0", "denoiser-0", "gateway"}
+    assert all(mb > 1 for mb in told["memory_mb"].values())
