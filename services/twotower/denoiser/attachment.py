@@ -133,7 +133,11 @@ class Attachment:
     async def _refine(self, call: Any, block: Refinement, answer: asyncio.Task[Any]) -> bool:
         """Run the block's steps; False if the session ended meanwhile, or failed here."""
         refining = asyncio.create_task(self._loop.refine(block))
-        await asyncio.wait((refining, answer), return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait((refining, answer), return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            refining.cancel()  # or it would go on with a state that is no longer this session's
+            raise
         if answer.done():
             refining.cancel()
             await asyncio.wait((refining,))
