@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from twotower.request import FinishReason
+from twotower.request import FinishReason, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,8 @@ class Block:
     text: str
     """What these tokens add; bytes of an unfinished character, and what may begin a stop string, come later."""
     forwards: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each token, if the request asked for them."""
 
 
 @dataclass(frozen=True, slots=True)

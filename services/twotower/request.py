@@ -22,6 +22,12 @@ MAX_TOP_K = 2**31 - 1
 MAX_EOS_TOKENS = 64
 """Every generated token is compared with each."""
 
+MAX_TIMEOUT_S = 1_000_000_000
+"""gRPC counts a deadline in nanoseconds, in 64 bits: one much further away would have passed."""
+
+MAX_LOGPROBS = 5
+"""Likeliest tokens that are told at each place; as many as OpenAI tells."""
+
 
 class Mode(enum.Enum):
     """How text is generated. Mock-AR checks the two towers against each other, in one process only."""
@@ -75,6 +81,18 @@ class GenerationParams:
     seed: int = 0
     eos_token_ids: tuple[int, ...] = ()
     """Generation ends after the first of these; empty: at `max_tokens` only."""
+    logprobs: int | None = None
+    """Tell each token's log probability, and so many of the likeliest at its place; None: neither."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """What the model gave a token, in the forward that committed it."""
+
+    logprob: float
+    """Natural logarithm of its probability at temperature 1; of a block's token, with the mask id excluded."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens at its place and their logprobs, the likeliest first; of equal ones, the lower id."""
 
 
 def check_request(prompt: Sequence[int], params: GenerationParams, limits: ModelLimits) -> list[str]:
@@ -116,6 +134,8 @@ def check_request(prompt: Sequence[int], params: GenerationParams, limits: Model
     for token in params.eos_token_ids:
         if not 0 <= token < limits.vocab_size:
             raise InvalidArgument("eos_token_ids", f"token {token} is outside the vocabulary [0, {limits.vocab_size})")
+    if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:
+        raise InvalidArgument("logprobs", f"must be in [0, {MAX_LOGPROBS}], not {params.logprobs}")
     if params.mode is Mode.DIFFUSION and params.block_size > limits.block_size:
         trained = limits.block_size
         return [f"block_size {params.block_size} is above the {trained} this checkpoint was trained with: expect worse text"]

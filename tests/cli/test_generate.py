@@ -69,6 +69,25 @@ def test_stop_strings(checkpoint: Path, capsys: Capture) -> None:
     assert told["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize("mode", ["diffusion", "ar", "mock-ar"])
+def test_logprobs(checkpoint: Path, mode: str, capsys: Capture) -> None:
+    words = ("the fox", "--mode", mode, "--max-tokens", "20", "--no-eos", "--json")
+    assert _local(checkpoint, *words, "--logprobs", "2") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["logprobs"]) == len(told["token_ids"]) == 20
+    for token, entry in zip(told["token_ids"], told["logprobs"], strict=True):
+        assert entry["top"][0] == {"token_id": token, "logprob": entry["logprob"]}  # greedy
+        assert 0 >= entry["logprob"] >= entry["top"][1]["logprob"]
+    _local(checkpoint, *words)
+    assert "logprobs" not in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "1e18"])
+def test_a_timeout_is_a_time(seconds: str, capsys: Capture) -> None:
+    assert main(["generate", "a", "--timeout", seconds]) == 1
+    assert capsys.readouterr().err.startswith("error: timeout: must be in (0, 1000000000] seconds")
+
+
 def test_a_block_above_the_trained_size_works_and_warns(checkpoint: Path, capsys: Capture) -> None:
     assert _local(checkpoint, "fox", "--block-size", "32", "--max-tokens", "40", "--no-eos", "--json") == 0
     told = capsys.readouterr()
@@ -101,6 +120,10 @@ def test_the_prompt_from_standard_input(checkpoint: Path) -> None:
         (["a", "--temperature", "-1"], "temperature: must be a finite number"),
         (["a", "--seed", "-1"], "seed: must be in"),
         (["a", "--device", "cuda:99"], "device cuda:99 is not there"),
+        (["a", "--json", "--logprobs", "6"], "logprobs: must be in [0, 5], not 6"),
+        (["a", "--logprobs", "2"], "logprobs: are printed with --json only"),
+        (["a", "--timeout", "5"], "local: nothing waits in one process"),
+        (["a", "--priority", "high"], "local: nothing waits in one process"),
     ],
 )
 def test_bad_input_names_the_field(checkpoint: Path, words: list[str], said: str, capsys: Capture) -> None:

@@ -19,9 +19,10 @@ from twotower.context.service import MAX_QUEUED
 from twotower.engine.local import LocalEngine
 from twotower.engine.refinement import Refinement
 from twotower.model.state import ContextState
-from twotower.request import GenerationParams, Mode
+from twotower.request import GenerationParams, Mode, TokenLogprob
 from twotower.v1 import context_pb2, inference_pb2
 from twotower.wire.handshake import make_hello
+from twotower.wire.logprobs import logprobs_from_pb
 from twotower.wire.params import params_to_pb
 
 PARAMS = GenerationParams(max_tokens=60, gamma=0.3)
@@ -371,3 +372,56 @@ async def test_an_attached_session_is_not_given_twice(stack: Towers) -> None:
     assert error.code() is grpc.StatusCode.ABORTED
     assert "held by worker-0" in str(error.details())
     call.cancel()
+
+
+@pytest.mark.parametrize("mode", [Mode.DIFFUSION, Mode.AR])
+async def test_logprobs_are_those_of_one_process(stack: Towers, local: LocalEngine, mode: Mode) -> None:
+    """Beside sessions that do not ask; cut with the tokens, and for no one else."""
+    stack.start_worker()
+    params = [
+        dataclasses.replace(PARAMS, mode=mode, max_tokens=20, temperature=0.8, seed=seed, logprobs=logprobs)
+        for seed, logprobs in enumerate((2, None, 0, 5))
+    ]
+
+    async def told(prompt: list[int], one: GenerationParams) -> list[TokenLogprob]:
+        blocks = [event.block for event in [event async for event in stack.open(prompt, one)] if event.HasField("block")]
+        assert all(len(block.logprobs) == (0 if one.logprobs is None else len(block.token_ids)) for block in blocks)
+        return [entry for block in blocks for entry in logprobs_from_pb(block.logprobs)]
+
+    results = await asyncio.gather(*(told(prompt, one) for prompt, one in zip(PROMPTS, params, strict=False)))
+    for prompt, one, entries in zip(PROMPTS, params, results, strict=False):
+        expected = [entry for block in local.blocks(prompt, one) for entry in block.logprobs]
+        assert [entry.logprob for entry in entries] == pytest.approx([entry.logprob for entry in expected], abs=1e-4)
+        assert [[i for i, _ in entry.top] for entry in entries] == [[i for i, _ in entry.top] for entry in expected]
+    assert [len(entries) for entries in results] == [20, 0, 20, 20]
+
+
+async def test_logprobs_that_do_not_fit_are_refused_and_the_session_goes_on(stack: Towers, local: LocalEngine) -> None:
+    params = dataclasses.replace(PARAMS, logprobs=1)
+    call: Any = stack.open([5, 6, 7], params)
+    await until(lambda: any(live.entry_id for live in stack.service.sessions))
+    (live,) = stack.service.sessions
+    good = inference_pb2.TokenLogprobs(logprob=-1.0, top=[inference_pb2.TopLogprob(token_id=5, logprob=-1.0)])
+    endless = inference_pb2.TokenLogprobs(logprob=-float("inf"), top=good.top)
+    for logprobs, said in (([], "0, where 16 are due"), ([endless] * 16, "one is not finite")):
+        hello = make_hello(stack.checkpoint.identity, torch.float32, "w", live.session.id, live.lease)
+        done = context_pb2.BlockDone(generated=0, token_ids=[1] * 16, forwards=1, logprobs=logprobs)
+        error = await _attach(stack, context_pb2.WorkerMessage(hello=hello), context_pb2.WorkerMessage(block_done=done))
+        assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert f"block_done.logprobs: {said}" in str(error.details())
+        await until(lambda: live.entry_id is not None)
+    stack.start_worker()
+    blocks = [event.block async for event in call if event.HasField("block")]
+    assert [token for block in blocks for token in block.token_ids] == local.generate([5, 6, 7], params).token_ids
+
+
+@pytest.mark.parametrize("mode", [Mode.DIFFUSION, Mode.AR])
+async def test_a_deadline_frees_the_slots_of_both_towers(stack: Towers, mode: Mode) -> None:
+    worker = stack.start_worker()
+    params = dataclasses.replace(LONG, mode=mode, max_tokens=4000, gamma=1.0)
+    request = context_pb2.OpenRequest(request_id="late", prompt={"ids": [5]}, params=params_to_pb(params))
+    worker.slow_down()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        _ = [event async for event in stack.stub.Open(request, timeout=0.5)]
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await _nothing_is_left(stack, worker)

@@ -113,6 +113,8 @@ def test_a_long_prompt_in_chunks_gives_the_same_tokens(engine: LocalEngine, tmp_
         (PROMPT, {"seed": -1}, "seed"),
         (PROMPT, {"eos_token_ids": (96,)}, "eos_token_ids"),
         (PROMPT, {"eos_token_ids": (2,) * 65}, "eos_token_ids"),
+        (PROMPT, {"logprobs": -1}, "logprobs"),
+        (PROMPT, {"logprobs": 6}, "logprobs"),
     ],
 )
 def test_bad_input_names_the_field(engine: LocalEngine, prompt: list[int], changes: dict[str, Any], field: str) -> None:

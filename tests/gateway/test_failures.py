@@ -103,6 +103,16 @@ async def test_a_session_goes_on_elsewhere_when_its_context_dies(checkpoint: Pat
     assert request.params.max_tokens == 21
 
 
+async def test_logprobs_go_on_where_the_tokens_do(checkpoint: Path) -> None:
+    leaving, other = ScriptedContext(SCRIPT, fail_at(2, Unavailable("this context is draining"))), ScriptedContext(SCRIPT)
+    async with gateway(checkpoint, leaving) as running, running.client() as client:
+        running.replicas.contexts.append(replica("context", "other", await other.start(), load=5))
+        blocks = [e async for e in client.generate([5], max_tokens=21, logprobs=0) if isinstance(e, Block)]
+    await other.stop()
+    assert other.opened[0].generated == 8
+    assert [told.logprob for block in blocks for told in block.logprobs] == [-float(place) for place in range(21)]
+
+
 @pytest.mark.parametrize(
     "code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN]
 )

@@ -169,6 +169,8 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("stop", {"stop": ["x"] * 17}),
     ("stop", {"stop": ["x" * 1025]}),
     ("ignore_eos", {"ignore_eos": True, "eos_token_ids": [2]}),
+    ("logprobs", {"logprobs": 6}),
+    ("logprobs", {"logprobs": -1}),
 ]
 
 

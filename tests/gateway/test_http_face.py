@@ -201,6 +201,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x", "n": 9}, "n"),
     ({"prompt": "x", "top_k": -1}, "top_k"),
     ({"prompt": "x", "top_p": 0}, "top_p"),
+    ({"prompt": "x", "logprobs": 6}, "logprobs"),
+    ({"prompt": "x", "logprobs": -1}, "logprobs"),
+    ({"prompt": "x", "logprobs": 2**63}, "logprobs"),
     ({"prompt": "x", "frobnicate": 1}, "frobnicate"),
     ({"prompt": "x", "\ud800": 1}, "\ud800"),
 ]

@@ -38,11 +38,12 @@ def test_all_fields() -> None:
     call = parse(
         model="m", max_tokens=3.0, temperature=1, seed=7, stop=["a", "b"], stream=True, user="u", top_p=0.9, top_k=5,
         stream_options={"include_usage": True, "include_obfuscation": False},
-        mode="ar", gamma=0.5, block_size=8, steps=4, eos_token_ids=[5], timeout_s=2.5, service_tier="flex",
+        mode="ar", gamma=0.5, block_size=8, steps=4, eos_token_ids=[5], timeout_s=2.5, service_tier="flex", logprobs=5,
     )  # fmt: skip
     request = Request(
-        "x", DEFAULT_MAX_TOKENS, Mode.AR, 3, 8, 4, 0.5, 1.0, 5, 0.9, 7, ("a", "b"), eos_token_ids=(5,), priority=Priority.LOW
-    )
+        "x", DEFAULT_MAX_TOKENS, Mode.AR, 3, 8, 4, 0.5, 1.0, 5, 0.9, 7, ("a", "b"),
+        eos_token_ids=(5,), priority=Priority.LOW, logprobs=5,
+    )  # fmt: skip
     assert call == CompletionCall((request,), n=1, model="m", stream=True, include_usage=True, timeout_s=2.5)
     assert isinstance(call.requests[0].max_tokens, int)
 
@@ -88,7 +89,9 @@ BAD: list[tuple[str, Any]] = [
     *[("n", value) for value in (9, 0, -1, True, "1", 1.5)],
     *[("best_of", value) for value in (3, "1", True)],
     *[("echo", value) for value in (True, 0)],
-    *[("logprobs", value) for value in (0, 5, True)],
+    *[("logprobs", value) for value in (True, "5", 1.5, [])],
+    *[("timeout_s", value) for value in (0, -1, "soon", True, 1e18, 1e300)],
+    *[("service_tier", value) for value in ("scale", "", 1)],
     ("suffix", "s"),
     *[("top_p", value) for value in ("0.9", True)],
     *[("top_k", value) for value in ("5", 1.5, True)],

@@ -8,7 +8,7 @@ from typing import Any
 
 from twotower.request import FinishReason, Mode, cut_block
 from twotower.rpc.server import RpcServer
-from twotower.v1 import context_pb2, context_pb2_grpc
+from twotower.v1 import context_pb2, context_pb2_grpc, inference_pb2
 from twotower.wire.params import FINISH_TO_PB, params_from_pb
 
 FORWARDS = 3
@@ -20,7 +20,7 @@ async def at_once(block: int) -> None:
 
 
 class ScriptedContext(context_pb2_grpc.ContextTowerServicer):
-    """Gives the tokens of `script` in blocks, from where the request says it is.
+    """Gives the tokens of `script` in blocks, from where the request says it is. Logprobs count the tokens' places.
 
     `before`: awaited before each block of a call, with the block's number in that call, and before the end;
     what it raises ends the call.
@@ -74,6 +74,10 @@ class ScriptedContext(context_pb2_grpc.ContextTowerServicer):
             generated += len(shown)
             number += 1
             forwards = 1 if params.mode is Mode.AR else FORWARDS
-            yield context_pb2.SessionEvent(block=context_pb2.SessionBlock(token_ids=shown, forwards=forwards))
+            block = context_pb2.SessionBlock(token_ids=shown, forwards=forwards)
+            if params.logprobs is not None:
+                places = range(generated - len(shown), generated)
+                block.logprobs.extend(inference_pb2.TokenLogprobs(logprob=-float(place)) for place in places)
+            yield context_pb2.SessionEvent(block=block)
         await self.before(number)
         yield context_pb2.SessionEvent(end=context_pb2.SessionEnd(finish_reason=FINISH_TO_PB[reason]))

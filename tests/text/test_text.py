@@ -158,3 +158,25 @@ def byte_ids(tokenizer: Tokenizer, byte: int) -> list[int]:
     token = tokenizer._inner.token_to_id(shown[byte])
     assert token is not None
     return [token]
+
+
+def test_a_name_for_every_token(tokenizer: Tokenizer) -> None:
+    """Names of different tokens differ; those of tokens that are text join to it."""
+    names = [tokenizer.name(token) for token in range(tokenizer.vocab_size)]
+    assert len(set(names)) == len(names)
+    assert tokenizer.name(EOS) == "</s>"
+    assert tokenizer.name(tokenizer.vocab_size) == str(tokenizer.vocab_size)
+    ids = tokenizer.encode("the quick brown fox jumps")
+    assert "".join(tokenizer.name(token) for token in ids) == "the quick brown fox jumps"
+    parts = tokenizer.encode("日")
+    assert len(parts) > 1
+    assert "\ufffd" not in "".join(tokenizer.name(token) for token in parts)
+
+
+def test_a_name_keeps_the_space_that_a_decoder_drops(tmp_path: Path) -> None:
+    inner = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "▁the": 1, "▁fox": 2}, "<unk>"))
+    inner.decoder = decoders.Metaspace()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert tokenizer.decode([2]) == "fox"
+    assert [tokenizer.name(token) for token in (1, 2)] == [" the", " fox"]

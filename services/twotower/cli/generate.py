@@ -21,7 +21,7 @@ from twotower.cli.options import (
 )
 from twotower.errors import InvalidArgument, Unavailable
 from twotower.events import Accepted, Block, Event, Finished
-from twotower.request import Mode, Priority
+from twotower.request import MAX_TIMEOUT_S, Mode, Priority, TokenLogprob
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -54,6 +54,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--priority", default="normal", choices=[p.name.lower() for p in Priority], help="who goes first where requests wait"
     )
+    parser.add_argument(
+        "--logprobs", type=int, metavar="N", help="with --json: each token's log probability, and the N likeliest at its place"
+    )
     parser.add_argument("--timeout", type=float, metavar="S", help="give up after so many seconds (default: never)")
     parser.add_argument("--no-eos", action="store_true", help="go on to --max-tokens whatever is generated")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
@@ -70,8 +73,10 @@ def run(args: argparse.Namespace) -> None:
     if args.mode == Mode.MOCK_AR.value and not args.local:
         raise InvalidArgument("mode", "mock-ar exists only with --local")
     check_at_least_one(args, "threads")
-    if args.timeout is not None and not args.timeout > 0:
-        raise InvalidArgument("timeout", f"must be above 0 seconds, not {args.timeout:g}")
+    if args.timeout is not None and not 0 < args.timeout <= MAX_TIMEOUT_S:
+        raise InvalidArgument("timeout", f"must be in (0, {MAX_TIMEOUT_S}] seconds, not {args.timeout:g}")
+    if args.logprobs is not None and not args.json:
+        raise InvalidArgument("logprobs", "are printed with --json only")
     if args.local and (args.timeout is not None or args.priority != "normal"):
         raise InvalidArgument("local", "nothing waits in one process: --timeout and --priority are for a gateway")
     if not args.local:
@@ -105,6 +110,7 @@ class _Result:
         self._stream = stream
         self._text: list[str] = []
         self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
         self._warnings: tuple[str, ...] = ()
         self._end: Finished | None = None
         self._open_line = False
@@ -117,6 +123,7 @@ class _Result:
             return
         if isinstance(event, Block):
             self._token_ids += event.token_ids
+            self._logprobs += event.logprobs
         else:
             self._end = event
         self._text.append(event.text)
@@ -139,6 +146,7 @@ class _Result:
             "forwards": end.forwards,
             "blocks": end.blocks,
             "seconds": round(end.seconds, 6),
+            **({"logprobs": [_logprob_json(told) for told in self._logprobs]} if self._logprobs else {}),
             **({"warnings": list(self._warnings)} if self._warnings else {}),
         }
 
@@ -155,6 +163,11 @@ class _Result:
         if self._end is None:
             raise Unavailable("the generation broke off without an end")
         return self._end
+
+
+def _logprob_json(told: TokenLogprob) -> dict[str, Any]:
+    """As gRPC's messages name it."""
+    return {"logprob": told.logprob, "top": [{"token_id": token, "logprob": logprob} for token, logprob in told.top]}
 
 
 def _prompt(args: argparse.Namespace) -> str | tuple[int, ...]:
@@ -191,6 +204,7 @@ async def _remote(args: argparse.Namespace, prompt: str | tuple[int, ...], resul
             top_p=args.top_p,
             priority=Priority[args.priority.upper()],
             timeout_s=args.timeout,
+            logprobs=args.logprobs,
             seed=args.seed,
             stop=args.stop,
             ignore_eos=args.no_eos,
@@ -223,6 +237,7 @@ def _local(args: argparse.Namespace, prompt: str | tuple[int, ...]) -> Iterator[
         seed=args.seed,
         stop=tuple(args.stop),
         ignore_eos=args.no_eos,
+        logprobs=args.logprobs,
     )
     return generate(
         args.checkpoint or DEFAULT_CHECKPOINT,

@@ -47,7 +47,7 @@ def generate(
     reason = FinishReason.LENGTH
     for written in engine.blocks(prompt, params):
         piece = text.push(written.token_ids) if text else ""
-        yield Block(blocks, tuple(written.token_ids), piece, written.forwards)
+        yield Block(blocks, tuple(written.token_ids), piece, written.forwards, written.logprobs)
         tokens, forwards, blocks = tokens + len(written.token_ids), forwards + written.forwards, blocks + 1
         stopped = text is not None and text.stopped
         reason = FinishReason.STOP if stopped else written.finish_reason or reason

@@ -17,6 +17,7 @@ from twotower.request import Mode, Priority
 from twotower.rpc.channel import open_channel
 from twotower.rpc.errors import error_from_rpc, raised_by_peer
 from twotower.v1 import inference_pb2, inference_pb2_grpc
+from twotower.wire.logprobs import logprobs_from_pb
 from twotower.wire.params import FINISH_FROM_PB, MODE_TO_PB, PRIORITY_TO_PB
 
 
@@ -69,6 +70,7 @@ class GatewayClient:
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
         eos_token_ids: Sequence[int] = (),
+        logprobs: int | None = None,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Stream a generation: Accepted, Blocks, Finished. None: the server's default.
@@ -92,6 +94,7 @@ class GatewayClient:
                 stop=stop,
                 ignore_eos=ignore_eos,
                 eos_token_ids=eos_token_ids,
+                logprobs=logprobs,
             )
             if isinstance(prompt, str):
                 request.text = prompt
@@ -156,7 +159,7 @@ def _event_from_pb(message: inference_pb2.GenerateEvent) -> Event:
         return Accepted(accepted.request_id, accepted.prompt_tokens, tuple(accepted.warnings))
     if message.HasField("block"):
         block = message.block
-        return Block(block.index, tuple(block.token_ids), block.text, block.forwards)
+        return Block(block.index, tuple(block.token_ids), block.text, block.forwards, logprobs_from_pb(block.logprobs))
     done = message.finished
     return Finished(
         FINISH_FROM_PB[done.finish_reason], done.completion_tokens, done.forwards, done.blocks, done.seconds, done.text

@@ -19,11 +19,12 @@ from twotower.engine.context_engine import ContextEngine
 from twotower.engine.session import room_for
 from twotower.errors import BrokerUnavailable, Incompatible, InvalidArgument, NonFiniteLogits, TwoTowerError, Unavailable
 from twotower.model.checkpoint import Checkpoint
-from twotower.request import FinishReason, Mode, Priority, check_request
+from twotower.request import FinishReason, Mode, Priority, TokenLogprob, check_request
 from twotower.transport.ends import ContextTransports
 from twotower.transport.interface import Outlet
 from twotower.v1 import context_pb2, context_pb2_grpc
 from twotower.wire.handshake import check_hello
+from twotower.wire.logprobs import check_logprobs, logprobs_from_pb, logprobs_to_pb
 from twotower.wire.params import FINISH_TO_PB, PRIORITY_FROM_PB, params_from_pb, params_to_pb
 from twotower.wire.state import delta_tensors, state_tensors
 
@@ -83,8 +84,9 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
                 if isinstance(event, FinishReason):
                     yield context_pb2.SessionEvent(end=context_pb2.SessionEnd(finish_reason=FINISH_TO_PB[event]))
                     return
-                tokens, forwards = event
-                yield context_pb2.SessionEvent(block=context_pb2.SessionBlock(token_ids=tokens, forwards=forwards))
+                tokens, forwards, logprobs = event
+                shown = context_pb2.SessionBlock(token_ids=tokens, forwards=forwards, logprobs=logprobs_to_pb(logprobs))
+                yield context_pb2.SessionEvent(block=shown)
         finally:
             self.sessions.remove(live)
             if live.entry_id is not None:
@@ -138,8 +140,8 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
             if message.HasField("failed"):
                 live.fail(NonFiniteLogits(message.failed.reason))
                 break
-            block = self._check_block(live, message)
-            if not live.emit(block, message.block_done.forwards):
+            block, logprobs = self._check_block(live, message)
+            if not live.emit(block, message.block_done.forwards, logprobs):
                 break
             commit = asyncio.create_task(self._loop.commit(session, block))
             live.commit = commit
@@ -193,8 +195,8 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         async with live.reading:
             self._admission.release(live.session.state)
 
-    def _check_block(self, live: LiveSession, message: context_pb2.WorkerMessage) -> list[int]:
-        """The tokens of a finished block. Raises Incompatible."""
+    def _check_block(self, live: LiveSession, message: context_pb2.WorkerMessage) -> tuple[list[int], tuple[TokenLogprob, ...]]:
+        """The tokens of a finished block, and their logprobs if asked for. Raises Incompatible."""
         if not message.HasField("block_done"):
             raise Incompatible("message: expected block_done or failed")
         done, params = message.block_done, live.session.params
@@ -205,7 +207,9 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         vocab = self._checkpoint.config.vocab_size
         if any(not 0 <= token < vocab for token in done.token_ids):
             raise Incompatible(f"block_done.token_ids: a token is outside the vocabulary [0, {vocab})")
-        return list(done.token_ids)
+        logprobs = logprobs_from_pb(done.logprobs)
+        check_logprobs(logprobs, params.block_size, params.logprobs, vocab)
+        return list(done.token_ids), logprobs
 
     async def _decode(self, live: LiveSession) -> None:
         """AR mode: token after token, until the end or until no one listens."""
@@ -214,7 +218,8 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
                 if not live.read.is_set():
                     await live.unless_ended(live.read.wait())
                     continue
-                if not live.emit([await self._loop.decode(live.session)], 1):
+                token = await self._loop.decode(live.session)
+                if not live.emit([token], 1, live.session.logprobs):
                     return
         except TwoTowerError as error:
             live.fail(error)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from typing import TypeVar
 
 from twotower.broker.ready_queue import EntryId
 from twotower.engine.session import Session
 from twotower.errors import LeaseLost, SessionNotFound, TwoTowerError
-from twotower.request import FinishReason, Priority
+from twotower.request import FinishReason, Priority, TokenLogprob
 
 T = TypeVar("T")
 
 MAX_UNREAD = 32
 """Blocks, or AR tokens, that wait for a client who does not read them; then its session pauses."""
 
-Event = tuple[list[int], int] | FinishReason | TwoTowerError
-"""A block (shown tokens, forwards), the end, or why it failed."""
+Event = tuple[list[int], int, Sequence[TokenLogprob]] | FinishReason | TwoTowerError
+"""A block (shown tokens, forwards, logprobs if asked for), the end, or why it failed."""
 
 
 class LiveSession:
@@ -50,11 +50,11 @@ class LiveSession:
         """Set while the gateway keeps up with what is generated."""
         self.read.set()
 
-    def emit(self, tokens: list[int], forwards: int) -> bool:
+    def emit(self, tokens: list[int], forwards: int, logprobs: Sequence[TokenLogprob] = ()) -> bool:
         """Take a finished block; True if the session goes on."""
         self.queued = 0
         shown = self.session.emit(tokens)
-        self._events.put_nowait((shown, forwards))
+        self._events.put_nowait((shown, forwards, logprobs[: len(shown)]))
         if self._events.qsize() >= MAX_UNREAD:
             self.read.clear()
         if self.session.finish_reason is not None:

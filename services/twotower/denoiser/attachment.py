@@ -21,6 +21,7 @@ from twotower.transport.interface import Arrival, Inlet
 from twotower.transport.layout import off_loop
 from twotower.v1 import context_pb2, context_pb2_grpc
 from twotower.wire.handshake import make_hello
+from twotower.wire.logprobs import logprobs_to_pb
 from twotower.wire.params import params_from_pb
 from twotower.wire.state import delta_from, delta_spec, fill_state, state_spec
 
@@ -113,7 +114,12 @@ class Attachment:
         try:
             if not await self._refine(call, block, answer):
                 return None
-            done = context_pb2.BlockDone(generated=refine.generated, token_ids=block.tokens.tolist(), forwards=block.forwards)
+            done = context_pb2.BlockDone(
+                generated=refine.generated,
+                token_ids=block.tokens.tolist(),
+                forwards=block.forwards,
+                logprobs=logprobs_to_pb(block.logprobs),
+            )
             await call.write(context_pb2.WorkerMessage(block_done=done))
             if drain.is_set():
                 await call.done_writing()  # handed back at the block's border

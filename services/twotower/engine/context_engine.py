@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from twotower.engine.logprobs import token_logprobs
 from twotower.engine.sampling import filters, uniforms
 from twotower.engine.session import Session
 from twotower.errors import NonFiniteLogits
@@ -58,7 +59,10 @@ class ContextEngine:
         return [delta for delta in deltas if delta is not None]
 
     def decode(self, sessions: Sequence[Session]) -> list[int | NonFiniteLogits]:
-        """The next AR token of each prefilled session: drawn, not yet emitted. One forward for all that need one."""
+        """The next AR token of each prefilled session: drawn, not yet emitted. One forward for all that need one.
+
+        A session that asks for logprobs has its token's in `logprobs` then.
+        """
         behind = sorted((s for s in sessions if s.pending is not None), key=lambda session: session.state.slot)
         if behind:
             tokens = torch.tensor([[session.pending] for session in behind], dtype=torch.int64, device=self.tower.device)
@@ -77,7 +81,11 @@ class ContextEngine:
         temperature = torch.tensor([session.params.temperature for session in sessions], device=logits.device)
         chances = [uniforms(s.params.seed, s.generated, 0, 1) if s.params.temperature > 0 else torch.zeros(1) for s in sessions]
         choice = filters([session.params for session in sessions], logits.device)
-        tokens = draw(logits, temperature, torch.cat(chances).double().to(logits.device), **choice).tolist()
+        drawn = draw(logits, temperature, torch.cat(chances).double().to(logits.device), **choice)
+        for i, session in enumerate(sessions):
+            if session.params.logprobs is not None:
+                session.logprobs = tuple(token_logprobs(logits[i : i + 1], drawn[i : i + 1], session.params.logprobs))
+        tokens = drawn.tolist()
         sound = logits.isfinite().all(-1).tolist()
         error = NonFiniteLogits("the context tower's logits are not finite")
         return [token if ok else error for token, ok in zip(tokens, sound, strict=True)]

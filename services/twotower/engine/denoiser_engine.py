@@ -6,12 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
+from twotower.engine.logprobs import token_logprobs
 from twotower.engine.refinement import Refinement
 from twotower.engine.sampling import filters, uniforms
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.state import ContextState
-from twotower.request import GenerationParams
+from twotower.request import GenerationParams, TokenLogprob
 from twotower_kernels.unmask import unmask
 
 
@@ -55,7 +57,18 @@ class DenoiserEngine:
         )
         lefts = result.masked.sum(-1).tolist()
         for i, (block, left, finite) in enumerate(zip(blocks, lefts, result.finite.tolist(), strict=True)):
-            block.advance(result.tokens[i].cpu(), result.masked[i].cpu(), left, finite)
+            logprobs = self._logprobs(block, logits[i], result.tokens[i], masked[i] & ~result.masked[i])
+            block.advance(result.tokens[i].cpu(), result.masked[i].cpu(), left, finite, logprobs)
+
+    def _logprobs(self, block: Refinement, logits: Tensor, tokens: Tensor, chosen: Tensor) -> dict[int, TokenLogprob]:
+        """By position, of the tokens that a forward has chosen, if the block's request asks for them.
+
+        logits (L, V) fp32; tokens (L,) int64; chosen (L,) bool.
+        """
+        if block.params.logprobs is None:
+            return {}
+        logprobs = token_logprobs(logits[chosen], tokens[chosen], block.params.logprobs, self.mask_id)
+        return dict(zip(chosen.nonzero().squeeze(-1).tolist(), logprobs, strict=True))
 
     @staticmethod
     def _uniforms(blocks: Sequence[Refinement], size: int) -> torch.Tensor:

@@ -11,10 +11,14 @@ import torch
 
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.logprobs import token_logprobs
 from twotower.engine.session import Session
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.weights import load_context_tower, load_denoiser_tower, resolve_device, resolve_dtype
-from twotower.request import FinishReason, GenerationParams, Mode, check_request
+from twotower.request import FinishReason, GenerationParams, Mode, TokenLogprob, check_request
+
+Written = tuple[list[int], int, tuple[TokenLogprob, ...]]
+"""A block before it is cut: tokens, their cost in forwards, and their logprobs if asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,8 @@ class WrittenBlock:
     """Of the denoiser; in AR mode, of the context tower."""
     finish_reason: FinishReason | None
     """Why it is the last, if it is."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each token, if asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +94,14 @@ class LocalEngine:
         while session.prefill_left:
             self.context.prefill(session, self._prefill_chunk)
         while session.finish_reason is None:
-            tokens, forwards = write(session)
+            tokens, forwards, logprobs = write(session)
             shown = session.emit(tokens)
-            yield WrittenBlock(shown, forwards, session.finish_reason)
+            yield WrittenBlock(shown, forwards, session.finish_reason, logprobs[: len(shown)])
             if session.finish_reason is None and params.mode is Mode.DIFFUSION:
                 self.context.commit([(session, tokens)])
 
-    def _open(self, prompt: list[int], params: GenerationParams) -> tuple[Session, Callable[[Session], tuple[list[int], int]]]:
-        """A session, and what writes its next block: tokens and their cost in forwards."""
+    def _open(self, prompt: list[int], params: GenerationParams) -> tuple[Session, Callable[[Session], Written]]:
+        """A session, and what writes its next block."""
         if params.mode is Mode.DIFFUSION:
             return self.context.open("local", prompt, params), self._block
         if params.mode is Mode.AR:
@@ -104,26 +110,29 @@ class LocalEngine:
         session.pending = prompt[-1]
         return session, self._mock_ar
 
-    def _block(self, session: Session) -> tuple[list[int], int]:
+    def _block(self, session: Session) -> Written:
         """Refine a block of masks."""
         block = self.denoiser.start(session.params, session.state, session.generated)
         while not block.done:
             self.denoiser.step([block])
         if block.error is not None:
             raise block.error
-        return block.tokens.tolist(), block.forwards
+        return block.tokens.tolist(), block.forwards, block.logprobs
 
-    def _ar(self, session: Session) -> tuple[list[int], int]:
+    def _ar(self, session: Session) -> Written:
         """One token by the context tower alone."""
         (token,) = self.context.decode([session])
         if not isinstance(token, int):
             raise token
-        return [token], 1
+        return [token], 1, session.logprobs
 
-    def _mock_ar(self, session: Session) -> tuple[list[int], int]:
+    def _mock_ar(self, session: Session) -> Written:
         """One token by the denoiser, from the last token and the state before it (model.md, mock-AR mode)."""
         last = torch.tensor([[session.pending]], device=self.context.tower.device)
         logits = self.denoiser.tower.denoise(last, None, [session.state])[0, -1]
         self.context.tower.commit(last, [session.state])
         session.pending = int(logits.argmax())
-        return [session.pending], 1
+        if session.params.logprobs is not None:
+            token = torch.tensor([session.pending], device=logits.device)
+            session.logprobs = tuple(token_logprobs(logits.unsqueeze(0), token, session.params.logprobs))
+        return [session.pending], 1, session.logprobs

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from twotower.errors import NonFiniteLogits
 from twotower.model.state import ContextState
-from twotower.request import GenerationParams
+from twotower.request import GenerationParams, TokenLogprob
 
 
 class Refinement:
@@ -25,6 +27,7 @@ class Refinement:
         """Positions still masked."""
         self.forwards = 0
         self.error: NonFiniteLogits | None = None
+        self._logprobs: dict[int, TokenLogprob] = {}
 
     @property
     def done(self) -> bool:
@@ -41,10 +44,18 @@ class Refinement:
         """Forwards that remain, the next one included."""
         return self.params.steps - self.forwards
 
-    def advance(self, tokens: Tensor, masked: Tensor, left: int, finite: bool) -> None:
-        """Take the result of a forward: tokens and masked (L,)."""
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...]:
+        """Of the tokens committed so far, by position; empty if not asked for."""
+        return tuple(self._logprobs[position] for position in sorted(self._logprobs))
+
+    def advance(
+        self, tokens: Tensor, masked: Tensor, left: int, finite: bool, logprobs: Mapping[int, TokenLogprob] | None = None
+    ) -> None:
+        """Take the result of a forward: tokens and masked (L,); logprobs, by position, of what it committed."""
         self.forwards += 1
         if not finite:
             self.error = NonFiniteLogits("the denoiser's logits are not finite")
             return
         self.tokens, self.masked, self.left = tokens, masked, left
+        self._logprobs.update(logprobs or {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from twotower.model.state import ContextState
-from twotower.request import FinishReason, GenerationParams, Mode, cut_block
+from twotower.request import FinishReason, GenerationParams, Mode, TokenLogprob, cut_block
 
 
 def room_for(known: int, generated: int, params: GenerationParams) -> int:
@@ -37,6 +37,8 @@ class Session:
         """(vocab,) of the next token, in AR mode."""
         self.pending: int | None = None
         """The AR token that is emitted but not yet in the state."""
+        self.logprobs: tuple[TokenLogprob, ...] = ()
+        """Of `pending`, if asked for."""
 
     @property
     def prefill_left(self) -> int:

@@ -18,6 +18,7 @@ from twotower.gateway.sessions import Job, SessionStream
 from twotower.request import FinishReason, Mode, ModelLimits, check_request
 from twotower.text.stream import TextStream
 from twotower.text.tokenizer import Tokenizer
+from twotower.wire.logprobs import logprobs_from_pb
 
 LONG_TEXT = 4096
 """Characters above which a prompt is tokenized in a thread, so that streams of others do not wait for it."""
@@ -33,6 +34,11 @@ class ServedModel:
     tokenizer: Tokenizer | None
     created: int
     """When the gateway began to serve it, in seconds since 1970."""
+
+    @property
+    def hidden_ids(self) -> tuple[int, ...]:
+        """Ids that never show in text, besides the tokenizer's special tokens."""
+        return (*self.limits.eos_token_ids, self.limits.mask_token_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +140,7 @@ class Core:
                     metrics.completion_tokens.labels(mode).inc(len(event.token_ids))
                     metrics.forwards.labels(mode).inc(event.forwards)
                     piece = text.push(event.token_ids) if text else ""
-                    yield Block(blocks, tuple(event.token_ids), piece, event.forwards)
+                    yield Block(blocks, tuple(event.token_ids), piece, event.forwards, logprobs_from_pb(event.logprobs))
                     blocks += 1
                     if text and text.stopped:
                         reason = FinishReason.STOP
@@ -181,7 +187,7 @@ class Core:
         model = self.model
         if model.tokenizer is None:
             return None
-        return TextStream(model.tokenizer, request.stop, (*model.limits.eos_token_ids, model.limits.mask_token_id))
+        return TextStream(model.tokenizer, request.stop, model.hidden_ids)
 
     def _check_admission(self, requests: Sequence[Prepared]) -> None:
         if self._draining:

@@ -13,6 +13,7 @@ from twotower.gateway.core import Core
 from twotower.gateway.request import Request
 from twotower.request import Mode, Priority
 from twotower.v1 import inference_pb2, inference_pb2_grpc
+from twotower.wire.logprobs import logprobs_to_pb
 from twotower.wire.params import FINISH_TO_PB, MODE_FROM_PB, PRIORITY_FROM_PB
 
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -82,6 +83,7 @@ def request_from_pb(message: inference_pb2.GenerateRequest) -> Request:
         ignore_eos=message.ignore_eos,
         eos_token_ids=tuple(message.eos_token_ids),
         priority=priority,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
     )
 
 
@@ -93,7 +95,13 @@ def event_to_pb(event: Event) -> inference_pb2.GenerateEvent:
         )
         return inference_pb2.GenerateEvent(accepted=accepted)
     if isinstance(event, Block):
-        block = inference_pb2.Block(index=event.index, token_ids=event.token_ids, text=event.text, forwards=event.forwards)
+        block = inference_pb2.Block(
+            index=event.index,
+            token_ids=event.token_ids,
+            text=event.text,
+            forwards=event.forwards,
+            logprobs=logprobs_to_pb(event.logprobs),
+        )
         return inference_pb2.GenerateEvent(block=block)
     finished = inference_pb2.Finished(
         finish_reason=FINISH_TO_PB[event.finish_reason],

@@ -23,6 +23,7 @@ from twotower.events import Accepted, Block, Event, Finished
 from twotower.gateway import openai_replies as replies
 from twotower.gateway.core import Core, Prepared
 from twotower.gateway.openai import CompletionCall, parse_completion, parse_json
+from twotower.gateway.openai_logprobs import ChoiceLogprobs
 from twotower.status import status_of
 
 log = logging.getLogger(__name__)
@@ -144,19 +145,21 @@ class Completions:
         texts: list[list[str]] = [[] for _ in prepared]
         token_ids: list[list[int]] = [[] for _ in prepared]
         reasons = ["" for _ in prepared]
+        logprobs = [ChoiceLogprobs(self._core.model, request) for request in prepared]
         async for index, event in events:
             if isinstance(event, Accepted):
                 if index % call.n == 0:  # a prompt counts once, whatever its choices
                     totals.accept(event.prompt_tokens)
                 continue
             texts[index].append(event.text)
+            logprobs[index].push(event)
             if isinstance(event, Block):
                 token_ids[index] += event.token_ids
             else:
                 reasons[index] = event.finish_reason.value
                 totals.finish(event)
         choices = [
-            replies.choice(index, "".join(texts[index]), tuple(token_ids[index]), reasons[index])
+            replies.choice(index, "".join(texts[index]), tuple(token_ids[index]), reasons[index], logprobs[index].release())
             for index in range(len(prepared))
         ]
         headers = {"x-request-id": prepared[0].job.request_id}
@@ -172,6 +175,7 @@ class Completions:
     ) -> None:
         """Server-sent events. The status waits for the first block, so that what fails before is a plain error."""
         totals, warnings, started = replies.Totals(), _warnings(prepared), False
+        logprobs = [ChoiceLogprobs(self._core.model, request) for request in prepared]
         try:
             async for index, event in events:
                 if isinstance(event, Accepted):
@@ -180,9 +184,11 @@ class Completions:
                     continue
                 if isinstance(event, Finished):
                     totals.finish(event)
+                logprobs[index].push(event)
                 if not started:
                     await _send_head(send, prepared[0].job.request_id)
-                await _send_data(send, reply.chunk(replies.event_choice(index, event), call.include_usage, warnings))
+                item = replies.event_choice(index, event, logprobs[index].release())
+                await _send_data(send, reply.chunk(item, call.include_usage, warnings))
                 started, warnings = True, []
         except Exception as error:
             if not started:

@@ -15,7 +15,7 @@ from typing import Any, Never, TypeVar
 
 from twotower.errors import InvalidArgument
 from twotower.gateway.request import DEFAULT_SEED, Request
-from twotower.request import MAX_SEED, Mode, Priority
+from twotower.request import MAX_SEED, MAX_TIMEOUT_S, Mode, Priority
 
 T = TypeVar("T")
 
@@ -81,6 +81,7 @@ def parse_completion(body: Mapping[str, Any], max_requests: int) -> CompletionCa
         "stop": _optional(body, "stop", _stop) or (),
         "ignore_eos": _optional(body, "ignore_eos", _boolean) or False,
         "eos_token_ids": eos_token_ids or (),
+        "logprobs": _optional(body, "logprobs", _integer),
         "priority": _optional(body, "service_tier", _priority) or Priority.NORMAL,
     }
     if "prompt" not in body:
@@ -113,12 +114,11 @@ def parse_completion(body: Mapping[str, Any], max_requests: int) -> CompletionCa
 _OURS = ("mode", "gamma", "block_size", "steps", "top_k", "ignore_eos", "eos_token_ids", "timeout_s")
 _TAKEN = (
     *("model", "prompt", "n", "best_of", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options"),
-    "service_tier",
+    *("logprobs", "service_tier"),
 )
 _IGNORED = ("user",)
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
-    "logprobs": (None,),
     "suffix": ("",),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -214,8 +214,8 @@ def _priority(name: str, value: Any) -> Priority:
 
 def _seconds(name: str, value: Any) -> float:
     seconds = _number(name, value)
-    if seconds <= 0:
-        raise InvalidArgument(name, f"must be above 0 seconds, not {seconds:g}")
+    if not 0 < seconds <= MAX_TIMEOUT_S:
+        raise InvalidArgument(name, f"must be in (0, {MAX_TIMEOUT_S}] seconds, not {seconds:g}")
     return seconds
 
 

@@ -56,16 +56,18 @@ class Completion:
         return {**self._head, "choices": [], "usage": usage}
 
 
-def choice(index: int, text: str, token_ids: tuple[int, ...], finish_reason: str | None) -> dict[str, Any]:
+def choice(
+    index: int, text: str, token_ids: tuple[int, ...], finish_reason: str | None, logprobs: dict[str, Any] | None
+) -> dict[str, Any]:
     """An element of `choices`; token_ids are ours."""
-    return {"index": index, "text": text, "finish_reason": finish_reason, "logprobs": None, "token_ids": list(token_ids)}
+    return {"index": index, "text": text, "finish_reason": finish_reason, "logprobs": logprobs, "token_ids": list(token_ids)}
 
 
-def event_choice(index: int, event: Block | Finished) -> dict[str, Any]:
+def event_choice(index: int, event: Block | Finished, logprobs: dict[str, Any] | None) -> dict[str, Any]:
     """The element that tells of an event."""
     if isinstance(event, Block):
-        return {**choice(index, event.text, event.token_ids, None), "forwards": event.forwards}
-    return choice(index, event.text, (), event.finish_reason.value)
+        return {**choice(index, event.text, event.token_ids, None, logprobs), "forwards": event.forwards}
+    return choice(index, event.text, (), event.finish_reason.value, logprobs)
 
 
 def model_body(model: ServedModel) -> dict[str, Any]:

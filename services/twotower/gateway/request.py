@@ -38,6 +38,8 @@ class Request:
     ignore_eos: bool = False
     eos_token_ids: tuple[int, ...] = ()
     priority: Priority = Priority.NORMAL
+    logprobs: int | None = None
+    """None: without."""
 
 
 def check_unresolved(request: Request, has_tokenizer: bool) -> None:
@@ -55,7 +57,7 @@ def check_unresolved(request: Request, has_tokenizer: bool) -> None:
             raise InvalidArgument("stop", f"a stop string has 1 to {MAX_STOP_LENGTH} characters, not {len(stop)}")
     if request.ignore_eos and request.eos_token_ids:
         raise InvalidArgument("ignore_eos", "contradicts eos_token_ids: give one of them")
-    for field in ("max_tokens", "block_size", "steps", "seed", "top_k"):
+    for field in ("max_tokens", "block_size", "steps", "seed", "top_k", "logprobs"):
         value = getattr(request, field)
         if value is not None and not -MAX_INT64 <= value <= MAX_INT64:
             raise InvalidArgument(field, "does not fit 64 bits")
@@ -78,4 +80,5 @@ def resolve(request: Request, prompt_tokens: int, limits: ModelLimits) -> Genera
         top_p=1.0 if request.top_p is None else request.top_p,
         seed=DEFAULT_SEED if request.seed is None else request.seed,
         eos_token_ids=() if request.ignore_eos else request.eos_token_ids or limits.eos_token_ids,
+        logprobs=request.logprobs,
     )

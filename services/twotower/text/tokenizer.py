@@ -17,6 +17,7 @@ class Tokenizer:
         self._inner = inner
         self.special_ids = frozenset(i for i, token in inner.get_added_tokens_decoder().items() if token.special)
         """Ids that never show in text."""
+        self._names: dict[int, str] = {}
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -45,3 +46,16 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, without special tokens; bytes that are no UTF-8 become U+FFFD."""
         return self._inner.decode(list(ids), skip_special_tokens=True)
+
+    def name(self, token_id: int) -> str:
+        """What a token is called where it stands alone: its text; where it has none, its name in the vocabulary.
+
+        A special token has no text, nor has a part of a character; an id beyond the vocabulary is called by its number.
+        """
+        if token_id not in self._names:
+            alone = self.decode([token_id])
+            text = self.decode([token_id, token_id])[len(alone) :]  # decoders may drop a space at a text's beginning
+            if not text or "\N{REPLACEMENT CHARACTER}" in text:
+                text = self._inner.id_to_token(token_id) or str(token_id)
+            self._names[token_id] = text
+        return self._names[token_id]

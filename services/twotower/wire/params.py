@@ -20,6 +20,8 @@ PRIORITY_TO_PB = {
 }
 PRIORITY_FROM_PB = {value: key for key, value in PRIORITY_TO_PB.items()}
 
+NO_LOGPROBS = -1
+
 
 def params_to_pb(params: GenerationParams) -> context_pb2.Params:
     """For the wire. Mock-AR never leaves a process."""
@@ -34,6 +36,7 @@ def params_to_pb(params: GenerationParams) -> context_pb2.Params:
         top_k=params.top_k,
         top_p=params.top_p,
         eos_token_ids=params.eos_token_ids,
+        logprobs=NO_LOGPROBS if params.logprobs is None else params.logprobs,
     )
 
 
@@ -50,4 +53,5 @@ def params_from_pb(message: context_pb2.Params) -> GenerationParams:
         top_k=message.top_k,
         top_p=message.top_p,
         eos_token_ids=tuple(message.eos_token_ids),
+        logprobs=None if message.logprobs == NO_LOGPROBS else message.logprobs,
     )
