@@ -1,4 +1,4 @@
-"""Which form of the computations runs: plain torch anywhere, Triton kernels on CUDA devices."""
+"""Which form of the computations runs: Triton kernels on CUDA devices, C++ on CPUs, plain torch anywhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Literal
 
 import torch
 
-Backend = Literal["torch", "triton"]
+from twotower_kernels.cpu.kernels import CpuKernels
+from twotower_kernels.kernels import TORCH, Kernels
+
+Backend = Literal["torch", "cpu", "triton"]
 
 
 class BackendUnavailable(ValueError):
@@ -16,14 +19,18 @@ class BackendUnavailable(ValueError):
 
 
 def resolve(name: Literal["auto"] | Backend, device: torch.device) -> Backend:
-    """The backend for tensors on `device`; "auto" is Triton on a CUDA device where it is installed, else torch.
+    """The backend for tensors on `device`; "auto" is Triton on a CUDA device where it is installed, and "cpu" on a CPU.
 
     Triton is imported for no other name and on no other device, so that nothing here needs it.
     """
-    if name not in ("auto", "torch", "triton"):
-        raise BackendUnavailable(f"unknown backend {name!r}: choose auto, torch or triton")
-    if name == "torch" or (name == "auto" and device.type != "cuda"):
+    if name not in ("auto", "torch", "cpu", "triton"):
+        raise BackendUnavailable(f"unknown backend {name!r}: choose auto, torch, cpu or triton")
+    if name == "torch" or (name == "auto" and device.type not in ("cpu", "cuda")):
         return "torch"
+    if name == "cpu" or (name == "auto" and device.type == "cpu"):
+        if device.type != "cpu":
+            raise BackendUnavailable(f"the cpu backend was chosen for a {device.type} device")
+        return "cpu"
     problem = _missing()
     if name == "auto":
         return "torch" if problem else "triton"
@@ -35,6 +42,17 @@ def resolve(name: Literal["auto"] | Backend, device: torch.device) -> Backend:
             " or TRITON_INTERPRET=1 in the environment for its slow interpreter"
         )
     return "triton"
+
+
+def load(backend: Backend) -> Kernels:
+    """The computations in this backend's form."""
+    if backend == "triton":
+        from twotower_kernels.triton.kernels import TritonKernels
+
+        return TritonKernels()
+    if backend == "cpu":
+        return CpuKernels()
+    return TORCH
 
 
 def _missing() -> str | None:

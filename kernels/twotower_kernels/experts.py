@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twotower_kernels.cpu import experts as cpu
-
 
 def relu2(x: Tensor) -> Tensor:
     """relu(x) squared."""
@@ -124,8 +122,6 @@ def run_experts(
         return all_experts(hidden, experts, weights, up, down)
     if torch.compiler.is_compiling():
         return _compiled_experts(hidden, experts, weights, up, down, wide)
-    if cpu.usable(hidden, up, down):
-        return cpu.grouped_experts(hidden, experts, weights, up, down)
     if hidden.shape[0] == 1 and hidden.device.type == "cpu":
         return active_experts(hidden, experts, weights, up, down)
     if wide is not None and hidden.shape[0] <= DENSE_ROWS:
@@ -141,8 +137,6 @@ def _compiled_experts(
         return gathered_experts(hidden, experts, weights, up, down)
     if wide is not None and hidden.shape[0] <= DENSE_ROWS:
         return dense_experts(hidden, experts, weights, up, wide)
-    if cpu.usable(hidden, up, down):
-        return cpu.grouped_experts(hidden, experts, weights, up, down)
     if hidden.dtype is not torch.bfloat16:
         return all_experts(hidden, experts, weights, up, down)  # the compiler knows the grouped product in bf16 only
     return grouped_experts(hidden, experts, weights, up, down)

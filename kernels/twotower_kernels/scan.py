@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from twotower_kernels.cpu import factors as cpu
+
 
 def chunk_scan(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, chunk: int, *, need_states: bool = True
@@ -63,22 +65,34 @@ def chunk_scan(
     return y, final, starts
 
 
-def apply_factors_(state: Tensor, x: Tensor, b: Tensor, dt: Tensor, a: Tensor) -> None:
+def apply_factors_(state: Tensor, x: Tensor, b: Tensor, dt: Tensor, a: Tensor, *, slots: Tensor | None = None) -> None:
     """Take a state past L positions, in place, from the factors of their updates: the same bits wherever it runs.
 
     state (..., h, p, n) fp32, x (..., L, h, p), b (..., L, g, n), dt (..., L, h) fp32, a (h,) fp32; `...` is nothing,
-    or a batch axis. Both ends of a session call this with equal inputs. It is elementwise and in order of
-    position, so that neither the batch, the number of threads nor the choice of a matrix product can change a bit.
+    or a batch axis. With `slots` (B,) int64, distinct, state is a pool (slots, h, p, n), of which these change.
+    Both ends of a session call this with equal inputs. It is elementwise and in order of position: S * decay, rounded,
+    then a fused multiply-add of dt x and b. So neither the batch, nor the number of threads, nor which of the
+    two forms below runs can change a bit.
     """
     heads = state.shape[-3]
     assert x.shape[-2:] == state.shape[-3:-1]
     assert b.shape[-1] == state.shape[-1]
     assert dt.shape == x.shape[:-1]
-    decay = (dt * a).exp()[..., None, None]
+    decay = (dt * a).exp()
+    library = cpu.library_for_factors(state, x, b, dt)
+    if library is not None:
+        if x.dim() == 3:
+            state, x, b, dt, decay = (t.unsqueeze(0) for t in (state, x, b, dt, decay))
+        cpu.apply_factors(library, state, x, b, dt, decay, slots)
+        return
+    rows = state if slots is None else state.index_select(0, slots)
+    decay = decay[..., None, None]
     dtx = (dt.unsqueeze(-1) * x.float()).unsqueeze(-1)
-    rows = b.float().repeat_interleave(heads // b.shape[-2], -2).unsqueeze(-2)
+    added = b.float().repeat_interleave(heads // b.shape[-2], -2).unsqueeze(-2)
     for i in range(x.shape[-3]):
-        state.mul_(decay.select(-4, i)).addcmul_(dtx.select(-4, i), rows.select(-4, i))
+        rows.mul_(decay.select(-4, i)).addcmul_(dtx.select(-4, i), added.select(-4, i))
+    if slots is not None:
+        state.index_copy_(0, slots, rows)
 
 
 def apply_factors(state: Tensor, x: Tensor, b: Tensor, dt: Tensor, a: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,19 @@ def _likeliest(p: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     return torch.zeros_like(p).scatter_(-1, tokens, ordered * kept)
 
 
+Predict = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+"""See `predict`."""
+
+
+def predict(
+    logits: Tensor, masked: Tensor, temperature: Tensor, uniforms: Tensor, top_k: Tensor | None, top_p: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Tokens (N,) as in `draw`, at least where masked (N,), and their probabilities (N,) fp32 at temperature 1."""
+    predicted = draw(logits, temperature, uniforms, top_k, top_p)
+    at = logits.gather(-1, predicted.unsqueeze(-1)).squeeze(-1)
+    return predicted, (at - logits.logsumexp(-1)).exp()
+
+
 def unmask(
     logits: Tensor,
     tokens: Tensor,
@@ -64,12 +78,13 @@ def unmask(
     uniforms: Tensor,
     top_k: Tensor | None = None,
     top_p: Tensor | None = None,
+    predict: Predict = predict,
 ) -> Unmasked:
     """One step of a batch of blocks (model.md, Block refinement).
 
     logits (B, L, V) fp32, overwritten; tokens (B, L) int64; masked (B, L) bool; gamma, temperature (B,);
-    steps_left (B,) int64, this step included; uniforms (B, L) fp64; top_k, top_p (B,): see `draw`. Each row has at
-    least one masked position.
+    steps_left (B,) int64, this step included; uniforms (B, L) fp64; top_k, top_p (B,): see `draw`; predict: another form
+    of the function of that name. Each row has at least one masked position.
 
     Commits, of each row, the ``max(1, #{confidence > gamma}, ceil(masked / steps_left))`` most confident masked
     positions; of equal confidences, those further back. Confidence is the untempered probability of the
@@ -81,8 +96,10 @@ def unmask(
     logits[..., mask_id] = -torch.inf
     flat = logits.view(-1, vocab)
     choice = (None if x is None else x.repeat_interleave(length) for x in (top_k, top_p))
-    predicted = draw(flat, temperature.repeat_interleave(length), uniforms.flatten(), *choice).view(batch, length)
-    confidence = (logits.gather(-1, predicted.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)).exp()
+    predicted, confidence = (
+        x.view(batch, length)
+        for x in predict(flat, masked.flatten(), temperature.repeat_interleave(length), uniforms.flatten(), *choice)
+    )
     finite = (confidence.isfinite() | ~masked).all(-1)
     left = masked.sum(-1)
     sure = (masked & (confidence > gamma.unsqueeze(-1))).sum(-1)

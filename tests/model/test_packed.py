@@ -37,8 +37,8 @@ def test_packed_and_unpacked_towers_agree(checkpoint: Checkpoint, experts: Forma
     tokens = torch.arange(16, device=DEVICE) + 5
     results = {}
     for backend in ("torch", "triton"):
-        context = load_context_tower(checkpoint, torch.float32, DEVICE, experts=experts, backend=backend)
-        denoiser = load_denoiser_tower(checkpoint, torch.float32, DEVICE, experts=experts, backend=backend)
+        context = load_context_tower(checkpoint, torch.float32, DEVICE, experts=experts, kernels=backend)
+        denoiser = load_denoiser_tower(checkpoint, torch.float32, DEVICE, experts=experts, kernels=backend)
         assert all((moe.packed is not None) is (backend == "triton") for moe in (*_moe(context), *_moe(denoiser)))
         state = context.new_state()
         logits = context.prefill(tokens, state)
@@ -50,7 +50,7 @@ def test_packed_and_unpacked_towers_agree(checkpoint: Checkpoint, experts: Forma
 
 
 def test_packed_weights_take_their_bits_and_no_more(checkpoint: Checkpoint) -> None:
-    tower = load_context_tower(checkpoint, torch.bfloat16, DEVICE, experts="fp8", backend="triton")
+    tower = load_context_tower(checkpoint, torch.bfloat16, DEVICE, experts="fp8", kernels="triton")
     for moe in _moe(tower):
         assert not hasattr(moe, "experts")
         held = sum(buffer.numel() * buffer.element_size() for buffer in moe.buffers())

@@ -134,7 +134,7 @@ def test_precisions_that_cannot_be(plain: Checkpoint) -> None:
     with pytest.raises(ConfigError, match="not an empty directory"):
         quantize_checkpoint(plain, stored.path, "fp8", BOTH)
     with pytest.raises(ConfigError, match="triton"):
-        load_context_tower(stored, torch.float32, CPU, backend="tritonn")  # type: ignore[arg-type]
+        load_context_tower(stored, torch.float32, CPU, kernels="tritonn")  # type: ignore[arg-type]
 
 
 def test_damage_is_named(plain: Checkpoint) -> None:

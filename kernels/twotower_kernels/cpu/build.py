@@ -1,4 +1,4 @@
-"""Compiles `kernels.cpp` with the system's compiler, once for each machine and user, and loads it."""
+"""Compiles the C++ beside it with the system's compiler, once for each machine and user, and loads it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wl,--as-needed")
 NEEDED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"})
 """What the CPU must be able to do."""
@@ -40,6 +41,26 @@ def load() -> ctypes.CDLL | None:
         return None
 
 
+def library_for(*tensors: Tensor | None) -> ctypes.CDLL | None:
+    """The kernels, where they can compute with these: on a CPU, outside of compiled graphs, and without gradients."""
+    if torch.compiler.is_compiling() or any(t is not None and t.device.type != "cpu" for t in tensors):
+        return None
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return None
+    return load()
+
+
+def check(failed: int, what: str) -> None:
+    """Raises MemoryError if a kernel says that it had none."""
+    if failed:
+        raise MemoryError(f"no memory for {what}")
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """For a kernel; null for None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 def build(cache: Path | None = None) -> Path:
     """The library, compiled unless `cache` holds it. Raises OSError, subprocess.SubprocessError.
 
@@ -53,24 +74,39 @@ def build(cache: Path | None = None) -> Path:
     # torch's own OpenMP, so that there is one in the process: the threads of a second would wait for the first's CPUs.
     openmp = sorted(Path(torch.__file__).with_name("lib").glob("libgomp*.so*"))
     words = (*FLAGS, *map(str, openmp), *sorted(_cpu_flags()))
-    key = hashlib.sha256(b"\0".join((SOURCE.read_bytes(), version, *(word.encode() for word in words)))).hexdigest()[:16]
+    sources = sorted(SOURCES.glob("*.cpp"))
+    texts = (path.read_bytes() for path in (*sources, *sorted(SOURCES.glob("*.h"))))
+    key = hashlib.sha256(b"\0".join((*texts, version, *(word.encode() for word in words)))).hexdigest()[:16]
     library = cache / f"kernels-{key}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             out = Path(scratch) / library.name
-            command = [compiler, *FLAGS, str(SOURCE), *map(str, openmp), "-o", str(out)]
+            command = [compiler, *FLAGS, *map(str, sources), *map(str, openmp), "-o", str(out)]
             subprocess.run(command, capture_output=True, check=True, timeout=BUILD_S)
             os.replace(out, library)
     return library
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.tt_linear.argtypes = [pointer, count, pointer, pointer, pointer, count, count, count, number]
-    library.tt_linear.restype = None
+    pointer, count, number, single = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+    library.tt_linear.argtypes = [pointer, count, *(pointer,) * 4, *(count,) * 3, *(number,) * 3]
     library.tt_grouped_experts.argtypes = [pointer, count, *(pointer,) * 5, *(count,) * 5, number]
-    library.tt_grouped_experts.restype = number
+    library.tt_block_scan.argtypes = [
+        *(pointer, count, count, *(pointer,) * 5, number, *(pointer,) * 4, *(single,) * 3),
+        *(*(pointer,) * 5, *(count,) * 6, number, number),
+    ]
+    library.tt_apply_factors.argtypes = [*(pointer,) * 6, *(count,) * 6, number]
+    library.tt_modulated_norm.argtypes = [
+        *(pointer, pointer, pointer, count, pointer, pointer, count, number),
+        *(pointer, single, pointer, pointer, *(count,) * 3, number),
+    ]
+    library.tt_route.argtypes = [*(pointer,) * 5, *(count,) * 4, number, ctypes.c_double, number]
+    library.tt_best.argtypes = [*(pointer,) * 5, count, count, number]
+    for function in (library.tt_linear, library.tt_apply_factors, library.tt_modulated_norm, library.tt_best):
+        function.restype = None
+    for function in (library.tt_grouped_experts, library.tt_block_scan, library.tt_route):
+        function.restype = number  # 0, or 1 if memory ran out
     return library
 
 

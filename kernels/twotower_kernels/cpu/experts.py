@@ -1,11 +1,27 @@
-"""The routed experts of a MoE layer on a CPU, each weight that is needed read once (`kernels.cpp`)."""
+"""The routed experts of a MoE layer on a CPU, each weight that is needed read once (`products.cpp`)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from twotower_kernels.cpu.build import MIN_OUTPUTS, load
+from twotower_kernels import experts as plain
+from twotower_kernels.cpu.build import MIN_OUTPUTS, check, load
+
+
+def run_experts(
+    hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor, wide: Tensor | None = None
+) -> Tensor:
+    """As `twotower_kernels.experts.run_experts`."""
+    differentiable = torch.is_grad_enabled() and (up.requires_grad or hidden.requires_grad)
+    if differentiable or not usable(hidden, up, down) or (torch.compiler.is_compiling() and _compiles_better(hidden, wide)):
+        return plain.run_experts(hidden, experts, weights, up, down, wide)
+    return grouped_experts(hidden, experts, weights, up, down)
+
+
+def _compiles_better(hidden: Tensor, wide: Tensor | None) -> bool:
+    """Whether products that the compiler knows make the faster graph."""
+    return hidden.shape[0] == 1 or (wide is not None and hidden.shape[0] <= plain.DENSE_ROWS)
 
 
 def usable(hidden: Tensor, up: Tensor, down: Tensor) -> bool:
@@ -66,8 +82,7 @@ def _run(hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Ten
         width,
         torch.get_num_threads(),
     )
-    if failed:
-        raise MemoryError(f"no memory for the experts of {n} tokens")
+    check(failed, f"the experts of {n} tokens")
     return out
 
 

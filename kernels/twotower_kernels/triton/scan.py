@@ -19,56 +19,18 @@ C = h p + 2 g n channels of the conv.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from twotower_kernels.block import ScanFactors, ScanWeights
 
 MAX_BLOCK = 64
 """Positions a block may have: all pairs of positions are held in registers."""
 
 _MIN_DOT = 16
 """The smallest side of a matrix that the tensor cores take."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScanWeights:
-    """What a Mamba-2 layer holds between its projections, contiguous."""
-
-    conv_weight: Tensor
-    """(C, 1, K), any float dtype."""
-    conv_bias: Tensor | None
-    """(C,)."""
-    dt_bias: Tensor
-    """(h,) fp32."""
-    a: Tensor
-    """(h,) fp32, negative: -exp(A_log)."""
-    d: Tensor
-    """(h,) fp32."""
-    norm: Tensor
-    """(h p,) fp32."""
-    groups: int
-    """g: of b and c, and of the norm."""
-    eps: float
-    """Of the norm."""
-    time_step_limit: tuple[float, float]
-    """dt is clamped to it after softplus; the upper one may be infinite."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScanFactors:
-    """What a commit changes in one layer, per row: as `apply_factors` takes it."""
-
-    x: Tensor
-    """(B, L, h, p), model dtype."""
-    b: Tensor
-    """(B, L, g, n), model dtype."""
-    dt: Tensor
-    """(B, L, h) fp32, after softplus and clamp."""
-    conv: Tensor
-    """(B, C, K): the new tail of raw xBC columns, newest last, model dtype."""
 
 
 def block_scan(
@@ -86,12 +48,11 @@ def block_scan(
 
 def block_scan_commit(
     projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
-) -> tuple[Tensor, ScanFactors, Tensor]:
-    """As `block_scan`, and the state after the block: what the context does once a block is finished.
+) -> tuple[Tensor, ScanFactors]:
+    """As `block_scan`, and takes the state past the block, in place: what the context does once a block is finished.
 
-    Returns the output, the delta's factors, and the new state (B, h, p, n), with the bits that `apply_factors`
-    gives anywhere from these factors. With `slots`, the pools are changed in place instead, conv tails and all,
-    and `ssm` itself is returned; slots must be distinct.
+    conv_tail and ssm (of the slots, which must be distinct) end with the bits that `apply_factors` gives anywhere from the
+    factors. Returns the output and the factors.
     """
     batch, length, _ = projected.shape
     _, heads, head_dim, n = ssm.shape
@@ -102,10 +63,12 @@ def block_scan_commit(
         conv=torch.empty((batch, *conv_tail.shape[1:]), dtype=conv_tail.dtype, device=projected.device),
     )
     out = _scan(projected, conv_tail, ssm, weights, slots, factors)
-    state = apply_factors(ssm, factors.x, factors.b, factors.dt, weights.a, slots=slots)
-    if slots is not None:
+    apply_factors(ssm, factors.x, factors.b, factors.dt, weights.a, slots=slots, out=None if slots is not None else ssm)
+    if slots is None:
+        conv_tail.copy_(factors.conv)
+    else:
         conv_tail.index_copy_(0, slots, factors.conv)
-    return out, factors, state
+    return out, factors
 
 
 def apply_factors(

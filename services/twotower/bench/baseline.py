@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +15,11 @@ from torch.nn import functional as F
 
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
-from twotower.model.layers import Linear, MoE
+from twotower.model.layers import MoE, use_kernels
 from twotower.model.tower import Layer, Tower
 from twotower.request import GenerationParams
 from twotower_kernels.experts import relu2
+from twotower_kernels.kernels import TORCH
 
 
 class LoopedMoE(nn.Module):
@@ -45,10 +45,9 @@ class LoopedMoE(nn.Module):
 
 def make_plain(tower: nn.Module) -> None:
     """From now on this tower loops over experts, and multiplies by torch alone."""
+    use_kernels(tower, TORCH)
     for module in tower.modules():
-        if isinstance(module, Linear):
-            module.forward = partial(nn.Linear.forward, module)  # type: ignore[method-assign]  # as if it were one
-        elif isinstance(module, Tower):
+        if isinstance(module, Tower):
             _loop_over_experts(module)
 
 

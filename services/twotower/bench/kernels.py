@@ -20,6 +20,7 @@ from twotower.model.config import ModelConfig
 from twotower.model.pool import PAGE, pages_for
 from twotower_kernels import attention, experts, norms, quant, unmask
 from twotower_kernels.backend import resolve
+from twotower_kernels.block import ScanWeights
 from twotower_kernels.conv import causal_conv
 from twotower_kernels.scan import apply_factors, chunk_scan
 
@@ -145,7 +146,7 @@ class KernelBench:
 
         kernel: Call | None = None
         if self._triton:
-            from twotower_kernels.triton.scan import ScanWeights, block_scan, block_scan_commit
+            from twotower_kernels.triton.scan import block_scan, block_scan_commit
 
             weights = ScanWeights(weight, bias, dt_bias, a, ones, norm, c.n_groups, c.layer_norm_epsilon, c.time_step_limit)
             kernel = partial(block_scan_commit if commit else block_scan, projected, tail, ssm, weights)

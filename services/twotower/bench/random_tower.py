@@ -13,13 +13,13 @@ from twotower.model.config import ModelConfig
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.experts import as_format
-from twotower.model.layers import MoE
+from twotower.model.layers import Mamba2, MoE, use_kernels
 from twotower.model.packed import PackedExperts
 from twotower.model.pool import PoolSize, StatePool, pages_for
 from twotower.model.state import ContextState
 from twotower.model.tower import Layer, Tower
 from twotower.model.weights import loaded_dtype, set_parameter
-from twotower_kernels.backend import resolve
+from twotower_kernels.backend import load, resolve
 from twotower_kernels.quant import Packed, quantize
 
 SHARE = 0.8
@@ -52,8 +52,9 @@ def random_tower(
         set_parameter(tower, name, _random(name, parameter, loaded_dtype(name, dtype), device, generator))
     tower.to(device).requires_grad_(False).eval()
     for module in tower.modules():
-        if isinstance(module, MoE):
+        if isinstance(module, MoE | Mamba2):
             module.prepare()
+    use_kernels(tower, load(resolve("auto", device)))
     return tower, shared
 
 

@@ -14,7 +14,6 @@ from twotower.engine.sampling import filters, uniforms
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.state import ContextState
 from twotower.request import GenerationParams, TokenLogprob
-from twotower_kernels.unmask import unmask
 
 
 class DenoiserEngine:
@@ -44,7 +43,7 @@ class DenoiserEngine:
         masked = torch.stack([block.masked for block in blocks]).to(device)
         t = torch.tensor([block.masked_share for block in blocks], dtype=torch.float32, device=device)
         logits = self.tower.denoise(tokens, t, [block.state for block in blocks])
-        result = unmask(
+        result = self.tower.kernels.unmask(
             logits,
             tokens,
             masked,

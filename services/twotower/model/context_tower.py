@@ -11,7 +11,6 @@ from twotower.model.config import ATTENTION, MAMBA, ModelConfig
 from twotower.model.layers import Attention, Mamba2, linear
 from twotower.model.state import ContextState, Delta, KVDelta, MambaDelta, StateRows
 from twotower.model.tower import Layer, LazyGraph, Tower, cat_rows
-from twotower_kernels.scan import chunk_scan
 
 
 class ContextTower(nn.Module):
@@ -54,7 +53,7 @@ class ContextTower(nn.Module):
         """
         h, _ = self._forward(tokens.unsqueeze(0), [state], prefill=True, need_hidden=need_logits)
         state.length += tokens.shape[0]
-        return self._logits(h[:, -1])[0] if need_logits else None
+        return self._logits(h)[0] if need_logits else None
 
     @torch.inference_mode()
     def commit(
@@ -69,10 +68,12 @@ class ContextTower(nn.Module):
         h, deltas = forward(tokens, states, prefill=False, need_hidden=need_logits)
         for state in states:
             state.length += tokens.shape[1]
-        return deltas, self._logits(h[:, -1]) if need_logits else None
+        return deltas, self._logits(h) if need_logits else None
 
     def _logits(self, h: Tensor) -> Tensor:
-        return self.context_lm_head(self.context_tower.norm_f(h)).float()
+        """h (B, L, hidden) -> (B, vocab) of the last position."""
+        logits: Tensor = self.context_lm_head(self.context_tower.norm_f(h[:, -1:]), wide=True)
+        return logits[:, 0]
 
     def _forward(
         self, tokens: Tensor, states: Sequence[ContextState], *, prefill: bool, need_hidden: bool
@@ -80,41 +81,37 @@ class ContextTower(nn.Module):
         """Run the layers; update S, conv tails and KV in place, but not the lengths."""
         changes: list[dict[int, MambaDelta | KVDelta]] = [{} for _ in states]
         rows = StateRows(states)
-        h = self.context_tower.embeddings(tokens)
+        h, x = self.context_tower.embeddings(tokens), None
         for i, layer in enumerate(self.context_tower.layers):
             if not need_hidden and i > self._last_stateful:
                 break  # nothing behind it changes the state
             assert isinstance(layer, Layer)
-            x = layer.norm(h)
+            if x is None:
+                x = layer.norm(h)
+            else:
+                h, x = layer.norm.after(h, x, None, None, layer.order)
             if layer.kind == MAMBA:
                 x = self._mamba(i, _mamba(layer), x, rows, None if prefill else changes)
             elif layer.kind == ATTENTION:
                 x = self._attention(i, layer.mixer, x, states, changes)
             else:
                 x = layer.mixer(x)
-            h = h + x
-        return h, [Delta(tokens.shape[1], change) for change in changes]
+        assert x is not None
+        return h + x, [Delta(tokens.shape[1], change) for change in changes]
 
     def _mamba(
         self, i: int, mixer: Mamba2, x: Tensor, rows: StateRows, changes: list[dict[int, MambaDelta | KVDelta]] | None
     ) -> Tensor:
-        conv, seed = rows.conv(i), rows.ssm(i)
+        conv, ssm, slots = rows.seed(i)
         if changes is None:  # a long chunk: S comes from the chunked scan itself
-            out, f, final, _ = mixer(x, conv, seed, chunk=self.config.chunk_size, need_states=True)
-            rows.replace(i, f.conv, final)
-            return out
-        z, f, c = mixer.project(x, conv)
-        change = MambaDelta(f.x.contiguous(), f.b.contiguous(), f.dt, f.conv.contiguous())
-        for row, of_row in enumerate(changes):
-            of_row[i] = change.row(row)
-        if x.shape[1] == 1:  # one position: the output is read off the new state
-            rows.update(i, change, mixer.decay_rate())
-            group = self.config.mamba_num_heads // self.config.n_groups
-            y = rows.ssm(i) @ c[:, 0].float().repeat_interleave(group, 1).unsqueeze(-1)
-            return mixer.finish(y.squeeze(-1).unsqueeze(1), f.x, z)
-        y, _, _ = chunk_scan(f.x, f.dt, mixer.decay_rate(), f.b, c, seed, x.shape[1], need_states=False)
-        rows.update(i, change, mixer.decay_rate())  # last: the seed may be a view of what it changes
-        return mixer.finish(y, f.x, z)
+            assert slots is None
+            out = mixer.prefill(x, conv, ssm)
+        else:
+            out, f = mixer.commit(x, conv, ssm, slots)
+            for row, of_row in enumerate(changes):
+                of_row[i] = MambaDelta(f.x[row], f.b[row], f.dt[row], f.conv[row])
+        rows.keep(i, conv, ssm)
+        return out
 
     def _attention(
         self,

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from twotower.model.config import ATTENTION, MAMBA, ModelConfig
+from twotower.model.config import ModelConfig
 from twotower.model.layers import Attention, Mamba2, Modulation, TimestepEmbedder, linear
 from twotower.model.state import ContextState, StateRows
 from twotower.model.tower import Layer, LazyGraph, Tower, cat_rows
+from twotower_kernels.kernels import TORCH
 
 
 class DenoiserTower(nn.Module):
     """Backbone, head and time conditioning. Keys: see `denoiser_tensors`."""
+
+    kernels = TORCH
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -60,27 +63,26 @@ class DenoiserTower(nn.Module):
     def _forward(self, tokens: Tensor, t: Tensor | None, states: Sequence[ContextState]) -> Tensor:
         modulations = None if t is None else self.modulations(t)
         seeds = StateRows(states)
-        h = self.denoiser_tower.embeddings(tokens)
-        for i, layer in enumerate(self.denoiser_tower.layers):
+        tower = self.denoiser_tower
+        h, x, gate = tower.embeddings(tokens), None, None
+        for i, layer in enumerate(tower.layers):
             assert isinstance(layer, Layer)
-            modulate = None if modulations is None else modulations[i]
-            stateful = layer.kind in (MAMBA, ATTENTION)
-            # The order of norm and modulation differs by kind (model.md, Denoiser tower).
-            if modulate is None:
-                x = layer.norm(h)
-            elif stateful:
-                x = layer.norm(modulate(h))
+            modulation = None if modulations is None else modulations[i]
+            if x is None:
+                x = layer.norm.modulated(h, modulation, layer.order)
             else:
-                x = modulate(layer.norm(h))
+                h, x = layer.norm.after(h, x, gate, modulation, layer.order)
+            gate = None if modulation is None else modulation.gate
             if isinstance(layer.mixer, Mamba2):
-                x = layer.mixer(x, seeds.conv(i), seeds.ssm(i), chunk=x.shape[1], need_states=False)[0]
+                x = layer.mixer(x, *seeds.seed(i))
             elif isinstance(layer.mixer, Attention):
                 x = self._attention(i, layer.mixer, x, states)
             else:
                 x = layer.mixer(x)
-            h = h + (x if modulate is None else modulate.gate * x)
-        logits: Tensor = self.lm_head(self.denoiser_tower.norm_f(h))
-        return logits.float()
+        assert x is not None
+        _, x = tower.norm_f.after(h, x, gate, None, "norm_first")
+        logits: Tensor = self.lm_head(x, wide=True)
+        return logits
 
     def _attention(self, i: int, mixer: Attention, x: Tensor, states: Sequence[ContextState]) -> Tensor:
         q, k, v = mixer.project(x)

@@ -97,7 +97,7 @@ def as_format(precision: str) -> Format:
 
 def _has_kernel(device: torch.device, backend: Literal["auto"] | Backend) -> bool:
     try:
-        if resolve(backend, device) == "torch":
+        if resolve(backend, device) != "triton":
             return False
     except BackendUnavailable as error:
         raise ConfigError(str(error)) from None

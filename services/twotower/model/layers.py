@@ -15,18 +15,20 @@ from torch.nn import functional as F
 
 from twotower.model.config import TIME_EMBEDDING_SIZE, ModelConfig
 from twotower.model.packed import PackedExperts
-from twotower_kernels import linear as kernels
-from twotower_kernels.conv import causal_conv
-from twotower_kernels.experts import relu2, route, run_experts, wide_down
-from twotower_kernels.scan import chunk_scan
+from twotower_kernels.block import ScanFactors, ScanWeights, finish
+from twotower_kernels.experts import wide_down
+from twotower_kernels.kernels import TORCH, Kernels
+from twotower_kernels.norms import Order
 
 
 class Linear(nn.Linear):
-    """A projection, by the form for the case."""
+    """A projection, and what goes with it (`twotower_kernels.linear`)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    kernels = TORCH
+
+    def forward(self, x: Tensor, *, add: Tensor | None = None, relu2: bool = False, wide: bool = False) -> Tensor:
         """(..., n_in) -> (..., n_out)."""
-        return kernels.linear(x, self.weight, self.bias)
+        return self.kernels.linear(x, self.weight, self.bias, add=add, relu2=relu2, wide=wide)
 
 
 def linear(n_in: int, n_out: int, *, bias: bool = False) -> Linear:
@@ -34,8 +36,17 @@ def linear(n_in: int, n_out: int, *, bias: bool = False) -> Linear:
     return nn.utils.skip_init(Linear, n_in, n_out, bias=bias)
 
 
+def use_kernels(tower: nn.Module, kernels: Kernels) -> None:
+    """From now on this tower computes by these."""
+    for module in tower.modules():
+        if hasattr(module, "kernels"):
+            vars(module)["kernels"] = kernels  # in place of its class's
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm in fp32, weight applied in fp32, cast back."""
+
+    kernels = TORCH
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -44,41 +55,33 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., size)."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return self.kernels.modulated_norm(x, self.weight, self.eps, order="norm_first")
+
+    def modulated(self, h: Tensor, modulation: Modulation | None, order: Order) -> Tensor:
+        """Norm and modulation of h (B, L, size), in this order."""
+        shift, scale = (None, None) if modulation is None else (modulation.shift, modulation.scale)
+        return self.kernels.modulated_norm(h, self.weight, self.eps, shift, scale, order=order)
+
+    def after(
+        self, h: Tensor, x: Tensor, gate: Tensor | None, modulation: Modulation | None, order: Order
+    ) -> tuple[Tensor, Tensor]:
+        """The residual h + gate x (B, L, size) of the layer before, and `modulated` of it."""
+        shift, scale = (None, None) if modulation is None else (modulation.shift, modulation.scale)
+        return self.kernels.add_modulated_norm(h, x, gate, self.weight, self.eps, shift, scale, order=order)
 
 
-class GatedGroupNorm(nn.Module):
-    """``rmsnorm_groups(y * silu(z)) * weight`` in fp32: the gate comes before the norm."""
+class GroupNormWeight(nn.Module):
+    """The weight of the norm after the scan (`twotower_kernels.block.finish`)."""
 
-    def __init__(self, size: int, groups: int, eps: float) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size, dtype=torch.float32))
-        self.groups = groups
-        self.eps = eps
-
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        """y and z (..., size); returns z's dtype."""
-        gated = (y.float() * F.silu(z.float())).unflatten(-1, (self.groups, -1))
-        normed = F.rms_norm(gated, gated.shape[-1:], None, self.eps).flatten(-2)
-        return (normed * self.weight).to(z.dtype)
-
-
-@dataclass(slots=True)
-class MambaFactors:
-    """What a commit changes in one Mamba layer: enough to apply the same update elsewhere."""
-
-    x: Tensor
-    """(B, L, heads, head_dim), model dtype."""
-    b: Tensor
-    """(B, L, groups, state), model dtype."""
-    dt: Tensor
-    """(B, L, heads) fp32, after softplus and clamp."""
-    conv: Tensor
-    """(B, conv_dim, K): the new tail of raw xBC columns, newest last."""
 
 
 class Mamba2(nn.Module):
     """Mamba-2 mixer over L positions, from a seed: the conv tail and S of the positions before them."""
+
+    kernels = TORCH
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -91,45 +94,52 @@ class Mamba2(nn.Module):
         self.A_log = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.ones(heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
-        self.norm = GatedGroupNorm(config.d_inner, config.n_groups, config.layer_norm_epsilon)
+        self.norm = GroupNormWeight(config.d_inner)
         self.out_proj = linear(config.d_inner, config.hidden_size)
+        self._prepared: ScanWeights | None = None
+
+    def prepare(self) -> None:
+        """Derive what the scan needs from the loaded weights; they must not change afterwards."""
+        self._prepared = self.scan_weights()
 
     def decay_rate(self) -> Tensor:
         """A (heads,), fp32, negative."""
         return -self.A_log.float().exp()
 
-    def project(self, h: Tensor, conv_tail: Tensor) -> tuple[Tensor, MambaFactors, Tensor]:
-        """h (B, L, hidden), conv_tail (B, conv_dim, K) -> z (B, L, d_inner), factors, c (B, L, groups, state)."""
-        config = self.config
-        z, xbc, dt = self.in_proj(h).split([config.d_inner, config.conv_dim, config.mamba_num_heads], dim=-1)
-        columns = torch.cat([conv_tail.to(xbc.dtype).transpose(1, 2), xbc], dim=1)  # (B, K + L, conv_dim)
-        mixed = F.silu(causal_conv(columns[:, 1:], self.conv1d.weight, self.conv1d.bias))
-        bc_size = config.n_groups * config.ssm_state_size
-        x, b, c = mixed.split([config.d_inner, bc_size, bc_size], dim=-1)
-        dt = F.softplus(dt.float() + self.dt_bias).clamp(*config.time_step_limit)
-        factors = MambaFactors(
-            x=x.unflatten(-1, (config.mamba_num_heads, config.mamba_head_dim)),
-            b=b.unflatten(-1, (config.n_groups, config.ssm_state_size)),
-            dt=dt,
-            conv=columns[:, -config.conv_kernel :].transpose(1, 2),
+    def scan_weights(self) -> ScanWeights:
+        """All weights between the projections."""
+        return self._prepared or ScanWeights(
+            conv_weight=self.conv1d.weight,
+            conv_bias=self.conv1d.bias,
+            dt_bias=self.dt_bias,
+            a=self.decay_rate(),
+            d=self.D,
+            norm=self.norm.weight,
+            groups=self.config.n_groups,
+            eps=self.config.layer_norm_epsilon,
+            time_step_limit=self.config.time_step_limit,
         )
-        return z, factors, c.unflatten(-1, (config.n_groups, config.ssm_state_size))
+
+    def forward(self, h: Tensor, conv_tail: Tensor, ssm: Tensor, slots: Tensor | None = None) -> Tensor:
+        """A block from a seed that is not changed: h (B, L, hidden) -> alike.
+
+        conv_tail (B, conv_dim, K), ssm (B, heads, head_dim, state) fp32; with slots (B,) int64, of a pool's slots.
+        """
+        return self.out_proj(self.kernels.block_scan(self.in_proj(h), conv_tail, ssm, self.scan_weights(), slots=slots))
+
+    def commit(self, h: Tensor, conv_tail: Tensor, ssm: Tensor, slots: Tensor | None = None) -> tuple[Tensor, ScanFactors]:
+        """As `forward`, and the seed is taken past the block, in place; returns the factors of that, too."""
+        y, factors = self.kernels.block_scan_commit(self.in_proj(h), conv_tail, ssm, self.scan_weights(), slots=slots)
+        return self.out_proj(y), factors
+
+    def prefill(self, h: Tensor, conv_tail: Tensor, ssm: Tensor) -> Tensor:
+        """As `commit`, over a long chunk, and without the factors."""
+        projected, chunk = self.in_proj(h), self.config.chunk_size
+        return self.out_proj(self.kernels.prefill_scan(projected, conv_tail, ssm, self.scan_weights(), chunk=chunk))
 
     def finish(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
         """Scan output y (B, L, heads, head_dim) fp32, x alike, z (B, L, d_inner) -> (B, L, hidden)."""
-        y = y + self.D.float().unsqueeze(-1) * x.float()
-        return self.out_proj(self.norm(y.flatten(-2), z))
-
-    def forward(
-        self, h: Tensor, conv_tail: Tensor, ssm: Tensor, *, chunk: int, need_states: bool
-    ) -> tuple[Tensor, MambaFactors, Tensor, Tensor]:
-        """h (B, L, hidden), conv_tail (B, conv_dim, K), ssm (B, heads, head_dim, state) fp32; neither is changed.
-
-        Returns the output (B, L, hidden), the factors, the final state and the states at the chunks' starts.
-        """
-        z, f, c = self.project(h, conv_tail)
-        y, final, starts = chunk_scan(f.x, f.dt, self.decay_rate(), f.b, c, ssm, chunk, need_states=need_states)
-        return self.finish(y, f.x, z), f, final, starts
+        return self.out_proj(finish(y, x, z, self.scan_weights()))
 
 
 class Attention(nn.Module):
@@ -174,13 +184,15 @@ class MLP(nn.Module):
         self.up_proj = linear(hidden, width)
         self.down_proj = linear(width, hidden)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """(..., hidden) -> (..., hidden)."""
-        return self.down_proj(relu2(self.up_proj(h)))
+    def forward(self, h: Tensor, add: Tensor | None = None) -> Tensor:
+        """(..., hidden) -> (..., hidden); add (..., hidden) fp32 is added to it."""
+        return self.down_proj(self.up_proj(h, relu2=True), add=add)
 
 
 class Router(nn.Module):
     """Chooses experts; logits in fp64."""
+
+    kernels = TORCH
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -193,7 +205,7 @@ class Router(nn.Module):
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """h (N, hidden) -> experts (N, k) int64, weights (N, k) fp32."""
         config = self.config
-        return route(
+        return self.kernels.route(
             h,
             self.weight,
             self.e_score_correction_bias,
@@ -217,6 +229,8 @@ class Experts(nn.Module):
 
 class MoE(nn.Module):
     """Routed experts and the fused shared expert."""
+
+    kernels = TORCH
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -245,8 +259,8 @@ class MoE(nn.Module):
         if self.packed is not None:
             routed = self.packed(flat, experts, weights)
         else:
-            routed = run_experts(flat, experts, weights, self.experts.up_proj, self.experts.down_proj, self._wide)
-        return routed.to(h.dtype).view_as(h) + self.shared_experts(h)
+            routed = self.kernels.run_experts(flat, experts, weights, self.experts.up_proj, self.experts.down_proj, self._wide)
+        return self.shared_experts(h, routed.view_as(h))
 
 
 class TimestepEmbedder(nn.Module):

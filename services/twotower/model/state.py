@@ -108,16 +108,12 @@ class PagedKV:
 
 @dataclass(slots=True)
 class MambaDelta:
-    """What a commit changed in one Mamba layer (see `MambaFactors`); in a `Delta`, of one session: no batch axis."""
+    """What a commit changed in one Mamba layer (see `ScanFactors`), of one session: no batch axis."""
 
     x: Tensor
     b: Tensor
     dt: Tensor
     conv: Tensor
-
-    def row(self, i: int) -> MambaDelta:
-        """The part of one session, where all tensors have a batch axis in front."""
-        return MambaDelta(self.x[i], self.b[i], self.dt[i], self.conv[i])
 
 
 @dataclass(slots=True)
@@ -199,7 +195,7 @@ class StateRows:
     """The conv tails and S of a batch of sessions, a row each."""
 
     def __init__(self, states: Sequence[ContextState]) -> None:
-        """States in any order; those of one pool whose slots follow one another are read without a copy."""
+        """States in any order; those of one pool are read and changed where they lie."""
         self._states = states
         self._pool: StatePool | None = None
         self._first = 0
@@ -211,38 +207,26 @@ class StateRows:
             if slots != list(range(slots[0], slots[0] + len(slots))):
                 self._slots = torch.tensor(slots, device=pool.device)
 
-    def conv(self, layer: int) -> Tensor:
-        """(B, conv_dim, K), not to be written to."""
-        return self._stack(layer, "conv")
+    def seed(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Conv tails (B, conv_dim, K) and S (B, heads, head_dim, state) of a Mamba layer; slots None.
 
-    def ssm(self, layer: int) -> Tensor:
-        """(B, heads, head_dim, state), not to be written to."""
-        return self._stack(layer, "ssm")
-
-    def update(self, layer: int, change: MambaDelta, decay_rate: Tensor) -> None:
-        """Apply each row's part of `change`, whose tensors have a batch axis in front, in place."""
-        if self._pool is not None and self._slots is None:
-            here = slice(self._first, self._first + len(self._states))
-            apply_factors_(self._pool.ssm[layer][here], change.x, change.b, change.dt, decay_rate)
-            self._pool.conv[layer][here] = change.conv
-            return
-        for row, state in enumerate(self._states):
-            apply_factors_(state.mamba[layer].ssm, change.x[row], change.b[row], change.dt[row], decay_rate)
-            state.mamba[layer].conv.copy_(change.conv[row])
-
-    def replace(self, layer: int, conv: Tensor, ssm: Tensor) -> None:
-        """Put new conv tails (B, conv_dim, K) and S (B, heads, head_dim, state) in place of the old ones."""
-        for row, state in enumerate(self._states):
-            state.mamba[layer].conv.copy_(conv[row])
-            state.mamba[layer].ssm.copy_(ssm[row])
-
-    def _stack(self, layer: int, name: str) -> Tensor:
+        Or the whole pool's, with the slots (B,) int64 of the rows, where these are no neighbours.
+        """
         if len(self._states) == 1:
-            only: Tensor = getattr(self._states[0].mamba[layer], name)
-            return only.unsqueeze(0)
+            only = self._states[0].mamba[layer]
+            return only.conv.unsqueeze(0), only.ssm.unsqueeze(0), None
         if self._pool is None:
-            return torch.stack([getattr(state.mamba[layer], name) for state in self._states])
-        whole: Tensor = getattr(self._pool, name)[layer]
-        if self._slots is None:
-            return whole[self._first : self._first + len(self._states)]
-        return whole.index_select(0, self._slots)
+            mine = [state.mamba[layer] for state in self._states]
+            return torch.stack([state.conv for state in mine]), torch.stack([state.ssm for state in mine]), None
+        conv, ssm = self._pool.conv[layer], self._pool.ssm[layer]
+        if self._slots is not None:
+            return conv, ssm, self._slots
+        here = slice(self._first, self._first + len(self._states))
+        return conv[here], ssm[here], None
+
+    def keep(self, layer: int, conv: Tensor, ssm: Tensor) -> None:
+        """Take over what was changed of a `seed`, if that was a copy."""
+        if len(self._states) > 1 and self._pool is None:
+            for row, state in enumerate(self._states):
+                state.mamba[layer].conv.copy_(conv[row])
+                state.mamba[layer].ssm.copy_(ssm[row])

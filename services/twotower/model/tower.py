@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from twotower.model.config import ATTENTION, MAMBA, MOE, ModelConfig
 from twotower.model.layers import MLP, Attention, Mamba2, MoE, RMSNorm
+from twotower_kernels.norms import Order
 
 Mixer = Mamba2 | Attention | MoE | MLP
 
@@ -23,6 +24,8 @@ class Layer(nn.Module):
     def __init__(self, kind: str, config: ModelConfig) -> None:
         super().__init__()
         self.kind = kind
+        self.order: Order = "modulate_first" if kind in (MAMBA, ATTENTION) else "norm_first"
+        """Of norm and modulation, in the denoiser (model.md, Denoiser tower)."""
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = _mixer(kind, config)
 

@@ -20,10 +20,10 @@ from twotower.model.checkpoint import SINGLE_FILE, Checkpoint, resolve_experts
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.experts import ExpertStacks
-from twotower.model.layers import MoE
+from twotower.model.layers import Mamba2, MoE, use_kernels
 from twotower.model.packed import PackedExperts
 from twotower.model.tensors import context_tensors, denoiser_tensors
-from twotower_kernels.backend import Backend
+from twotower_kernels.backend import Backend, BackendUnavailable, load, resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -64,6 +64,17 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+KernelChoice = Literal["auto"] | Backend
+
+
+def resolve_kernels(name: KernelChoice, device: torch.device) -> Backend:
+    """auto, torch, cpu or triton -> what computes on this device. Raises ConfigError."""
+    try:
+        return resolve(name, device)
+    except BackendUnavailable as error:
+        raise ConfigError(f"kernels: {error}") from None
+
+
 def load_context_tower(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
@@ -71,18 +82,19 @@ def load_context_tower(
     log: ReadLog | None = None,
     *,
     experts: str = "auto",
-    backend: Literal["auto"] | Backend = "auto",
+    kernels: KernelChoice = "auto",
 ) -> ContextTower:
     """The context tower; no tensor of the denoiser is read.
 
-    experts: see `resolve_experts`; backend: of quantized experts, see `ExpertStacks`.
+    experts: see `resolve_experts`; kernels: see `resolve_kernels`.
     Raises CheckpointError, ConfigError.
     """
-    config = checkpoint.config
+    config, backend = checkpoint.config, resolve_kernels(kernels, device)
     with torch.device("meta"):
         tower = ContextTower(config)
     stacks = ExpertStacks(config.context_experts, resolve_experts(experts, config.context_experts), dtype, device, backend)
     _load(tower, checkpoint, dict(context_tensors(config)), dtype, device, log or ReadLog(), stacks)
+    use_kernels(tower, load(backend))
     return tower
 
 
@@ -93,14 +105,15 @@ def load_denoiser_tower(
     log: ReadLog | None = None,
     *,
     experts: str = "auto",
-    backend: Literal["auto"] | Backend = "auto",
+    kernels: KernelChoice = "auto",
 ) -> DenoiserTower:
     """The denoiser tower; no tensor of the context tower is read. Options and errors as in `load_context_tower`."""
-    config = checkpoint.config
+    config, backend = checkpoint.config, resolve_kernels(kernels, device)
     with torch.device("meta"):
         tower = DenoiserTower(config)
     stacks = ExpertStacks(config.denoiser_experts, resolve_experts(experts, config.denoiser_experts), dtype, device, backend)
     _load(tower, checkpoint, dict(denoiser_tensors(config)), dtype, device, log or ReadLog(), stacks)
+    use_kernels(tower, load(backend))
     return tower
 
 
@@ -169,7 +182,7 @@ def _load(
     assert not any(p.is_meta for p in tower.parameters())
     tower.requires_grad_(False).eval()
     for module in tower.modules():
-        if isinstance(module, MoE):
+        if isinstance(module, MoE | Mamba2):
             module.prepare()
 
 

@@ -34,9 +34,10 @@ def test_a_library_that_is_there_is_not_built_again(tmp_path: Path, monkeypatch:
     changed = first.stat().st_mtime_ns
     assert build(tmp_path) == first
     assert first.stat().st_mtime_ns == changed
-    source = tmp_path / "other.cpp"
-    source.write_text('extern "C" int tt_other() { return 1; }\n')
-    monkeypatch.setattr(module, "SOURCE", source)
+    sources = tmp_path / "other"
+    sources.mkdir()
+    (sources / "other.cpp").write_text('extern "C" int tt_other() { return 1; }\n')
+    monkeypatch.setattr(module, "SOURCES", sources)
     assert build(tmp_path) != first
 
 
@@ -60,9 +61,8 @@ def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch, capl
 def test_source_that_does_not_compile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = tmp_path / "broken.cpp"
-    source.write_text("int broken(\n")
-    monkeypatch.setattr(module, "SOURCE", source)
+    (tmp_path / "broken.cpp").write_text("int broken(\n")
+    monkeypatch.setattr(module, "SOURCES", tmp_path)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     assert load() is None
     assert "the compiler failed" in caplog.text

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from twotower_kernels.cpu import experts as cpu
 from twotower_kernels.cpu.build import load
+from twotower_kernels.cpu.linear import linear
 from twotower_kernels.experts import all_experts
-from twotower_kernels.linear import linear
 
 pytestmark = pytest.mark.skipif(load() is None, reason="no AVX-512 BF16, or no compiler")
 

@@ -5,7 +5,6 @@ Everything but the kernels runs without triton, too.
 
 from __future__ import annotations
 
-import sys
 from types import ModuleType
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from twotower_kernels import norms as plain
-from twotower_kernels.backend import BackendUnavailable, resolve
 from twotower_kernels.norms import Order
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -125,32 +123,3 @@ def test_strided_rows_and_one_modulation_for_all(kernels: ModuleType) -> None:
 def test_nothing_to_norm(kernels: ModuleType) -> None:
     h, _, weight, *_ = _inputs(2, 3, 8, torch.float32)
     assert kernels.modulated_norm(h[:0], weight, EPS, order="norm_first").shape == (0, 3, 8)
-
-
-def test_backend_of_a_cpu_is_torch_unless_told_otherwise() -> None:
-    assert resolve("auto", torch.device("cpu")) == "torch"
-    assert resolve("torch", torch.device("cuda")) == "torch"
-
-
-def test_backend_of_a_gpu_with_and_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
-    assert resolve("auto", torch.device("cuda")) == "triton"
-    assert resolve("triton", torch.device("cuda")) == "triton"
-    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
-    assert resolve("auto", torch.device("cuda")) == "torch"
-    with pytest.raises(BackendUnavailable, match="cannot be imported"):
-        resolve("triton", torch.device("cuda"))
-
-
-def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(BackendUnavailable, match="TRITON_INTERPRET"):
-        resolve("triton", torch.device("cpu"))
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert resolve("triton", torch.device("cpu")) == "triton"
-
-
-def test_an_unknown_backend_is_named() -> None:
-    with pytest.raises(ValueError, match="'cuda'"):
-        resolve("cuda", torch.device("cpu"))  # type: ignore[arg-type]

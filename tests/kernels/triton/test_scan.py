@@ -15,14 +15,8 @@ from twotower_kernels.conv import causal_conv
 
 pytest.importorskip("triton")
 
-from twotower_kernels.triton.scan import (
-    ScanFactors,
-    ScanWeights,
-    apply_factors,
-    block_scan,
-    block_scan_commit,
-    interpreted,
-)
+from twotower_kernels.block import ScanFactors, ScanWeights
+from twotower_kernels.triton.scan import apply_factors, block_scan, block_scan_commit, interpreted
 
 DEVICE = "cpu" if interpreted() else "cuda"
 DTYPES = [torch.float32, torch.bfloat16]
@@ -137,9 +131,11 @@ def _check(case: Case) -> None:
     dtype = case.projected.dtype
     seed, tail = case.ssm.clone(), case.conv_tail.clone()
     out = block_scan(case.projected, case.conv_tail, case.ssm, case.weights)
-    committed, factors, state = block_scan_commit(case.projected, case.conv_tail, case.ssm, case.weights)
     assert torch.equal(case.ssm, seed)
     assert torch.equal(case.conv_tail, tail)
+    state, new_tail = seed.clone(), tail.clone()
+    committed, factors = block_scan_commit(case.projected, new_tail, state, case.weights)
+    assert torch.equal(new_tail, factors.conv)
     expected, expected_factors, expected_state = _reference(case)
     assert out.dtype is dtype
     _close(out, expected, 1e-4 if dtype is torch.float32 else 1e-2)
@@ -208,15 +204,15 @@ def test_slots_of_pools() -> None:
     case = _case(ODD, 5, 4, torch.bfloat16)
     slots = torch.tensor([3, 0, 4], device=DEVICE)
     block = case.projected[:3]
-    gathered = block_scan_commit(block, case.conv_tail[slots], case.ssm[slots], case.weights)
-    assert torch.equal(block_scan(block, case.conv_tail, case.ssm, case.weights, slots=slots), gathered[0])
+    own_tail, own_ssm = case.conv_tail[slots], case.ssm[slots]
+    gathered, own = block_scan_commit(block, own_tail, own_ssm, case.weights)
+    assert torch.equal(block_scan(block, case.conv_tail, case.ssm, case.weights, slots=slots), gathered)
     ssm, tail = case.ssm.clone(), case.conv_tail.clone()
-    out, factors, state = block_scan_commit(block, tail, ssm, case.weights, slots=slots)
-    assert torch.equal(out, gathered[0])
-    assert torch.equal(factors.conv, gathered[1].conv)
-    assert state is ssm
-    assert torch.equal(ssm[slots], gathered[2])
-    assert torch.equal(tail[slots], gathered[1].conv)
+    out, factors = block_scan_commit(block, tail, ssm, case.weights, slots=slots)
+    assert torch.equal(out, gathered)
+    assert torch.equal(factors.conv, own.conv)
+    assert torch.equal(ssm[slots], own_ssm)
+    assert torch.equal(tail[slots], own_tail)
     others = torch.tensor([1, 2], device=DEVICE)
     assert torch.equal(ssm[others], case.ssm[others])
     assert torch.equal(tail[others], case.conv_tail[others])
@@ -224,9 +220,9 @@ def test_slots_of_pools() -> None:
 
 def test_a_batch_without_rows() -> None:
     case = _case(SMALL, 0, 16, torch.bfloat16)
-    out, factors, state = block_scan_commit(case.projected, case.conv_tail, case.ssm, case.weights)
+    out, factors = block_scan_commit(case.projected, case.conv_tail, case.ssm, case.weights)
     assert out.shape == (0, 16, SMALL.heads * SMALL.head_dim)
-    assert factors.x.shape[0] == state.shape[0] == 0
+    assert factors.x.shape[0] == 0
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:

@@ -4,42 +4,16 @@
 // call, reads and writes them several times. Here an output is a dot product along a weight's row, for as many input
 // rows at once as registers hold. Sums are fp32, in an order that depends on the row's length alone: a row has the
 // same bits whatever rows are beside it.
-//
-// Plain C interface, no torch: `build.py` compiles this file on first use.
 
-#include <immintrin.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "vectors.h"
 
 namespace {
 
-using bf16 = uint16_t;
-
-constexpr int kLane = 32;  // bf16 of a vector
-
-inline __m512bh load(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
-
-inline __m512bh load(const bf16* p, int count) {
-  return (__m512bh)_mm512_maskz_loadu_epi16(count >= kLane ? ~0u : (1u << count) - 1, p);
+// relu(v)^2
+inline __m512 squared_if_positive(__m512 v) {
+  const __m512 positive = _mm512_max_ps(_mm512_setzero_ps(), v);  // of NaN and 0 the second operand: keeps NaN
+  return _mm512_mul_ps(positive, positive);
 }
-
-// The sums of 16 vectors, in order.
-inline __m512 sums(const __m512* v) {
-  __m512 a[8], b[4];
-  for (int i = 0; i < 8; i++)
-    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-  for (int i = 0; i < 4; i++) {
-    const __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
-    b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-  }
-  const __m512 c = _mm512_add_ps(_mm512_shuffle_f32x4(b[0], b[1], 0x88), _mm512_shuffle_f32x4(b[0], b[1], 0xdd));
-  const __m512 d = _mm512_add_ps(_mm512_shuffle_f32x4(b[2], b[3], 0x88), _mm512_shuffle_f32x4(b[2], b[3], 0xdd));
-  return _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
-}
-
-// 16 values rounded to nearest even.
-inline void store_bf16(bf16* to, __m512 v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(v)); }
 
 // x[r] . w[o] for kRows x kOut = 16 pairs, at r * kOut + o; rows of w (.., inner) lie `inner` elements apart.
 template <int kRows, int kOut>
@@ -103,12 +77,14 @@ inline __attribute__((always_inline)) void product(const bf16* const* x, int64_t
 
 extern "C" {
 
-// out (rows, outputs) = x (rows, inner) w^T, w (outputs, inner), outputs >= 16; rows of x lie `x_row` elements apart. out is
-// bf16; bias (outputs) is added before rounding, if there is one.
-void tt_linear(const bf16* x, int64_t x_row, const bf16* w, const bf16* bias, bf16* out, int64_t rows, int64_t inner, int64_t outputs,
-               int threads) {
+// out (rows, outputs) = x (rows, inner) w^T, w (outputs, inner), outputs >= 16; rows of x lie `x_row` elements apart.
+//
+// bias (outputs) bf16 and add (rows, outputs) fp32 are added before rounding, if given; with `relu2` the result is relu(.)^2. It
+// is rounded to bf16 once, and stored as fp32 if `wide`.
+void tt_linear(const bf16* x, int64_t x_row, const bf16* w, const bf16* bias, const float* add, void* out, int64_t rows,
+               int64_t inner, int64_t outputs, int relu2, int wide, int threads) {
   const int64_t part = 64, parts = outputs < part ? 1 : outputs / part;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
   for (int64_t p = 0; p < parts; p++) {
     const int64_t first = p * part, last = p + 1 < parts ? first + part : outputs;
     const bf16* in[64];
@@ -116,11 +92,14 @@ void tt_linear(const bf16* x, int64_t x_row, const bf16* w, const bf16* bias, bf
       const int64_t count = rows - from < 64 ? rows - from : 64;
       for (int64_t i = 0; i < count; i++) in[i] = x + (from + i) * x_row;
       product(in, count, w, inner, first, last, [&](int64_t r, int64_t o, __m512 v) {
-        if (bias) {
-          const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bias + o)));
-          v = _mm512_add_ps(v, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
-        }
-        store_bf16(out + (from + r) * outputs + o, v);
+        const int64_t at = (from + r) * outputs + o;
+        if (bias) v = _mm512_add_ps(v, load_wide(bias + o));
+        if (add) v = _mm512_add_ps(v, _mm512_loadu_ps(add + at));
+        if (relu2) v = squared_if_positive(v);
+        if (wide)
+          _mm512_storeu_ps(static_cast<float*>(out) + at, rounded(v));
+        else
+          store_bf16(static_cast<bf16*>(out) + at, v);
       });
     }
   }
@@ -166,8 +145,7 @@ int tt_grouped_experts(const bf16* hidden, int64_t hidden_row, const int64_t* ex
       const int64_t first = starts[e], own = starts[e + 1] - first;
       if (own == 0) continue;
       product(in + first, own, up + e * width * size, size, 0, width, [&](int64_t r, int64_t o, __m512 v) {
-        const __m512 positive = _mm512_max_ps(_mm512_setzero_ps(), v);  // of NaN and 0 the second operand: keeps NaN
-        store_bf16(mid + (first + r) * width + o, _mm512_mul_ps(positive, positive));
+        store_bf16(mid + (first + r) * width + o, squared_if_positive(v));
       });
       product(in_mid + first, own, down + e * size * width, width, 0, size, [&](int64_t r, int64_t o, __m512 v) {
         const int64_t row = order[first + r];

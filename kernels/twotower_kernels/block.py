@@ -1,0 +1,156 @@
+"""Mamba-2 over one short block, everything between in_proj and out_proj: what both towers do for every block.
+
+Conv, silu, dt, the scan from a seed state, D skip, gate and norm over each group of heads (model.md, M layer).
+
+Letters in shapes: B batch, L length, h heads, p head_dim, g groups, n state size, K conv kernel,
+C = h p + 2 g n channels of the conv.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from twotower_kernels.conv import causal_conv
+from twotower_kernels.scan import apply_factors_, chunk_scan
+
+
+@dataclass(frozen=True, slots=True)
+class ScanWeights:
+    """What a Mamba-2 layer holds between its projections, contiguous."""
+
+    conv_weight: Tensor
+    """(C, 1, K), any float dtype."""
+    conv_bias: Tensor | None
+    """(C,)."""
+    dt_bias: Tensor
+    """(h,) fp32."""
+    a: Tensor
+    """(h,) fp32, negative: -exp(A_log)."""
+    d: Tensor
+    """(h,) fp32."""
+    norm: Tensor
+    """(h p,) fp32."""
+    groups: int
+    """g: of b and c, and of the norm."""
+    eps: float
+    """Of the norm."""
+    time_step_limit: tuple[float, float]
+    """dt is clamped to it after softplus; the upper one may be infinite."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScanFactors:
+    """What a commit changes in one layer, per row: as `apply_factors_` takes it."""
+
+    x: Tensor
+    """(B, L, h, p), model dtype."""
+    b: Tensor
+    """(B, L, g, n), model dtype."""
+    dt: Tensor
+    """(B, L, h) fp32, after softplus and clamp."""
+    conv: Tensor
+    """(B, C, K): the new tail of raw xBC columns, newest last, model dtype."""
+
+
+def block_scan(
+    projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
+) -> Tensor:
+    """A block's output from a seed, which is read and never changed: what the denoiser does at every step.
+
+    projected (B, L, h p + C + h): in_proj's output z | xBC | dt, contiguous in its last axis. conv_tail (B, C, K) of the same
+    dtype and ssm (B, h, p, n) fp32, contiguous. With `slots` (B,) int64 they are pools, (slots, C, K) and
+    (slots, h, p, n), and row i starts from slot slots[i]: seeds need not be copied together.
+    Returns (B, L, h p) in the dtype of `projected`, normed: out_proj's input.
+    """
+    if slots is not None:
+        conv_tail, ssm = conv_tail.index_select(0, slots), ssm.index_select(0, slots)
+    z, f, c = mix(projected, conv_tail, weights)
+    y, _, _ = chunk_scan(f.x, f.dt, weights.a, f.b, c, ssm, f.x.shape[1], need_states=False)
+    return finish(y, f.x, z, weights)
+
+
+def block_scan_commit(
+    projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
+) -> tuple[Tensor, ScanFactors]:
+    """As `block_scan`, and takes the state past the block: what the context does once a block is finished.
+
+    conv_tail and ssm (of the slots, which must be distinct) are changed in place: S by `apply_factors_`, and thus to the bits
+    that a worker gets from the same factors. Returns the output and the factors, contiguous.
+    """
+    tail, seed = (conv_tail, ssm) if slots is None else (conv_tail.index_select(0, slots), ssm.index_select(0, slots))
+    z, f, c = mix(projected, tail, weights)
+    factors = ScanFactors(f.x.contiguous(), f.b.contiguous(), f.dt.contiguous(), f.conv.contiguous())
+    if projected.shape[1] == 1:  # one position: the output is read off the new state
+        take(conv_tail, ssm, factors, weights.a, slots)
+        seed = ssm if slots is None else ssm.index_select(0, slots)
+        y = (seed @ c[:, 0].float().repeat_interleave(ssm.shape[1] // weights.groups, 1).unsqueeze(-1)).squeeze(-1).unsqueeze(1)
+        return finish(y, f.x, z, weights), factors
+    y, _, _ = chunk_scan(f.x, f.dt, weights.a, f.b, c, seed, f.x.shape[1], need_states=False)
+    take(conv_tail, ssm, factors, weights.a, slots)  # last: the seed may be what it changes
+    return finish(y, f.x, z, weights), factors
+
+
+def prefill_scan(projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, chunk: int) -> Tensor:
+    """As `block_scan_commit`, over any length, in chunks (`chunk_scan`): what the context does with a prompt.
+
+    No factors, and no promise that S has the bits of any. Returns (B, L, h p).
+    """
+    z, f, c = mix(projected, conv_tail, weights)
+    y, final, _ = chunk_scan(f.x, f.dt, weights.a, f.b, c, ssm, chunk)
+    conv_tail.copy_(f.conv)
+    ssm.copy_(final)
+    return finish(y, f.x, z, weights)
+
+
+def take(conv_tail: Tensor, ssm: Tensor, factors: ScanFactors, a: Tensor, slots: Tensor | None = None) -> None:
+    """Change states, in place, by a block's factors. Shapes as in `block_scan_commit`; a (h,)."""
+    apply_factors_(ssm, factors.x, factors.b, factors.dt, a, slots=slots)
+    if slots is None:
+        conv_tail.copy_(factors.conv)
+    else:
+        conv_tail.index_copy_(0, slots, factors.conv)
+
+
+def mix(projected: Tensor, conv_tail: Tensor, weights: ScanWeights) -> tuple[Tensor, ScanFactors, Tensor]:
+    """What comes before the scan, over any length: z (B, L, h p), the factors (views), c (B, L, g, n). Differentiable."""
+    heads, channels, kernel = weights.a.shape[0], weights.conv_weight.shape[0], weights.conv_weight.shape[-1]
+    d_inner = weights.norm.shape[0]
+    groups, bc_size = weights.groups, (channels - d_inner) // 2
+    z, xbc, dt = projected.split([d_inner, channels, heads], dim=-1)
+    columns = torch.cat([conv_tail.to(xbc.dtype).transpose(1, 2), xbc], dim=1)  # (B, K + L, C)
+    mixed = F.silu(causal_conv(columns[:, 1:], weights.conv_weight, weights.conv_bias))
+    x, b, c = mixed.split([d_inner, bc_size, bc_size], dim=-1)
+    factors = ScanFactors(
+        x=x.unflatten(-1, (heads, -1)),
+        b=b.unflatten(-1, (groups, -1)),
+        dt=F.softplus(dt.float() + weights.dt_bias).clamp(*weights.time_step_limit),
+        conv=columns[:, -kernel:].transpose(1, 2),
+    )
+    return z, factors, c.unflatten(-1, (groups, -1))
+
+
+def finish(y: Tensor, x: Tensor, z: Tensor, weights: ScanWeights) -> Tensor:
+    """What comes after it: ``rmsnorm_groups((y + D x) * silu(z)) * weight``, in fp32. Differentiable.
+
+    y (B, L, h, p) fp32, x alike, z (B, L, h p) -> (B, L, h p) in z's dtype.
+    """
+    y = y + weights.d.float().unsqueeze(-1) * x.float()
+    gated = (y.flatten(-2).float() * F.silu(z.float())).unflatten(-1, (weights.groups, -1))
+    normed = F.rms_norm(gated, gated.shape[-1:], None, weights.eps).flatten(-2)
+    return (normed * weights.norm).to(z.dtype)
+
+
+def empty_factors(projected: Tensor, conv_tail: Tensor, ssm: Tensor, groups: int) -> ScanFactors:
+    """Room for the factors of a block; shapes as in `block_scan`."""
+    batch, length, _ = projected.shape
+    _, heads, head_dim, n = ssm.shape
+    return ScanFactors(
+        x=projected.new_empty(batch, length, heads, head_dim),
+        b=projected.new_empty(batch, length, groups, n),
+        dt=torch.empty(batch, length, heads, dtype=torch.float32, device=projected.device),
+        conv=conv_tail.new_empty(batch, *conv_tail.shape[1:]),
+    )

@@ -1,0 +1,111 @@
+"""Mamba-2 over a block on a CPU in bf16 (`mamba.cpp`)."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from twotower_kernels import block as plain
+from twotower_kernels.block import ScanFactors, ScanWeights, empty_factors, take
+from twotower_kernels.cpu.build import address, check, library_for
+
+MAX_BLOCK = 64
+MAX_KERNEL = 8
+LANES = 16
+"""A head's size and its state's must be multiples of it."""
+
+
+def block_scan(
+    projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
+) -> Tensor:
+    """As `twotower_kernels.block.block_scan`."""
+    library = _library_for(projected, conv_tail, ssm, weights)
+    if library is None:
+        return plain.block_scan(projected, conv_tail, ssm, weights, slots=slots)
+    return _run(library, projected, conv_tail, ssm, weights, slots, None)
+
+
+def block_scan_commit(
+    projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
+) -> tuple[Tensor, ScanFactors]:
+    """As `twotower_kernels.block.block_scan_commit`."""
+    library = _library_for(projected, conv_tail, ssm, weights)
+    if library is None:
+        return plain.block_scan_commit(projected, conv_tail, ssm, weights, slots=slots)
+    factors = empty_factors(projected, conv_tail, ssm, weights.groups)
+    out = _run(library, projected, conv_tail, ssm, weights, slots, factors)
+    take(conv_tail, ssm, factors, weights.a, slots)
+    return out, factors
+
+
+def prefill_scan(projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, chunk: int) -> Tensor:
+    """As `twotower_kernels.block.prefill_scan`, in pieces of `MAX_BLOCK` positions."""
+    first = projected[:, :MAX_BLOCK]
+    if _library_for(first, conv_tail, ssm, weights) is None:
+        return plain.prefill_scan(projected, conv_tail, ssm, weights, chunk=chunk)
+    pieces = [block_scan_commit(piece, conv_tail, ssm, weights)[0] for piece in projected.split(MAX_BLOCK, 1)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+
+def _library_for(projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights) -> ctypes.CDLL | None:
+    conv_weight, conv_bias = weights.conv_weight, weights.conv_bias
+    fits = (
+        projected.dtype == conv_tail.dtype == torch.bfloat16
+        and 1 <= projected.shape[1] <= MAX_BLOCK
+        and conv_weight.shape[-1] <= MAX_KERNEL
+        and ssm.shape[-1] % LANES == ssm.shape[-2] % LANES == 0
+        and projected.stride(-1) == 1
+        and conv_tail.is_contiguous()
+        and ssm.is_contiguous()
+        and conv_weight.dtype in (torch.bfloat16, torch.float32)
+        and (conv_bias is None or conv_bias.dtype == conv_weight.dtype)
+    )
+    return library_for(projected, conv_tail, ssm, conv_weight, weights.norm) if fits else None
+
+
+def _run(
+    library: ctypes.CDLL,
+    projected: Tensor,
+    conv_tail: Tensor,
+    ssm: Tensor,
+    weights: ScanWeights,
+    slots: Tensor | None,
+    factors: ScanFactors | None,
+) -> Tensor:
+    """`factors`, contiguous, are filled if given."""
+    batch, length, _ = projected.shape
+    _, heads, head_dim, n = ssm.shape
+    assert slots is None or (slots.dtype == torch.int64 and slots.is_contiguous() and slots.shape == (batch,))
+    assert weights.conv_weight.is_contiguous()
+    out = projected.new_empty(batch, length, heads * head_dim)
+    failed = library.tt_block_scan(
+        projected.data_ptr(),
+        projected.stride(0),
+        projected.stride(1),
+        conv_tail.data_ptr(),
+        ssm.data_ptr(),
+        address(slots),
+        weights.conv_weight.data_ptr(),
+        address(weights.conv_bias),
+        weights.conv_weight.dtype == torch.bfloat16,
+        weights.dt_bias.data_ptr(),
+        weights.a.data_ptr(),
+        weights.d.data_ptr(),
+        weights.norm.data_ptr(),
+        weights.eps,
+        *weights.time_step_limit,
+        out.data_ptr(),
+        *((None,) * 4 if factors is None else map(address, (factors.x, factors.b, factors.dt, factors.conv))),
+        batch,
+        length,
+        heads,
+        head_dim,
+        weights.groups,
+        n,
+        weights.conv_weight.shape[-1],
+        torch.get_num_threads(),
+    )
+    check(failed, f"the scan of {batch} blocks")
+    return out

@@ -1,0 +1,24 @@
+"""The computations of a tower, as one object: which form of them runs is its class."""
+
+from __future__ import annotations
+
+from twotower_kernels import block, experts, norms, unmask
+from twotower_kernels.linear import linear
+
+
+class Kernels:
+    """The computations of a tower in plain torch. What each does and takes, its own module tells; other backends override."""
+
+    name = "torch"
+    linear = staticmethod(linear)
+    block_scan = staticmethod(block.block_scan)
+    block_scan_commit = staticmethod(block.block_scan_commit)
+    prefill_scan = staticmethod(block.prefill_scan)
+    modulated_norm = staticmethod(norms.modulated_norm)
+    add_modulated_norm = staticmethod(norms.add_modulated_norm)
+    route = staticmethod(experts.route)
+    run_experts = staticmethod(experts.run_experts)
+    unmask = staticmethod(unmask.unmask)
+
+
+TORCH = Kernels()
