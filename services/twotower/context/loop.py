@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from opentelemetry.trace import Tracer
@@ -19,6 +21,8 @@ from twotower.tracing.recorder import NO_TRACER
 
 log = logging.getLogger(__name__)
 
+GATHER_S = 0.002
+"""How long an idle tower waits, after a block has come, for others of the same denoiser step to share its commit."""
 
 AfterChunk = Callable[[Session], None]
 """Called on the engine's thread, each time a chunk of the session's prompt is read."""
@@ -55,6 +59,16 @@ class ContextLoop:
         self._tracer = tracer
         self._scheduler: ContextScheduler[_Work] = ContextScheduler(budget, lambda work: work.tokens)
         self._wake = asyncio.Event()
+        self._refining = 0
+
+    @contextmanager
+    def refining(self) -> Iterator[None]:
+        """While a worker writes a block that this tower will have to commit."""
+        self._refining += 1
+        try:
+            yield
+        finally:
+            self._refining -= 1
 
     async def prefill(self, session: Session, after_chunk: AfterChunk | None = None) -> None:
         """Read the rest of the session's prompt."""
@@ -86,17 +100,30 @@ class ContextLoop:
         """Until cancelled."""
         while True:
             await self._wake.wait()
+            await self._gather()
             plan = self._scheduler.plan()
             if not plan:
                 self._wake.clear()
                 continue
-            for work, result in await self._thread.run(self._execute, plan):
-                if work.result.done():  # its session went away meanwhile
-                    continue
-                if isinstance(result, Exception):
-                    work.result.set_exception(result)
-                else:
-                    work.result.set_result(result)
+            if plan.commits:
+                _deliver(await self._thread.run(self._commit, plan.commits))
+            if plan.decodes:
+                _deliver(await self._thread.run(self._decode, plan.decodes))
+            for work, tokens in plan.prefills:
+                _deliver(await self._thread.run(self._prefill, work, tokens))
+                if self._scheduler.urgent:
+                    break  # a worker or an AR client waits; what is left to read is planned again
+
+    async def _gather(self) -> None:
+        """Let blocks of one denoiser step, whose messages come one after the other, share a forward."""
+        while self._refining and (waiting := self._scheduler.commits) and not self._scheduler.prefilling:
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GATHER_S):
+                    await self._wake.wait()
+            self._wake.set()
+            if self._scheduler.commits == waiting:
+                return
 
     async def _wait(self, work: _Work) -> Any:
         self._wake.set()
@@ -105,16 +132,7 @@ class ContextLoop:
         finally:
             self._scheduler.discard(work)
 
-    def _execute(self, plan: Plan[_Work]) -> list[Outcome]:
-        """On the engine's thread: one iteration. A failure reaches those it concerns, and no one else."""
-        outcomes: list[Outcome] = []
-        if plan.commits:
-            outcomes += self._commit(plan.commits)
-        if plan.decodes:
-            outcomes += self._decode(plan.decodes)
-        for work, tokens in plan.prefills:
-            outcomes += self._prefill(work, tokens)
-        return outcomes
+    # On the engine's thread. A failure reaches those it concerns, and no one else.
 
     def _commit(self, works: list[_Work]) -> list[Outcome]:
         try:
@@ -146,6 +164,16 @@ class ContextLoop:
         except Exception as error:
             return _all_failed([work], error)
         return [] if work.tokens else [(work, None)]
+
+
+def _deliver(outcomes: list[Outcome]) -> None:
+    for work, result in outcomes:
+        if work.result.done():  # its session went away meanwhile
+            continue
+        if isinstance(result, Exception):
+            work.result.set_exception(result)
+        else:
+            work.result.set_result(result)
 
 
 def _all_failed(works: list[_Work], error: Exception) -> list[Outcome]:

@@ -132,7 +132,8 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
                 return  # a client that does not read must not keep a worker's slot
             refine = context_pb2.Refine(generated=session.generated, length=session.state.length)
             yield context_pb2.ContextMessage(refine=refine)
-            message = await live.unless_ended(anext(requests, None))
+            with self._loop.refining():
+                message = await live.unless_ended(anext(requests, None))
             if live.ended.is_set():
                 break
             if message is None:

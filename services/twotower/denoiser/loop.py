@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from opentelemetry.trace import Tracer
 from torch import Tensor
@@ -18,6 +18,8 @@ from twotower.tracing.recorder import NO_TRACER
 
 log = logging.getLogger(__name__)
 
+JOIN_TURNS = 3
+"""Turns of the event loop from an applied delta to the next block's place in the batch."""
 MAX_FAILURES = 3
 """Forwards in a row that may fail."""
 
@@ -30,6 +32,7 @@ class DenoiserLoop:
         self._thread = thread
         self._tracer = tracer
         self._blocks: dict[Refinement, asyncio.Future[None]] = {}
+        self._applies: dict[asyncio.Future[None], Callable[[], None]] = {}
         self._wake = asyncio.Event()
 
     async def refine(self, block: Refinement) -> None:
@@ -43,13 +46,19 @@ class DenoiserLoop:
             self._blocks.pop(block, None)
 
     async def apply(self, state: ContextState, delta: Delta, rates: Mapping[int, Tensor]) -> None:
-        """Extend a state by a committed block, between forwards."""
+        """Extend a state by a committed block, before the next forward."""
 
         def work() -> None:
             with self._tracer.start_as_current_span("apply"):
                 state.apply(delta, rates)
 
-        await self._thread.run(work)
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._applies[done] = work
+        self._wake.set()
+        try:
+            await done
+        finally:
+            self._applies.pop(done, None)
 
     async def settle(self) -> None:
         """Until the forward under way, if any, is over: what it computes with may then be given to others."""
@@ -60,9 +69,12 @@ class DenoiserLoop:
         failures = 0
         while True:
             await self._wake.wait()
+            if self._applies:
+                await self._apply()
             blocks = list(self._blocks)
             if not blocks:
-                self._wake.clear()
+                if not self._applies:
+                    self._wake.clear()
                 continue
             try:
                 await self._thread.run(self._step, blocks)
@@ -75,6 +87,19 @@ class DenoiserLoop:
                 continue
             failures = 0
             self._finish([block for block in blocks if block.done], None)
+
+    async def _apply(self) -> None:
+        """Every delta that has come. Their sessions' next blocks then join the forward that follows."""
+        applies = dict(self._applies)
+        for done, error in await self._thread.run(_try_all, applies):
+            if done.done():  # its session went away meanwhile
+                continue
+            if error is not None:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+        for _ in range(JOIN_TURNS):
+            await asyncio.sleep(0)
 
     def _step(self, blocks: list[Refinement]) -> None:
         with self._tracer.start_as_current_span("step", attributes={"batch": len(blocks)}):
@@ -90,3 +115,16 @@ class DenoiserLoop:
                 future.set_exception(failure)
             else:
                 future.set_result(None)
+
+
+def _try_all(works: Mapping[asyncio.Future[None], Callable[[], None]]) -> list[tuple[asyncio.Future[None], Exception | None]]:
+    """Do all of it; with the error of what failed."""
+    outcomes: list[tuple[asyncio.Future[None], Exception | None]] = []
+    for done, work in works.items():
+        try:
+            work()
+        except Exception as error:
+            outcomes.append((done, error))
+        else:
+            outcomes.append((done, None))
+    return outcomes

@@ -55,6 +55,21 @@ class ContextScheduler(Generic[T]):
         """A prompt to read; it stays until `tokens_of` says that nothing is left."""
         self._prefills.append(item)
 
+    @property
+    def commits(self) -> int:
+        """Blocks that wait."""
+        return len(self._commits)
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether there are prompts to read."""
+        return bool(self._prefills)
+
+    @property
+    def urgent(self) -> bool:
+        """Whether something waits that goes before prompts."""
+        return bool(self._commits or self._decodes)
+
     def discard(self, item: T) -> None:
         """Forget an item, if it is here."""
         for queue in (self._commits, self._decodes, self._prefills):
