@@ -18,7 +18,7 @@ class BackendUnavailable(ValueError):
     """The Triton kernels were asked for and cannot run here; the message says why, and what would help."""
 
 
-def resolve(name: Literal["auto"] | Backend, device: torch.device) -> Backend:
+def resolve(name: str, device: torch.device) -> Backend:
     """The backend for tensors on `device`; "auto" is Triton on a CUDA device where it is installed, and "cpu" on a CPU.
 
     Triton is imported for no other name and on no other device, so that nothing here needs it.

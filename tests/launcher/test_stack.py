@@ -51,7 +51,8 @@ async def test_towers_of_different_precision_serve_together(tmp_path: Path) -> N
 
 def test_threads_are_shared_out(tmp_path: Path) -> None:
     cores = os.cpu_count() or 1
-    assert UpConfig(tmp_path).tower_threads == max(1, cores // 2)
+    assert UpConfig(tmp_path).tower_threads == cores
+    assert UpConfig(tmp_path, denoisers=3).tower_threads == max(1, cores // 2)
     assert UpConfig(tmp_path, contexts=100, denoisers=1000).tower_threads == 1
     assert UpConfig(tmp_path, threads=7).tower_threads == 7
 

@@ -62,9 +62,11 @@ def plain_result(checkpoint: Path, workload: Workload, requests: int, *, dtype: 
     return result
 
 
-def open_engine(checkpoint: Path, *, dtype: str, device: str, threads: int, compiled: bool = False) -> LocalEngine:
+def open_engine(
+    checkpoint: Path, *, dtype: str, device: str, threads: int, kernels: str = "auto", compiled: bool = False
+) -> LocalEngine:
     """Both towers, ready to be timed."""
-    engine = LocalEngine(checkpoint, dtype=dtype, device=device, threads=threads)
+    engine = LocalEngine(checkpoint, dtype=dtype, device=device, threads=threads, kernels=kernels)
     engine.context.tower.compiled = engine.denoiser.tower.compiled = compiled
     torch.set_num_threads(threads)
     return engine

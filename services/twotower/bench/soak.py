@@ -43,9 +43,11 @@ class Soak:
         return {name: sum(s[name] for s in late) / sum(s[name] for s in early) for name in self.memory[-1]}
 
 
-def expected_texts(checkpoint: Path, workload: Workload, prompts: int, *, dtype: str, threads: int) -> list[list[int]]:
+def expected_texts(
+    checkpoint: Path, workload: Workload, prompts: int, *, dtype: str, threads: int, kernels: str
+) -> list[list[int]]:
     """What each prompt gives, alone, in one process."""
-    engine = LocalEngine(checkpoint, dtype=dtype, device="cpu", threads=threads)
+    engine = LocalEngine(checkpoint, dtype=dtype, device="cpu", threads=threads, kernels=kernels)
     seeds = enumerate(workload.prompts(prompts))
     return [engine.generate(prompt, _params(workload, i)).token_ids for i, prompt in seeds]
 

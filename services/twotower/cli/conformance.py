@@ -7,7 +7,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from twotower.cli.options import add_stack_size, check_at_least_one, check_target
+from twotower.cli.options import add_kernels, add_stack_size, check_at_least_one, check_target
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,6 +22,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--concurrency", type=int, default=1, metavar="N", help="requests in flight, through services (default 1)"
     )
+    add_kernels(parser)
     parser.set_defaults(run=run)
 
 
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         load_cases(directory)  # what cannot be read is told before anything is run
 
     async def run_services(directory: Path) -> Tally:
-        config = UpConfig(directory, contexts=args.contexts, denoisers=args.denoisers, dtype="float32")
+        config = UpConfig(directory, contexts=args.contexts, denoisers=args.denoisers, dtype="float32", kernels=args.kernels)
         async with stack(config, lambda line: print(line, file=sys.stderr)) as running:
             return await run_target(directory, running.grpc_address, args.concurrency, print)
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         elif args.services:
             tally = asyncio.run(run_services(directory))
         else:
-            tally = run_local(directory, print)
+            tally = run_local(directory, print, args.kernels)
         print(f"{directory}: {tally}" + (f", {tally.skipped} mock-AR cases skipped: only --local" if tally.skipped else ""))
         total += tally
     print(total, flush=True)

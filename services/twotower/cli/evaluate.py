@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
         params=params,
         dtype=args.dtype,
         device=args.device,
+        kernels=args.kernels,
         experts=args.experts,
         context_experts=args.context_experts,
         threads=args.threads,

@@ -18,6 +18,7 @@ from twotower.cli.options import (
     add_place,
     check_at_least_one,
     check_target,
+    default_kernels,
 )
 from twotower.errors import InvalidArgument, Unavailable
 from twotower.events import Accepted, Block, Event, Finished
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     if args.local and (args.timeout is not None or args.priority != "normal"):
         raise InvalidArgument("local", "nothing waits in one process: --timeout and --priority are for a gateway")
     if not args.local:
-        local = {"checkpoint": None, "threads": None, "dtype": "auto", "device": "auto"}
+        local = {"checkpoint": None, "threads": None, "dtype": "auto", "device": "auto", "kernels": default_kernels()}
         for name, unset in {**local, "experts": "auto", "context_experts": None}.items():
             if getattr(args, name) != unset:
                 print(
@@ -244,6 +245,7 @@ def _local(args: argparse.Namespace, prompt: str | tuple[int, ...]) -> Iterator[
         request,
         dtype=args.dtype,
         device=args.device,
+        kernels=args.kernels,
         threads=args.threads,
         experts=args.experts,
         context_experts=args.context_experts,

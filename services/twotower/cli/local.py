@@ -21,6 +21,7 @@ def generate(
     *,
     dtype: str,
     device: str,
+    kernels: str,
     threads: int | None,
     experts: str = "auto",
     context_experts: str | None = None,
@@ -39,7 +40,13 @@ def generate(
     warnings = check_request(prompt, params, limits)
     text = TextStream(tokenizer, request.stop, (*limits.eos_token_ids, limits.mask_token_id)) if tokenizer else None
     engine = LocalEngine(
-        checkpoint, dtype=dtype, device=device, threads=threads, experts=experts, context_experts=context_experts
+        checkpoint,
+        dtype=dtype,
+        device=device,
+        kernels=kernels,
+        threads=threads,
+        experts=experts,
+        context_experts=context_experts,
     )
     yield Accepted("local", len(prompt), tuple(warnings))
     started = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 from twotower.errors import ConfigError, InvalidArgument
@@ -28,9 +29,25 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def add_place(parser: argparse.ArgumentParser) -> None:
-    """``--dtype``, ``--device``."""
+    """``--dtype``, ``--device``, ``--kernels``."""
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: the checkpoint's")
     parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:N")
+    add_kernels(parser)
+
+
+def add_kernels(parser: argparse.ArgumentParser) -> None:
+    """``--kernels K``."""
+    parser.add_argument(
+        "--kernels",
+        default=default_kernels(),
+        help="what computes: torch (the reference), cpu (C++), triton, auto: by device (default: $TWOTOWER_KERNELS, or auto)",
+        metavar="K",
+    )
+
+
+def default_kernels() -> str:
+    """What the environment asks for."""
+    return os.environ.get("TWOTOWER_KERNELS") or "auto"
 
 
 def add_experts(parser: argparse.ArgumentParser) -> None:

@@ -72,6 +72,7 @@ def _report(args: argparse.Namespace) -> PrecisionReport:
         params=GenerationParams(max_tokens=args.max_tokens, block_size=block, steps=block, gamma=args.gamma),
         dtype=args.dtype,
         device=args.device,
+        kernels=args.kernels,
         experts="bf16" if args.tower == "context" else args.experts,
         context_experts="bf16" if args.tower == "denoiser" else args.experts,
     )

@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
         experts=args.experts,
         context_experts=args.context_experts or args.experts,
         device=args.device,
+        kernels=args.kernels,
         transport=args.transport,
         threads=args.threads,
         slots=args.slots,

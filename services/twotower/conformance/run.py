@@ -46,13 +46,13 @@ class Tally:
         return self.cases > 0 and (self.cases_passed, self.states_passed) == (self.cases, self.states)
 
 
-def run_local(directory: Path, report: Report) -> Tally:
+def run_local(directory: Path, report: Report, kernels: str = "auto") -> Tally:
     """All cases and states, in fp32, in this process."""
     from twotower.conformance.states import TOLERANCE, state_differences
     from twotower.engine.local import LocalEngine
 
     cases = load_cases(directory)
-    engine = LocalEngine(directory, dtype="float32")
+    engine = LocalEngine(directory, dtype="float32", kernels=kernels)
     passed = 0
     for case in cases:
         result = engine.generate(case.prompt, case.params)

@@ -21,6 +21,8 @@ class ContextConfig:
     """auto (the checkpoint's), float32 or bfloat16."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:N."""
+    kernels: str = "auto"
+    """What computes: auto (by device), torch, cpu, triton."""
     experts: str = "auto"
     """Precision of the routed experts: auto (as the checkpoint stores them), bf16 (the model's dtype), fp8, fp4."""
     threads: int = 1

@@ -12,7 +12,7 @@ from typing import Any
 from opentelemetry.trace import Tracer
 
 from twotower.engine.context_engine import ContextEngine
-from twotower.engine.scheduler import ContextScheduler, Plan
+from twotower.engine.scheduler import ContextScheduler
 from twotower.engine.session import Session
 from twotower.engine.thread import EngineThread
 from twotower.errors import Unavailable

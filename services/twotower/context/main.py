@@ -54,7 +54,7 @@ async def run(config: ContextConfig) -> None:
     thread = EngineThread("context-engine", config.threads)
     try:
         place = resolve_dtype(config.dtype, checkpoint), resolve_device(config.device)
-        tower = await thread.run(load_context_tower, checkpoint, *place, experts=config.experts)
+        tower = await thread.run(load_context_tower, checkpoint, *place, experts=config.experts, kernels=config.kernels)
         engine = ContextEngine(tower)
         await thread.run(_warm_up, engine)
         pool = StatePool(tower.config, tower.dtype, tower.device, _pool_size(config, checkpoint, tower))

@@ -19,6 +19,8 @@ class DenoiserConfig:
     """auto (the checkpoint's), float32 or bfloat16."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:N."""
+    kernels: str = "auto"
+    """What computes: auto (by device), torch, cpu, triton."""
     experts: str = "auto"
     """Precision of the routed experts: auto (as the checkpoint stores them), bf16 (the model's dtype), fp8, fp4."""
     context_experts: str = "auto"

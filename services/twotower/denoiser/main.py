@@ -42,7 +42,7 @@ async def run(config: DenoiserConfig) -> None:
     thread = EngineThread("denoiser-engine", config.threads)
     try:
         place = resolve_dtype(config.dtype, checkpoint), resolve_device(config.device)
-        tower = await thread.run(load_denoiser_tower, checkpoint, *place, experts=config.experts)
+        tower = await thread.run(load_denoiser_tower, checkpoint, *place, experts=config.experts, kernels=config.kernels)
         engine = DenoiserEngine(tower)
         await thread.run(_warm_up, engine)
         pool = StatePool(tower.config, tower.dtype, tower.device, _pool_size(config, checkpoint, tower))

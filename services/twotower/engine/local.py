@@ -55,12 +55,14 @@ class LocalEngine:
         *,
         dtype: str = "auto",
         device: str = "auto",
+        kernels: str = "auto",
         threads: int | None = None,
         prefill_chunk: int = 128,
         experts: str = "auto",
         context_experts: str | None = None,
     ) -> None:
         """Load both towers. experts: precision of the routed experts; context_experts: of the context's, where they differ.
+        kernels: what computes, see `resolve_kernels`.
 
         Raises CheckpointError, ConfigError.
         """
@@ -69,8 +71,9 @@ class LocalEngine:
         self.checkpoint = Checkpoint.open(path)
         self.limits = self.checkpoint.limits
         place = resolve_dtype(dtype, self.checkpoint), resolve_device(device)
-        self.context = ContextEngine(load_context_tower(self.checkpoint, *place, experts=context_experts or experts))
-        self.denoiser = DenoiserEngine(load_denoiser_tower(self.checkpoint, *place, experts=experts))
+        context = load_context_tower(self.checkpoint, *place, experts=context_experts or experts, kernels=kernels)
+        self.context = ContextEngine(context)
+        self.denoiser = DenoiserEngine(load_denoiser_tower(self.checkpoint, *place, experts=experts, kernels=kernels))
         self._prefill_chunk = prefill_chunk
 
     def generate(self, prompt: Sequence[int], params: GenerationParams) -> Generation:

@@ -29,6 +29,7 @@ class EvalConfig:
     """Of the diffusion mode; AR takes what applies to it."""
     dtype: str = "auto"
     device: str = "auto"
+    kernels: str = "auto"
     experts: str = "auto"
     """Precision of the routed experts: auto (as the checkpoint stores them), bf16, fp8, fp4."""
     context_experts: str | None = None

@@ -131,6 +131,7 @@ class Evaluation:
             config.checkpoint,
             dtype=config.dtype,
             device=config.device,
+            kernels=config.kernels,
             experts=config.experts,
             context_experts=config.context_experts,
         )

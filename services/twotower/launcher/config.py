@@ -26,6 +26,8 @@ class UpConfig:
     """None: an embedded server, which lives and dies with the stack."""
     dtype: str = "auto"
     device: str = "auto"
+    kernels: str = "auto"
+    """What computes: auto (by device), torch, cpu, triton."""
     experts: str = "auto"
     """Precision of the denoisers' routed experts: auto (as the checkpoint stores them), bf16, fp8, fp4."""
     context_experts: str = "auto"
@@ -33,7 +35,7 @@ class UpConfig:
     transport: str = "auto"
     """How states get from contexts to denoisers: auto, grpc, shm or dist."""
     threads: int | None = None
-    """CPU threads of each tower; None: the cores, divided among them."""
+    """CPU threads of each tower; None: see `tower_threads`."""
     slots: int = 8
     """Sessions each denoiser refines together."""
     max_sessions: int = 64
@@ -66,5 +68,6 @@ class UpConfig:
 
     @property
     def tower_threads(self) -> int:
-        """CPU threads of each tower. More threads than cores would wait for one another at every operation."""
-        return self.threads or max(1, (os.cpu_count() or 1) // (self.contexts + self.denoisers))
+        """CPU threads of each tower: in all at most two for each core, so that one computes on the cores another leaves."""
+        cores, towers = os.cpu_count() or 1, self.contexts + self.denoisers
+        return self.threads or min(cores, max(1, 2 * cores // towers))

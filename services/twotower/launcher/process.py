@@ -14,6 +14,8 @@ from twotower.errors import ServiceFailed
 from twotower.launcher import leash
 
 LINE_BYTES = 1 << 20
+SPINS = "1000"
+"""How long a thread of a parallel operation watches for the next one, before it leaves its core to others: microseconds."""
 TAIL = 20
 """Lines of stderr that are kept to explain a death."""
 
@@ -51,6 +53,7 @@ class ServiceProcess:
                 limit=LINE_BYTES,
                 # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which drains in order.
                 start_new_session=True,
+                env={"GOMP_SPINCOUNT": SPINS, **os.environ},
             )
         except OSError as error:
             raise ServiceFailed(f"{self.name} cannot be started: {error}") from None

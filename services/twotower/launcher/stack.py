@@ -105,14 +105,15 @@ class Stack:
 
     def _service(self, kind: str, index: int, *options: object) -> ServiceProcess:
         config = self._config
-        place = ("--dtype", config.dtype, "--device", config.device, "--threads", config.tower_threads)
+        place = ("--dtype", config.dtype, "--device", config.device, "--kernels", config.kernels)
         experts: tuple[str, ...] = ("--experts", config.experts, *self._context_experts)
         if kind == "context":
             experts = ("--experts", config.context_experts)
         memory = ("--state-memory", config.state_memory)
         trace = () if config.trace is None else ("--trace", config.trace)
         transport = ("--transport", config.transport)
-        return self._process(f"{kind}-{index}", kind, *place, *experts, *memory, *transport, *trace, *options)
+        threads = ("--threads", config.tower_threads)
+        return self._process(f"{kind}-{index}", kind, *place, *threads, *experts, *memory, *transport, *trace, *options)
 
     def _process(self, name: str, kind: str, *options: object) -> ServiceProcess:
         config = self._config

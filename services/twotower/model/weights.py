@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -64,10 +64,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-KernelChoice = Literal["auto"] | Backend
-
-
-def resolve_kernels(name: KernelChoice, device: torch.device) -> Backend:
+def resolve_kernels(name: str, device: torch.device) -> Backend:
     """auto, torch, cpu or triton -> what computes on this device. Raises ConfigError."""
     try:
         return resolve(name, device)
@@ -82,7 +79,7 @@ def load_context_tower(
     log: ReadLog | None = None,
     *,
     experts: str = "auto",
-    kernels: KernelChoice = "auto",
+    kernels: str = "auto",
 ) -> ContextTower:
     """The context tower; no tensor of the denoiser is read.
 
@@ -105,7 +102,7 @@ def load_denoiser_tower(
     log: ReadLog | None = None,
     *,
     experts: str = "auto",
-    kernels: KernelChoice = "auto",
+    kernels: str = "auto",
 ) -> DenoiserTower:
     """The denoiser tower; no tensor of the context tower is read. Options and errors as in `load_context_tower`."""
     config, backend = checkpoint.config, resolve_kernels(kernels, device)
