@@ -26,6 +26,7 @@ from twotower.errors import (
 from twotower.events import Block, Finished
 from twotower.request import FinishReason, Mode
 from twotower.rpc.channel import open_channel
+from twotower.v1.context_pb2 import OpenRequest
 
 EOS = 2
 SCRIPT = list(range(10, 300))
@@ -261,14 +262,14 @@ async def test_too_much_at_once_is_refused_and_room_comes_back(checkpoint: Path)
 
 
 async def test_64_streams_at_once_do_not_mix(checkpoint: Path) -> None:
-    class Echoes(ScriptedContext):
-        async def _events(self, request):  # type: ignore[no-untyped-def]
-            self.script = [request.prompt.ids[0]] * 100
-            async for event in ScriptedContext([request.prompt.ids[0]] * 100, self.before)._events(request):
-                await asyncio.sleep(0)
-                yield event
+    async def turns(block: int) -> None:
+        await asyncio.sleep(0)
 
-    async with gateway(checkpoint, Echoes([]), Echoes([])) as running, running.client() as client:
+    class Echoes(ScriptedContext):
+        def tokens_of(self, request: OpenRequest) -> list[int]:
+            return [request.prompt.ids[0]] * 100
+
+    async with gateway(checkpoint, Echoes([], turns), Echoes([], turns)) as running, running.client() as client:
 
         async def one(token: int) -> list[int]:
             return [t async for e in client.generate([token], max_tokens=50) if isinstance(e, Block) for t in e.token_ids]

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from tests.support.gateways import RunningGateway, gateway
-from tests.support.scripted_context import FORWARDS, ScriptedContext
+from tests.support.scripted_context import FORWARDS, ScriptedContext, at_once
 from tests.support.waiting import until
 from twotower.errors import NonFiniteLogits, Overloaded
 from twotower.text.tokenizer import Tokenizer
@@ -423,6 +423,39 @@ async def test_a_service_tier_is_a_priority(checkpoint: Path) -> None:
         refused = await client.post("/v1/completions", json={"prompt": "fox", "service_tier": "scale"})
     assert [inference_pb2.Priority.Name(call.priority) for call in context.opened] == [f"PRIORITY_{p}" for p in tiers.values()]
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "service_tier")
+
+
+async def test_bodies_are_bounded_together(checkpoint: Path) -> None:
+    context = ScriptedContext(SCRIPT, hang_at(3))
+    asked = {"prompt": "fox" * 100, "max_tokens": 40, "stream": True}
+    async with http(checkpoint, context, max_body_bytes=1000, max_bodies_bytes=1000) as client:
+        async with (
+            client.stream("POST", "/v1/completions", json=asked) as first,
+            client.stream("POST", "/v1/completions", json=asked) as second,
+        ):
+            assert (first.status_code, second.status_code) == (200, 200)
+            refused = await client.post("/v1/completions", json=asked)
+            assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_error")
+            assert "1000 bytes" in refused.json()["error"]["message"]
+            assert refused.headers["retry-after"] == "1"
+            small = await client.post("/v1/completions", json={"prompt": "fox", "max_tokens": 4})
+            assert small.status_code == 200
+        await until_metric(client, "twotower_gateway_requests_in_flight 0.0")
+        context.before = at_once  # whoever left has given back its bytes
+        for _ in range(3):
+            assert (await client.post("/v1/completions", json={**asked, "stream": False})).status_code == 200
+
+
+async def test_a_time_that_passes_while_a_context_is_waited_for(checkpoint: Path) -> None:
+    context = ScriptedContext(SCRIPT, hang_at(1))
+    async with gateway(checkpoint, context, reopen_wait_s=20.0) as running, client_of(running) as client:
+        body = {"prompt": "fox", "max_tokens": 40, "timeout_s": 1.0}
+        asked = asyncio.create_task(client.post("/v1/completions", json=body))
+        await until(lambda: context.running == 1)
+        await context.stop()  # there is no other
+        answer = await asyncio.wait_for(asked, 10)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (504, "timeout_error")
+        await until_metric(client, "twotower_gateway_requests_in_flight 0.0")
 
 
 async def test_a_time_that_has_passed_ends_the_work(checkpoint: Path) -> None:

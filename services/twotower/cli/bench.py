@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twotower.cli import bench_device
+from twotower.cli import bench_device, bench_streams
 from twotower.cli.options import add_place, add_stack_size, add_trace, check_at_least_one, check_target
 from twotower.errors import ConfigError
 from twotower.transport.config import CHOICES, Kind
@@ -77,6 +77,7 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     soak.add_argument("--prompts", type=int, default=32, metavar="N", help="different ones, asked in turn (default 32)")
     soak.set_defaults(run=_soak)
 
+    bench_streams.add_part(parts)
     bench_device.add_parts(parts)
 
     transport = parts.add_parser("transport", help="what travels at the real size, and how fast", allow_abbrev=False)
@@ -116,7 +117,7 @@ def _engine(args: argparse.Namespace) -> None:
     def report(row: EngineRow) -> None:
         _say(args, f"batch {row.batch:>3}: {_told(row.result)}")
 
-    engine = open_engine(args.checkpoint, dtype=args.dtype, device=args.device, threads=threads)
+    engine = open_engine(args.checkpoint, dtype=args.dtype, device=args.device, threads=threads, kernels=args.kernels)
     rows = engine_rows(engine, workload, args.batch, args.rounds, report)
     told: dict[str, Any] = {"threads": threads, "rows": [{"batch": row.batch, **_as_json(row.result)} for row in rows]}
     told["batch_gain"] = rows[-1].result.tokens_per_s / rows[0].result.tokens_per_s
@@ -139,7 +140,7 @@ def _serving(args: argparse.Namespace) -> None:
         raise ConfigError(f"rate: must be positive, not {args.rate}")
     threads, workload = _threads(args), _workload(args)
     most = max(args.concurrency)
-    engine = open_engine(args.checkpoint, dtype=args.dtype, device=args.device, threads=threads)
+    engine = open_engine(args.checkpoint, dtype=args.dtype, device=args.device, threads=threads, kernels=args.kernels)
     batches = sorted({1, most})
     rows = {
         row.batch: row.result
@@ -181,6 +182,7 @@ async def _served(args: argparse.Namespace, workload: Workload) -> dict[int, Res
         denoisers=args.denoisers,
         dtype=args.dtype,
         device=args.device,
+        kernels=args.kernels,
         threads=args.tower_threads,
         trace=args.trace,
         slots=args.slots,
@@ -278,7 +280,9 @@ def _soak(args: argparse.Namespace) -> int:
     if not args.minutes > 0:
         raise ConfigError(f"minutes: must be positive, not {args.minutes}")
     workload = _workload(args)
-    expected = expected_texts(args.checkpoint, workload, args.prompts, dtype=args.dtype, threads=_threads(args))
+    expected = expected_texts(
+        args.checkpoint, workload, args.prompts, dtype=args.dtype, threads=_threads(args), kernels=args.kernels
+    )
     result = asyncio.run(_soaked(args, workload, expected))
     growth = result.growth()
     told = {
@@ -313,6 +317,7 @@ async def _soaked(args: argparse.Namespace, workload: Workload, expected: list[l
         denoisers=args.denoisers,
         dtype=args.dtype,
         device=args.device,
+        kernels=args.kernels,
         max_sessions=max(64, args.concurrency),
     )
     async with stack(config, lambda line: print(line, file=sys.stderr)) as running:

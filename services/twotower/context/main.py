@@ -24,7 +24,7 @@ from twotower.engine.context_engine import ContextEngine
 from twotower.engine.thread import EngineThread
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.context_tower import ContextTower
-from twotower.model.memory import parse_bytes, prefix_budget, state_budget
+from twotower.model.memory import prefix_budget, state_budget
 from twotower.model.pool import PoolSize, StatePool
 from twotower.model.weights import load_context_tower, resolve_device, resolve_dtype
 from twotower.prefix.chain import ChainSpec
@@ -35,6 +35,7 @@ from twotower.request import GenerationParams
 from twotower.rpc.address import check_port
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
+from twotower.sizes import parse_bytes
 from twotower.tasks import end_tasks, until_stopped
 from twotower.tracing.recorder import recording
 from twotower.transport.config import TransportConfig

@@ -21,6 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 from twotower.errors import Overloaded, TwoTowerError, Unavailable
 from twotower.events import Accepted, Block, Event, Finished
 from twotower.gateway import openai_replies as replies
+from twotower.gateway.bodies import Bodies
 from twotower.gateway.core import Core, Prepared
 from twotower.gateway.openai import CompletionCall, parse_completion, parse_json
 from twotower.gateway.openai_logprobs import ChoiceLogprobs
@@ -32,7 +33,7 @@ SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 RETRY_STATUSES = (429, 503)
 
 
-def make_app(core: Core, max_body_bytes: int) -> Starlette:
+def make_app(core: Core, bodies: Bodies) -> Starlette:
     """The ASGI application."""
 
     async def healthz(request: Request) -> Response:
@@ -56,7 +57,7 @@ def make_app(core: Core, max_body_bytes: int) -> Starlette:
 
     app = Starlette(
         routes=[
-            Route("/v1/completions", Completions(core, max_body_bytes), methods=["POST"]),
+            Route("/v1/completions", Completions(core, bodies), methods=["POST"]),
             Route("/v1/models", models),
             Route("/v1/models/{model:path}", model),
             Route("/healthz", healthz),
@@ -76,23 +77,29 @@ class ModelNotFoundError(HTTPException):
 class Completions:
     """`POST /v1/completions` as a plain ASGI application, so that a client's leaving is noticed at any moment."""
 
-    def __init__(self, core: Core, max_body_bytes: int) -> None:
+    def __init__(self, core: Core, bodies: Bodies) -> None:
         self._core = core
-        self._max_body_bytes = max_body_bytes
+        self._bodies = bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        request = Request(scope, receive)
+        arrived = asyncio.get_running_loop().time()
         try:
-            body = await self._body(request)
+            async with self._bodies.read(Request(scope, receive)) as body:
+                await self._serve(self._parse(body), arrived, scope, receive, send)
         except ClientDisconnect:
             return
+
+    def _parse(self, body: bytes) -> CompletionCall:
         try:
             call = parse_completion(parse_json(body), self._core.max_in_flight)
         except TwoTowerError:
             self._core.metrics.requests.labels("unknown", "invalid").inc()
             raise
         _check_model(self._core, call.model)
+        return call
+
+    async def _serve(self, call: CompletionCall, arrived: float, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
         async def noting(message: Message) -> None:
@@ -101,7 +108,7 @@ class Completions:
             await send(message)
 
         try:
-            await _while_connected(receive, self._answer(call, scope, receive, noting))
+            await _while_connected(receive, self._answer(call, arrived, scope, receive, noting))
         except asyncio.CancelledError:
             if not self._core.draining:
                 raise
@@ -112,21 +119,11 @@ class Completions:
                 await _send_data(send, replies.error_body(error))
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _body(self, request: Request) -> bytes:
-        """The body, as long as it is within the limit."""
-        chunks, size = [], 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > self._max_body_bytes:
-                raise HTTPException(413, f"the body is larger than {self._max_body_bytes} bytes")
-            chunks.append(chunk)
-        return b"".join(chunks)
-
-    async def _answer(self, call: CompletionCall, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, call: CompletionCall, arrived: float, scope: Scope, receive: Receive, send: Send) -> None:
+        deadline = None if call.timeout_s is None else arrived + call.timeout_s
         prepared = [await self._core.prepare(request) for request in call.requests]
         reply = replies.Completion(prepared[0].job.request_id, int(time.time()), self._core.model.name)
         with self._core.admit(prepared):
-            deadline = None if call.timeout_s is None else asyncio.get_running_loop().time() + call.timeout_s
             async with aclosing(_merged([self._core.run(request, deadline) for request in prepared])) as events:
                 if call.stream:
                     await self._stream(call, reply, prepared, events, send)

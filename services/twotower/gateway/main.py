@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from twotower.broker.connection import connect
 from twotower.broker.registry import Registry
+from twotower.gateway.bodies import Bodies
 from twotower.gateway.config import GatewayConfig
 from twotower.gateway.core import Core, ServedModel
 from twotower.gateway.grpc_face import SERVICE_NAME, InferenceService
@@ -20,6 +21,7 @@ from twotower.gateway.http_server import HttpServer
 from twotower.gateway.metrics import Metrics
 from twotower.gateway.replicas import ReplicaPool, ReplicaSource
 from twotower.model.checkpoint import Checkpoint
+from twotower.rpc.files import allow_many_files
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
 from twotower.tasks import end_tasks, until_stopped
@@ -38,6 +40,7 @@ async def run(config: GatewayConfig) -> None:
     Raises TwoTowerError for what cannot be started.
     """
     stop = stop_requested()
+    allow_many_files()  # each HTTP client has a connection of its own
     checkpoint = Checkpoint.open(config.checkpoint, context_experts=config.context_experts)
     redis = await connect(config.redis_url)
     try:
@@ -62,7 +65,8 @@ async def serve(
         pool = ReplicaPool(replicas, config.snapshot_keep_s, time.monotonic)
         stack.push_async_callback(pool.close)
         core = Core(model, pool, metrics, max_in_flight=config.max_in_flight, reopen_wait_s=config.reopen_wait_s)
-        http = HttpServer(make_app(core, config.max_body_bytes), config.host, config.http_port, "--http-port")
+        bodies = Bodies(config.max_body_bytes, config.max_bodies_bytes)
+        http = HttpServer(make_app(core, bodies), config.host, config.http_port, "--http-port")
         stack.push_async_callback(http.stop, FLUSH_S)
         rpc = RpcServer(config.host, config.grpc_port, "--grpc-port")
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(core), rpc.server)

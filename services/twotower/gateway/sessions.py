@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from twotower.errors import BrokerUnavailable, Overloaded, TwoTowerError, Unavailable
+from twotower.errors import BrokerUnavailable, DeadlineExceeded, Overloaded, TwoTowerError, Unavailable
 from twotower.gateway.prefixes import PromptChains
 from twotower.gateway.replicas import ContextReplica, ReplicaPool
 from twotower.request import FinishReason, GenerationParams, Priority
@@ -93,7 +93,7 @@ class SessionStream:
                         raise
                     # It was admitted once, and lost its place by no fault of its own: room is waited for.
                     self._full.clear()
-                    await asyncio.sleep(BACKOFF_S)
+                    await self._sleep(BACKOFF_S)
                     continue
                 log.info("request %s: %s; trying another context", self._job.request_id, error)
             except _LostError as lost:
@@ -107,7 +107,7 @@ class SessionStream:
                 log.warning("request %s: context %s was lost (%s)", self._job.request_id, replica.address, lost)
                 self._on_reopen()
                 give_up = clock() + self._wait_s
-                await asyncio.sleep(BACKOFF_S * 2 ** (reopens - 1))
+                await self._sleep(BACKOFF_S * 2 ** (reopens - 1))
 
     async def _replica(self) -> ContextReplica:
         clock = asyncio.get_running_loop().time
@@ -115,10 +115,19 @@ class SessionStream:
         while (replica := self._pool.pick(self._full, self._chains)) is None:
             if clock() >= give_up:
                 raise Unavailable(f"no context replica became available within {self._wait_s:.0f} s")
-            await asyncio.sleep(BACKOFF_S)
+            await self._sleep(BACKOFF_S)
         self._on_open(self._pool.expected_tokens(replica, self._chains))
         self._pool.sent(replica, self._chains)
         return replica
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep, but not beyond the deadline. Raises DeadlineExceeded."""
+        if self._deadline is not None:
+            left = self._deadline - asyncio.get_running_loop().time()
+            if left < seconds:
+                await asyncio.sleep(max(0.0, left))
+                raise DeadlineExceeded("the deadline passed before the answer came")
+        await asyncio.sleep(seconds)
 
     async def _attempt(self, replica: ContextReplica) -> AsyncGenerator[SessionEvent, None]:
         """The session on one context. Raises _LostError, or the error it ended with."""

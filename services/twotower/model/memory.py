@@ -6,9 +6,7 @@ import os
 
 import torch
 
-from twotower.errors import ConfigError
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+from twotower.sizes import parse_bytes
 
 CPU_SHARE = 0.25
 """Of a machine's memory, where nothing is said: other towers may run on it."""
@@ -21,7 +19,7 @@ PREFIX_SHARE = 0.25
 def state_budget(option: str, device: torch.device) -> int:
     """Bytes for "auto", or for a size such as "512M" or "40G" (powers of 1024). Raises ConfigError."""
     if option != "auto":
-        return parse_bytes(option)
+        return parse_bytes(option, "state_memory")
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * CUDA_SHARE)
@@ -33,15 +31,3 @@ def prefix_budget(option: str, state_bytes: int) -> int:
     if option == "auto":
         return int(state_bytes * PREFIX_SHARE)
     return 0 if option == "0" else parse_bytes(option, "prefix_memory")
-
-
-def parse_bytes(option: str, name: str = "state_memory") -> int:
-    """ "512M" -> 536870912. Raises ConfigError, which names the option."""
-    number, unit = (option[:-1], option[-1].upper()) if option and not option[-1].isdigit() else (option, "")
-    try:
-        count = float(number) * _UNITS[unit]
-    except (KeyError, ValueError):
-        raise ConfigError(f"{name}: must be auto or a size such as 512M or 40G, not {option!r}") from None
-    if not 1 <= count < 1 << 60:  # also refuses NaN
-        raise ConfigError(f"{name}: must be a size between a byte and an exabyte, not {option!r}")
-    return int(count)
