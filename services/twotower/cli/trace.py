@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
 from twotower.errors import ConfigError
+
+PICTURE_S = 0.4
+"""Of a run, what can be seen at a glance."""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the command."""
     parser = commands.add_parser("trace", help="summarize and draw spans recorded with `--trace`", allow_abbrev=False)
     parser.add_argument("directory", type=Path, metavar="DIR", help="where `twotower up --trace DIR` recorded")
-    parser.add_argument("--start", type=float, default=0.0, metavar="S", help="seconds after the first span (default 0)")
-    parser.add_argument("--seconds", type=float, metavar="S", help="length of the stretch (default: to the end)")
+    parser.add_argument("--start", type=float, metavar="S", help="seconds after the first span (default: where most is done)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="of the stretch (default: 0.4 in a picture, else all)")
     parser.add_argument("--out", type=Path, metavar="PNG", help="draw the timeline (needs matplotlib: the train extra)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
@@ -22,24 +26,37 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> None:
     """Print, and draw if asked."""
-    from twotower.tracing.timeline import draw, read_spans, summarize, within
+    from twotower.tracing.timeline import busiest, read_spans, summarize, within
     from twotower.train.plot import can_plot
 
-    end = float("inf") if args.seconds is None else args.start + args.seconds
-    spans = within(read_spans(args.directory), args.start, end)
-    if not spans:
-        raise ConfigError(f"start: nothing was recorded between {args.start} and {end} seconds")
-    summary = summarize(spans)
+    if args.seconds is not None and not args.seconds > 0:
+        raise ConfigError(f"seconds: must be positive, not {args.seconds}")
+    if args.out is not None and not can_plot():
+        raise ConfigError("out: drawing needs matplotlib: pip install 'twotower[train]'")
+    spans = read_spans(args.directory)
     if args.out is not None:
-        if not can_plot():
-            raise ConfigError("out: drawing needs matplotlib: pip install 'twotower[train]'")
-        draw(spans, args.out)
+        from twotower.tracing.picture import draw
+
+        length = PICTURE_S if args.seconds is None else args.seconds
+        start = busiest(spans, length) if args.start is None else args.start
+        shown = within(spans, start, start + length)
+        if not shown:
+            raise ConfigError(f"start: nothing was recorded between {start} and {start + length} seconds")
+        draw(shown, args.out)
+    if args.start is not None or args.seconds is not None:
+        length = float("inf") if args.seconds is None else args.seconds
+        start = busiest(spans, length) if args.start is None else args.start
+        spans = within(spans, start, start + length)
+        if not spans:
+            raise ConfigError(f"start: nothing was recorded between {start} and {start + length} seconds")
+    summary = summarize(spans)
     if args.json:
-        told = {"seconds": summary.seconds, "busy": summary.busy}
-        print(json.dumps(told | {"commits_hidden": summary.commits_hidden, "transfers_hidden": summary.transfers_hidden}))
+        print(json.dumps(dataclasses.asdict(summary)))
         return
     print(f"{summary.seconds:.2f} s")
     for service, share in summary.busy.items():
         print(f"{service}: computing {share:.1%} of the time")
-    print(f"commits: {summary.commits_hidden:.1%} of their time lies behind refinement")
-    print(f"transfers: {summary.transfers_hidden:.1%} of their time lies behind refinement")
+    print(f"{'':14}{'count':>8}{'mean ms':>10}{'of the time':>13}{'behind steps':>14}")
+    for name, kind in summary.kinds.items():
+        behind = "" if name == "step" else f"{kind.behind_steps:.1%}"
+        print(f"{name:14}{kind.count:>8,}{kind.mean_ms:>10.1f}{kind.seconds / summary.seconds:>13.1%}{behind:>14}")

@@ -56,7 +56,7 @@ class ContextLoop:
         self._engine = engine
         self._chunk = chunk
         self._thread = thread
-        self._tracer = tracer
+        self.tracer = tracer
         self._scheduler: ContextScheduler[_Work] = ContextScheduler(budget, lambda work: work.tokens)
         self._wake = asyncio.Event()
         self._refining = 0
@@ -136,7 +136,7 @@ class ContextLoop:
 
     def _commit(self, works: list[_Work]) -> list[Outcome]:
         try:
-            with self._tracer.start_as_current_span("commit", attributes={"batch": len(works)}):
+            with self.tracer.start_as_current_span("commit", attributes={"batch": len(works)}):
                 deltas = self._engine.commit([(work.session, work.block or []) for work in works])
         except Exception as error:
             return _all_failed(works, error)
@@ -144,7 +144,7 @@ class ContextLoop:
 
     def _decode(self, works: list[_Work]) -> list[Outcome]:
         try:
-            with self._tracer.start_as_current_span("decode", attributes={"batch": len(works)}):
+            with self.tracer.start_as_current_span("decode", attributes={"batch": len(works)}):
                 tokens = self._engine.decode([work.session for work in works])
         except Exception as error:
             return _all_failed(works, error)
@@ -157,7 +157,7 @@ class ContextLoop:
         try:
             while read < tokens and session.prefill_left:
                 chunk = self._chunk - session.state.length % self._chunk
-                with self._tracer.start_as_current_span("prefill", attributes={"tokens": min(chunk, session.prefill_left)}):
+                with self.tracer.start_as_current_span("prefill", attributes={"tokens": min(chunk, session.prefill_left)}):
                     read += self._engine.prefill(session, chunk)
                 if work.after_chunk is not None:
                     work.after_chunk(session)

@@ -20,6 +20,7 @@ from twotower.engine.session import room_for
 from twotower.errors import BrokerUnavailable, Incompatible, InvalidArgument, NonFiniteLogits, TwoTowerError, Unavailable
 from twotower.model.checkpoint import Checkpoint
 from twotower.request import FinishReason, Mode, Priority, TokenLogprob, check_request
+from twotower.tracing.recorder import transfer
 from twotower.transport.ends import ContextTransports
 from twotower.transport.interface import Outlet
 from twotower.v1 import context_pb2, context_pb2_grpc
@@ -124,9 +125,10 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         session = live.session
         params, length = params_to_pb(session.params), session.state.length
         yield context_pb2.ContextMessage(attached=context_pb2.Attached(params=params, length=length, transport=choice))
-        async with live.reading, aclosing(outlet.send(state_tensors(session.state, self._engine.decay_rates))) as tensors:
-            async for sent in tensors:
-                yield sent
+        with transfer(self._loop.tracer, "send state", session.id):
+            async with live.reading, aclosing(outlet.send(state_tensors(session.state, self._engine.decay_rates))) as tensors:
+                async for sent in tensors:
+                    yield sent
         while True:
             if not live.read.is_set() and not await self._read_soon(live):
                 return  # a client that does not read must not keep a worker's slot
@@ -147,9 +149,10 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
             commit = asyncio.create_task(self._loop.commit(session, block))
             live.commit = commit
             delta = await asyncio.shield(commit)
-            async with aclosing(outlet.send(list(delta_tensors(delta)))) as tensors:
-                async for sent in tensors:
-                    yield sent
+            with transfer(self._loop.tracer, "send delta", session.id):
+                async with aclosing(outlet.send(list(delta_tensors(delta)))) as tensors:
+                    async for sent in tensors:
+                        yield sent
         yield context_pb2.ContextMessage(end=context_pb2.End())
 
     @staticmethod

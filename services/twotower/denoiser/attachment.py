@@ -16,6 +16,7 @@ from twotower.errors import Incompatible, NonFiniteLogits
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.state import ContextState
 from twotower.request import GenerationParams
+from twotower.tracing.recorder import transfer
 from twotower.transport.ends import WorkerTransports
 from twotower.transport.interface import Arrival, Inlet
 from twotower.transport.layout import off_loop
@@ -86,7 +87,9 @@ class Attachment:
     async def _serve(self, call: Any, inlet: Inlet, ready: ReadySession, length: int, drain: asyncio.Event) -> None:
         """From the state of `length` tokens to the session's end."""
         state = self._state
-        with inlet.expect(state_spec(self._checkpoint.config, state.dtype, length), state.device) as arrival:
+        tracer, spec = self._loop.tracer, state_spec(self._checkpoint.config, state.dtype, length)
+        with transfer(tracer, "receive state", ready.session_id) as span, inlet.expect(spec, state.device) as arrival:
+            span.set_attribute("bytes", arrival.size)
             refine = await self._collect(call, arrival)
             if refine is None:
                 return
@@ -97,7 +100,7 @@ class Attachment:
             if refine.length != state.length:
                 raise Incompatible(f"refine.length: {refine.length}, the state here has {state.length}")
             self._check_room(state.length + self._params.block_size, ready, "refine.length")
-            refine = await self._block(call, inlet, state, refine, drain)
+            refine = await self._block(call, inlet, ready.session_id, refine, drain)
 
     @staticmethod
     def _check_room(tokens: int, ready: ReadySession, field: str) -> None:
@@ -105,9 +108,10 @@ class Attachment:
             raise Incompatible(f"{field}: the state would hold {tokens} tokens, {ready.tokens} were announced")
 
     async def _block(
-        self, call: Any, inlet: Inlet, state: ContextState, refine: context_pb2.Refine, drain: asyncio.Event
+        self, call: Any, inlet: Inlet, session_id: str, refine: context_pb2.Refine, drain: asyncio.Event
     ) -> context_pb2.Refine | None:
         """Refine a block, hand it in, apply the delta. None when the session is over here."""
+        state = self._state
         block = self._loop.engine.start(self._params, state, refine.generated)
         # The context is silent during the steps, unless the session ends.
         answer = asyncio.create_task(self._read(call))
@@ -120,6 +124,7 @@ class Attachment:
                 forwards=block.forwards,
                 logprobs=logprobs_to_pb(block.logprobs),
             )
+            waiting = transfer(self._loop.tracer, "await delta", session_id)
             await call.write(context_pb2.WorkerMessage(block_done=done))
             if drain.is_set():
                 await call.done_writing()  # handed back at the block's border
@@ -133,6 +138,8 @@ class Attachment:
             if following is None or drain.is_set():
                 return None
             delta = delta_from(await arrival.tensors(), config, size)
+            waiting.set_attribute("bytes", arrival.size)
+            waiting.end()
             await self._loop.apply(state, delta, self._rates)
         return following
 

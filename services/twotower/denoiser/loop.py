@@ -30,7 +30,7 @@ class DenoiserLoop:
     def __init__(self, engine: DenoiserEngine, thread: EngineThread, tracer: Tracer = NO_TRACER) -> None:
         self.engine = engine
         self._thread = thread
-        self._tracer = tracer
+        self.tracer = tracer
         self._blocks: dict[Refinement, asyncio.Future[None]] = {}
         self._applies: dict[asyncio.Future[None], Callable[[], None]] = {}
         self._wake = asyncio.Event()
@@ -49,7 +49,7 @@ class DenoiserLoop:
         """Extend a state by a committed block, before the next forward."""
 
         def work() -> None:
-            with self._tracer.start_as_current_span("apply"):
+            with self.tracer.start_as_current_span("apply"):
                 state.apply(delta, rates)
 
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -102,7 +102,7 @@ class DenoiserLoop:
             await asyncio.sleep(0)
 
     def _step(self, blocks: list[Refinement]) -> None:
-        with self._tracer.start_as_current_span("step", attributes={"batch": len(blocks)}):
+        with self.tracer.start_as_current_span("step", attributes={"batch": len(blocks)}):
             self.engine.step(blocks)
 
     def _finish(self, blocks: list[Refinement], error: Exception | None) -> None:

@@ -45,8 +45,10 @@ class RedisTierConfig:
     """and for the state itself."""
     store_s: float = 30.0
     """How long a write may take, which nobody waits for."""
+    delay_s: float = 0.5
+    """How long a write waits first: the request that showed its worth is being served, and should not share its cores."""
     max_stores: int = 2
-    """Writes under way; one more is left out. Each holds a whole state in memory."""
+    """Writes under way, or about to be; one more is left out. Each holds a whole state in memory."""
     away_s: float = 5.0
     """How long Redis is not asked after it failed to answer."""
 
@@ -110,7 +112,7 @@ class RedisTier:
         """
         if len(self._stores) >= self._config.max_stores:
             return False
-        task = asyncio.create_task(self.store(chain, chunks, tensors))
+        task = asyncio.create_task(self._store_soon(chain, chunks, tensors))
         self._stores.add(task)
         task.add_done_callback(self._stored)
         return True
@@ -134,6 +136,10 @@ class RedisTier:
     async def close(self) -> None:
         """End what is being written."""
         await end_tasks(*self._stores)
+
+    async def _store_soon(self, chain: Sequence[bytes], chunks: int, tensors: Mapping[Key, Tensor]) -> bool:
+        await asyncio.sleep(self._config.delay_s)
+        return await self.store(chain, chunks, tensors)
 
     async def _store(self, chain: Sequence[bytes], chunks: int, tensors: Mapping[Key, Tensor]) -> Usage | None:
         """None: it is there, or another replica is at it."""

@@ -7,16 +7,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from opentelemetry.context import Context
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-from opentelemetry.trace import NoOpTracer, Tracer
+from opentelemetry.trace import NoOpTracer, Span, Tracer
 
 from twotower.errors import ConfigError
 
 LANE = "lane"
-"""Attribute of a span: what of the process did it, e.g. `engine` or `wire`. Spans of one lane do not overlap,
-but where several sessions share it."""
+"""Attribute of a span: what of the process did it. `engine`, the default: its one thread of computing. `wire`:
+transfers, each session's its own, so that those of several sessions overlap."""
 
 NO_TRACER: Tracer = NoOpTracer()
 """Records nothing."""
@@ -49,6 +50,12 @@ class FileExporter(SpanExporter):
     def shutdown(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def transfer(tracer: Tracer, name: str, session_id: str) -> Span:
+    """A span of the wire that begins now: a context, or to be ended by `.end()`. It is nobody's child or parent, as
+    tasks that overlap begin and end such spans in any order."""
+    return tracer.start_span(name, Context(), attributes={LANE: "wire", "session": session_id})
 
 
 @contextmanager

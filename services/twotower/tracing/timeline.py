@@ -1,4 +1,4 @@
-"""Recorded spans put side by side: how busy each lane was, what overlapped, and a picture."""
+"""Recorded spans put side by side: how busy each lane was, and what overlapped."""
 
 from __future__ import annotations
 
@@ -9,19 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twotower.errors import ConfigError
+import numpy as np
 
-COLORS = {
-    "step": "#4477aa",
-    "apply": "#66ccee",
-    "commit": "#ee6677",
-    "prefill": "#ccbb44",
-    "decode": "#aa3377",
-    "send state": "#bbbbbb",
-    "send delta": "#228833",
-    "receive state": "#bbbbbb",
-    "await delta": "#99ddbb",
-}
+from twotower.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +65,26 @@ def within(spans: Iterable[Span], start_s: float, end_s: float) -> list[Span]:
     ]
 
 
+def busiest(spans: Sequence[Span], seconds: float) -> float:
+    """When the stretch of `seconds` begins in which denoisers refined the most blocks at one time; 0 without any.
+
+    Of equals the one in the middle: what shows a run is neither its start nor its end.
+    """
+    steps = [span for span in spans if span.name == "step"]
+    if not steps:
+        return 0.0
+    starts, ends = (np.array([getattr(span, edge) for span in steps]) for edge in ("start_s", "end_s"))
+    blocks = np.array([span.attributes.get("batch", 1) for span in steps], dtype=float)
+    # Block-seconds up to each edge: between edges, what is refined does not change.
+    edges, order = np.unique(np.concatenate([starts, ends]), return_inverse=True)
+    change = np.zeros(len(edges))
+    np.add.at(change, order, np.concatenate([blocks, -blocks]))
+    done = np.concatenate([[0.0], np.cumsum(np.cumsum(change)[:-1] * np.diff(edges))])
+    work = np.interp(starts + seconds, edges, done) - np.interp(starts, edges, done)
+    best = np.flatnonzero(work >= work.max() * (1 - 1e-9))
+    return float(starts[best[len(best) // 2]])
+
+
 def merged(spans: Iterable[Span]) -> Intervals:
     """When any of the spans was under way, as intervals that do not touch."""
     out: Intervals = []
@@ -99,77 +109,56 @@ def overlap_s(a: Intervals, b: Intervals) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Kind:
+    """All spans of one name."""
+
+    count: int
+    seconds: float
+    """In which any of them was under way."""
+    mean_ms: float
+    behind_steps: float
+    """Share of `seconds` in which a denoiser refined something, so that it cost no denoiser any time."""
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """Of a stretch of time."""
 
     seconds: float
     busy: dict[str, float]
     """Share of the time that each process's engine computed."""
+    kinds: dict[str, Kind]
+    """By name: `step`, `commit`, `send delta` ..."""
     commits_hidden: float
     """Share of the contexts' commit time in which a denoiser refined something."""
     transfers_hidden: float
-    """Share of the transfers' time (state and deltas) in which a denoiser refined something."""
+    """Share of the time in which states or deltas were sent in which a denoiser refined something."""
 
 
 def summarize(spans: Sequence[Span]) -> Summary:
     """How busy the engines were, and what of commits and transfers cost no denoiser any time."""
     seconds = max(s.end_s for s in spans) - min(s.start_s for s in spans)
     engines: dict[str, list[Span]] = defaultdict(list)
+    names: dict[str, list[Span]] = defaultdict(list)
     for span in spans:
+        names[span.name].append(span)
         if span.lane == "engine":
             engines[span.service].append(span)
-    steps = merged(span for span in spans if span.name == "step")
+    steps = merged(names["step"])
 
-    def hidden(names: tuple[str, ...]) -> float:
-        work = merged(span for span in spans if span.name in names)
+    def hidden(*which: str) -> float:
+        work = merged(span for name in which for span in names[name])
         length = sum(end - start for start, end in work)
         return overlap_s(work, steps) / length if length else 1.0
+
+    def kind(name: str, own: Sequence[Span]) -> Kind:
+        length = sum(end - start for start, end in merged(own))
+        return Kind(len(own), length, 1e3 * sum(s.end_s - s.start_s for s in own) / len(own), hidden(name))
 
     return Summary(
         seconds,
         {service: sum(end - start for start, end in merged(own)) / seconds for service, own in sorted(engines.items())},
-        hidden(("commit",)),
-        hidden(("send state", "send delta")),
+        {name: kind(name, own) for name, own in sorted(names.items()) if own},
+        hidden("commit"),
+        hidden("send state", "send delta"),
     )
-
-
-def draw(spans: Sequence[Span], out: Path) -> None:
-    """A row for each lane of each process; work of several sessions in one lane is stacked."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.patches import Patch
-
-    rows: dict[tuple[str, str], list[Span]] = defaultdict(list)
-    for span in spans:
-        rows[span.service, span.lane].append(span)
-    zero = min(span.start_s for span in spans)
-    figure, axes = plt.subplots(figsize=(12, 1.2 + 0.7 * len(rows)), layout="constrained")
-    for y, own in enumerate(rows.values()):
-        levels = _levels(own)
-        height = 0.8 / (max(levels) + 1)
-        for span, level in zip(own, levels, strict=True):
-            where = (1e3 * (span.start_s - zero), 1e3 * (span.end_s - span.start_s))
-            axes.broken_barh([where], (y - 0.4 + level * height, height), color=COLORS.get(span.name, "black"), linewidth=0)
-            if "batch" in span.attributes and where[1] > 0.012 * 1e3 * (max(s.end_s for s in spans) - zero):
-                middle = where[0] + where[1] / 2
-                axes.text(middle, y, str(span.attributes["batch"]), ha="center", va="center", fontsize=7, color="white")
-    axes.set_yticks(range(len(rows)), [f"{service}\n{lane}" for service, lane in rows], fontsize=8)
-    axes.set_xlabel("ms (numbers: sessions in a forward)")
-    names = list(dict.fromkeys(span.name for span in spans))
-    handles = [Patch(color=COLORS.get(name, "black"), label=name) for name in names]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(names), fontsize=8, frameon=False)
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
-
-
-def _levels(spans: Sequence[Span]) -> list[int]:
-    """For each span, the lowest level where it overlaps no other; spans in order of their starts."""
-    ends: list[float] = []
-    levels = []
-    for span in spans:
-        level = next((i for i, end in enumerate(ends) if end <= span.start_s), len(ends))
-        ends[level : level + 1] = [span.end_s]
-        levels.append(level)
-    return levels
