@@ -31,10 +31,17 @@ AfterChunk = Callable[[Session], None]
 class _Work:
     """Something a session waits for."""
 
-    def __init__(self, session: Session, block: list[int] | None = None, after_chunk: AfterChunk | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        block: list[int] | None = None,
+        after_chunk: AfterChunk | None = None,
+        before_last: Callable[[], None] | None = None,
+    ) -> None:
         self.session = session
         self.block = block
         self.after_chunk = after_chunk
+        self.before_last = before_last
         self.result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     @property
@@ -70,11 +77,15 @@ class ContextLoop:
         finally:
             self._refining -= 1
 
-    async def prefill(self, session: Session, after_chunk: AfterChunk | None = None) -> None:
-        """Read the rest of the session's prompt."""
+    async def prefill(
+        self, session: Session, after_chunk: AfterChunk | None = None, before_last: Callable[[], None] | None = None
+    ) -> None:
+        """Read the rest of the session's prompt. `before_last`: called in the event loop as the last chunk is begun."""
         if not session.prefill_left:
+            if before_last is not None:
+                before_last()
             return
-        work = _Work(session, after_chunk=after_chunk)
+        work = _Work(session, after_chunk=after_chunk, before_last=before_last)
         self._scheduler.add_prefill(work)
         await self._wait(work)
 
@@ -157,6 +168,9 @@ class ContextLoop:
         try:
             while read < tokens and session.prefill_left:
                 chunk = self._chunk - session.state.length % self._chunk
+                if session.prefill_left <= chunk and work.before_last is not None:
+                    work.result.get_loop().call_soon_threadsafe(work.before_last)
+                    work.before_last = None
                 with self.tracer.start_as_current_span("prefill", attributes={"tokens": min(chunk, session.prefill_left)}):
                     read += self._engine.prefill(session, chunk)
                 if work.after_chunk is not None:

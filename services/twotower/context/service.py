@@ -17,7 +17,15 @@ from twotower.context.sessions import LiveSession, SessionTable
 from twotower.engine.admission import Admission
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.session import room_for
-from twotower.errors import BrokerUnavailable, Incompatible, InvalidArgument, NonFiniteLogits, TwoTowerError, Unavailable
+from twotower.errors import (
+    BrokerUnavailable,
+    Incompatible,
+    InvalidArgument,
+    NonFiniteLogits,
+    SessionNotFound,
+    TwoTowerError,
+    Unavailable,
+)
 from twotower.model.checkpoint import Checkpoint
 from twotower.request import FinishReason, Mode, Priority, TokenLogprob, check_request
 from twotower.tracing.recorder import transfer
@@ -73,11 +81,13 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         live = await self._open(request)
         try:
             borders = await self._prefixes.restore(live.session)
-            await self._loop.prefill(live.session, lambda session: self._prefixes.keep(session, borders))
-            if live.session.params.mode is Mode.AR:
+            ar = live.session.params.mode is Mode.AR
+            # A worker is found while the last chunk is read.
+            before_last = None if ar else lambda: self._enqueue_first(live)
+            await self._loop.prefill(live.session, lambda session: self._prefixes.keep(session, borders), before_last)
+            live.prefilled.set()
+            if ar:
                 live.decoding = self._start(self._decode(live))
-            else:
-                self._start(self._enqueue_first(live))
             while True:
                 event = await live.next_event()
                 if isinstance(event, TwoTowerError):
@@ -107,6 +117,9 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         outlet: Outlet | None = None
         try:
             outlet, choice = self._transports.attach(first.hello.transport, context.peer())
+            await live.unless_ended(live.prefilled.wait())
+            if live.ended.is_set():
+                raise SessionNotFound(f"session {live.session.id} is over")
             async with aclosing(self._serve(live, requests, outlet, choice)) as messages:
                 async for message in messages:
                     yield message
@@ -244,13 +257,18 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
             except BrokerUnavailable:
                 await live.unless_ended(asyncio.sleep(REQUEUE_RETRY_S))
 
-    async def _enqueue_first(self, live: LiveSession) -> None:
-        """A session that cannot be queued at all fails."""
-        try:
-            await self._enqueue(live)
-        except BrokerUnavailable as error:
-            if live.worker_id is None:  # else only Redis' answer was lost
-                live.fail(error)
+    def _enqueue_first(self, live: LiveSession) -> None:
+        """Begin to queue a session; one that cannot be queued at all fails."""
+
+        async def enqueue() -> None:
+            try:
+                await self._enqueue(live)
+            except BrokerUnavailable as error:
+                if live.worker_id is None:  # else only Redis' answer was lost
+                    live.fail(error)
+
+        if not live.over:
+            self._start(enqueue())
 
     async def _enqueue(self, live: LiveSession) -> None:
         if live.queued >= MAX_QUEUED:

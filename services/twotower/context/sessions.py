@@ -36,6 +36,8 @@ class LiveSession:
         """The worker that is attached."""
         self.waiting_since = 0.0
         """When it was last queued, by the loop's clock."""
+        self.prefilled = asyncio.Event()
+        """The prompt is read; a worker may have been attached shortly before."""
         self.commit: asyncio.Task[object] | None = None
         """The last commit; the state must not be sent before it is over."""
         self.decoding: asyncio.Task[None] | None = None

@@ -34,16 +34,19 @@ class DenoiserLoop:
         self._blocks: dict[Refinement, asyncio.Future[None]] = {}
         self._applies: dict[asyncio.Future[None], Callable[[], None]] = {}
         self._wake = asyncio.Event()
+        self._interrupted = False
+        """Read between forwards by the engine's thread, which else goes on with the same blocks."""
 
     async def refine(self, block: Refinement) -> None:
         """Until the block is done. Cancelling it frees its place before the next forward. Raises NonFiniteLogits."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._blocks[block] = done
-        self._wake.set()
+        self._interrupt()
         try:
             await done
         finally:
-            self._blocks.pop(block, None)
+            if self._blocks.pop(block, None) is not None:
+                self._interrupted = True
 
     async def apply(self, state: ContextState, delta: Delta, rates: Mapping[int, Tensor]) -> None:
         """Extend a state by a committed block, before the next forward."""
@@ -54,7 +57,7 @@ class DenoiserLoop:
 
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._applies[done] = work
-        self._wake.set()
+        self._interrupt()
         try:
             await done
         finally:
@@ -62,7 +65,12 @@ class DenoiserLoop:
 
     async def settle(self) -> None:
         """Until the forward under way, if any, is over: what it computes with may then be given to others."""
+        self._interrupted = True
         await self._thread.settle()
+
+    def _interrupt(self) -> None:
+        self._interrupted = True
+        self._wake.set()
 
     async def run(self) -> None:
         """Until cancelled, or until forwards fail again and again: then the device is broken, and so is this process."""
@@ -76,8 +84,9 @@ class DenoiserLoop:
                 if not self._applies:
                     self._wake.clear()
                 continue
+            self._interrupted = False
             try:
-                await self._thread.run(self._step, blocks)
+                await self._thread.run(self._steps, blocks)
             except Exception as error:
                 log.error("a forward of the denoiser failed", exc_info=error)
                 self._finish(blocks, TwoTowerError("the denoiser failed on this request"))
@@ -101,9 +110,13 @@ class DenoiserLoop:
         for _ in range(JOIN_TURNS):
             await asyncio.sleep(0)
 
-    def _step(self, blocks: list[Refinement]) -> None:
-        with self.tracer.start_as_current_span("step", attributes={"batch": len(blocks)}):
-            self.engine.step(blocks)
+    def _steps(self, blocks: list[Refinement]) -> None:
+        """On the engine's thread: forwards of the same blocks, until one is done or something else waits."""
+        while True:
+            with self.tracer.start_as_current_span("step", attributes={"batch": len(blocks)}):
+                self.engine.step(blocks)
+            if self._interrupted or any(block.done for block in blocks):
+                return
 
     def _finish(self, blocks: list[Refinement], error: Exception | None) -> None:
         for block in blocks:
