@@ -31,7 +31,16 @@ def scatter_pages(pages: Tensor, table: Tensor, start: int, rows: Tensor) -> Non
 
 
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor, *, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    *,
+    causal: bool = False,
+    max_length: int | None = None,
 ) -> Tensor:
     """Each row's block over [its context, the block], row by row: the plain form others are tested against.
 
@@ -39,7 +48,8 @@ def block_attention(
     table (B, width) int32 page numbers, lengths (B,) int32: the contexts', 0 allowed. What lies in the pages
     behind a context's length is never read, nor are page numbers behind its last page.
     Every query sees the whole block, as the denoiser does; with `causal` the block's positions up to its own, as
-    a commit does. Returns (B, heads, L, d) in q's dtype.
+    a commit does. max_length: an upper bound of the lengths, for forms that cannot see them.
+    Returns (B, heads, L, d) in q's dtype.
     """
     batch, heads, length, d = q.shape
     kv_heads = k.shape[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from twotower_kernels import block, experts, norms, unmask
+from twotower_kernels import attention, block, experts, norms, scan, unmask
 from twotower_kernels.linear import linear
 
 
@@ -19,6 +19,10 @@ class Kernels:
     route = staticmethod(experts.route)
     run_experts = staticmethod(experts.run_experts)
     unmask = staticmethod(unmask.unmask)
+    attention = staticmethod(attention.block_attention)
+    apply_factors_ = staticmethod(scan.apply_factors_)
+    paged = False
+    """Whether sessions of one pool are best named by numbers on the device: attention then goes by pages."""
 
 
 TORCH = Kernels()

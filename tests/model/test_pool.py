@@ -11,7 +11,8 @@ from twotower.model.checkpoint import Checkpoint
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.pool import PAGE, PoolSize, StatePool, page_bytes, slot_bytes
-from twotower.model.state import ContextState, StateRows
+from twotower.model.rows import StateRows
+from twotower.model.state import ContextState
 from twotower.model.weights import load_context_tower, load_denoiser_tower
 
 CPU = torch.device("cpu")

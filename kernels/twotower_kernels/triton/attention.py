@@ -50,11 +50,11 @@ def block_attention(
     """As `twotower_kernels.attention.block_attention`, in one launch, or two where the context is split.
 
     q (B, heads, L, d), k and v (B, kv_heads, L, d), fp32 or bf16, any strides but contiguous in d; k_pages and
-    v_pages (pages, kv_heads, page, d) contiguous, page a power of two >= 16; table (B, width) int32, lengths (B,)
-    int32. Nothing is read back from the device: the grid follows `max_length`, an upper bound of `lengths`
-    known to the caller (by default what the table's width can hold), and lengths at run time only end loops.
-    So a CUDA graph serves all contexts up to its bound. `splits` overrides how many programs share a context;
-    the order of sums, and so the last bits, depend on it.
+    v_pages (pages, kv_heads, page, d) of equal strides, any but a head's page contiguous, page a power of two >= 16;
+    table (B, width) int32, lengths (B,) int32. Nothing is read back from the device: the grid follows `max_length`,
+    an upper bound of `lengths` known to the caller (by default what the table's width can hold), and lengths at run
+    time only end loops. So a CUDA graph serves all contexts up to its bound. `splits` overrides how many programs
+    share a context; the order of sums, and so the last bits, depend on it.
 
     Returns (B, heads, L, d) in q's dtype, laid out as (B, L, heads, d), so that joining the heads is a view.
     """
@@ -68,8 +68,8 @@ def block_attention(
     assert q.dtype in (torch.float32, torch.bfloat16)
     assert q.dtype == k.dtype == v.dtype == k_pages.dtype == v_pages.dtype
     assert q.stride(3) == k.stride(3) == v.stride(3) == 1
-    assert k_pages.is_contiguous()
-    assert v_pages.is_contiguous()
+    assert k_pages.stride() == v_pages.stride()
+    assert k_pages.stride()[2:] == (d, 1)
     assert page >= _MIN_DOT
     assert page & (page - 1) == 0
     assert table.shape[0] == lengths.shape[0] == batch
@@ -111,6 +111,7 @@ def block_attention(
         *k.stride()[:3],
         *v.stride()[:3],
         *out.stride()[:3],
+        *k_pages.stride()[:2],
         table.stride(0),
         KV_HEADS=kv_heads,
         RATIO=ratio,
@@ -192,6 +193,8 @@ def _attention_kernel(
     out_row,
     out_head,
     out_position,
+    page_stride,
+    page_head,
     table_row,
     KV_HEADS: tl.constexpr,
     RATIO: tl.constexpr,
@@ -241,7 +244,7 @@ def _attention_kernel(
     for i in range(split * share, tl.minimum((split + 1) * share, pages)):
         page = tl.load(table + row * table_row + i).to(tl.int64)
         seen = i * PAGE + t < context
-        at = ((page * KV_HEADS + kv_head) * PAGE + t[:, None]) * HEAD_DIM + d[None, :]
+        at = page * page_stride + kv_head.to(tl.int64) * page_head + t[:, None] * HEAD_DIM + d[None, :]
         # Behind the context's end a page may hold anything, NaN too, which a weight of 0 would not cancel.
         inside = seen[:, None] & (d < HEAD_DIM)[None, :]
         keys = tl.load(k_pages + at, mask=inside, other=0.0).to(compute)

@@ -37,7 +37,7 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """As `twotower_kernels.experts.route`, in one launch.
 
-    hidden (N, H) and weight (E, H), fp32 or bf16, contiguous in H; correction (E,) fp32. Logits, scores and their
+    hidden (N, H) and weight (E, H), fp32, bf16 or fp64, contiguous in H; correction (E,) fp32. Logits, scores and their
     normalisation are fp64. Of equal scores the expert with the lower number comes first, groups alike; `torch.topk`
     leaves that open. NaN counts as the greatest, as there, so that the experts are valid in any case.
     `block_tokens`, a power of two, overrides how many tokens a program takes.
@@ -52,7 +52,7 @@ def route(
     assert 1 <= top_groups <= groups
     assert 1 <= top_k <= total
     for tensor in (hidden, weight):
-        assert tensor.dtype in (torch.float32, torch.bfloat16)
+        assert tensor.dtype in (torch.float32, torch.bfloat16, torch.float64)
         assert tensor.stride(1) == 1 or size == 1
     experts = torch.empty(n, top_k, dtype=torch.int64, device=hidden.device)
     weights = torch.empty(n, top_k, dtype=torch.float32, device=hidden.device)
@@ -102,6 +102,14 @@ def _take_best(key, free, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _widen(v):
+    """v in fp64; bf16 by way of fp32, as the interpreter knows no other."""
+    if v.dtype == tl.bfloat16:
+        v = v.to(tl.float32)
+    return v.to(tl.float64)
+
+
+@triton.jit
 def _route_kernel(
     hidden,
     weight,
@@ -139,8 +147,8 @@ def _route_kernel(
     acc = tl.zeros((BLOCK_TOKENS, lanes, BLOCK), tl.float64)
     for at in tl.range(0, size, BLOCK, num_stages=3):
         known = (at + c < size)[None, :]
-        h = tl.load(of_token + at, mask=known, other=0.0).to(tl.float32).to(tl.float64)
-        w = tl.load(of_expert + at, mask=known, other=0.0).to(tl.float32).to(tl.float64)
+        h = _widen(tl.load(of_token + at, mask=known, other=0.0))
+        w = _widen(tl.load(of_expert + at, mask=known, other=0.0))
         acc += h[:, None, :] * w[None, :, :]
     logits = tl.sum(acc, 2)
     small = tl.exp(-tl.abs(logits))  # of the sigmoid's two forms, the one that does not overflow

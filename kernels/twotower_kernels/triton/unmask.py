@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels import unmask as plain
-from twotower_kernels.unmask import Unmasked
+from twotower_kernels.unmask import Predict, Unmasked
 
 MAX_BLOCK = 64
 """Positions a block may have: all pairs of positions are held in registers."""
@@ -41,6 +41,7 @@ def unmask(
     uniforms: Tensor,
     top_k: Tensor | None = None,
     top_p: Tensor | None = None,
+    predict: Predict = plain.predict,
     chunk: int | None = None,
 ) -> Unmasked:
     """As `twotower_kernels.unmask.unmask`, in two launches; logits are only read.
@@ -70,6 +71,7 @@ def unmask(
             uniforms=uniforms,
             top_k=top_k,
             top_p=top_p,
+            predict=predict,
         )
     assert 1 <= length <= MAX_BLOCK
     assert logits.dtype == torch.float32

@@ -53,7 +53,7 @@ class DenoiserLoop:
 
         def work() -> None:
             with self.tracer.start_as_current_span("apply"):
-                state.apply(delta, rates)
+                state.apply(delta, rates, self.engine.tower.kernels)
 
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._applies[done] = work

@@ -9,12 +9,16 @@ from torch import Tensor, nn
 
 from twotower.model.config import ATTENTION, MAMBA, ModelConfig
 from twotower.model.layers import Attention, Mamba2, linear
-from twotower.model.state import ContextState, Delta, KVDelta, MambaDelta, StateRows
-from twotower.model.tower import Layer, LazyGraph, Tower, cat_rows
+from twotower.model.rows import Rows, StateRows, rows_of
+from twotower.model.state import ContextState, Delta, KVDelta, MambaDelta
+from twotower.model.tower import Layer, LazyGraph, Tower
+from twotower_kernels.kernels import TORCH
 
 
 class ContextTower(nn.Module):
     """Backbone and AR head. Keys: ``context_tower.*``, ``context_lm_head.weight``."""
+
+    kernels = TORCH
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -78,9 +82,12 @@ class ContextTower(nn.Module):
     def _forward(
         self, tokens: Tensor, states: Sequence[ContextState], *, prefill: bool, need_hidden: bool
     ) -> tuple[Tensor, list[Delta]]:
-        """Run the layers; update S, conv tails and KV in place, but not the lengths."""
-        changes: list[dict[int, MambaDelta | KVDelta]] = [{} for _ in states]
-        rows = StateRows(states)
+        rows = StateRows(states) if prefill else rows_of(states, self.kernels)
+        return self.forward_rows(tokens, rows, prefill=prefill, need_hidden=need_hidden)
+
+    def forward_rows(self, tokens: Tensor, rows: Rows, *, prefill: bool, need_hidden: bool) -> tuple[Tensor, list[Delta]]:
+        """Run the layers; update S, conv tails and KV in place, but not the lengths. Nothing here waits for the device."""
+        changes: list[dict[int, MambaDelta | KVDelta]] = [{} for _ in tokens]
         h, x = self.context_tower.embeddings(tokens), None
         for i, layer in enumerate(self.context_tower.layers):
             if not need_hidden and i > self._last_stateful:
@@ -93,14 +100,14 @@ class ContextTower(nn.Module):
             if layer.kind == MAMBA:
                 x = self._mamba(i, _mamba(layer), x, rows, None if prefill else changes)
             elif layer.kind == ATTENTION:
-                x = self._attention(i, layer.mixer, x, states, changes)
+                x = _attention(i, layer.mixer, x, rows, changes)
             else:
                 x = layer.mixer(x)
         assert x is not None
         return h + x, [Delta(tokens.shape[1], change) for change in changes]
 
     def _mamba(
-        self, i: int, mixer: Mamba2, x: Tensor, rows: StateRows, changes: list[dict[int, MambaDelta | KVDelta]] | None
+        self, i: int, mixer: Mamba2, x: Tensor, rows: Rows, changes: list[dict[int, MambaDelta | KVDelta]] | None
     ) -> Tensor:
         conv, ssm, slots = rows.seed(i)
         if changes is None:  # a long chunk: S comes from the chunked scan itself
@@ -113,26 +120,14 @@ class ContextTower(nn.Module):
         rows.keep(i, conv, ssm)
         return out
 
-    def _attention(
-        self,
-        i: int,
-        mixer: nn.Module,
-        x: Tensor,
-        states: Sequence[ContextState],
-        changes: list[dict[int, MambaDelta | KVDelta]],
-    ) -> Tensor:
-        assert isinstance(mixer, Attention)
-        length = x.shape[1]
-        q, k, v = mixer.project(x)
-        rows = []
-        for row, state in enumerate(states):
-            keys, values = state.kv[i].write(state.length, k[row], v[row])
-            mask = None
-            if length > 1:
-                mask = torch.ones(length, keys.shape[1], dtype=torch.bool, device=x.device).tril(state.length)
-            rows.append(mixer.attend(q[row : row + 1], keys.unsqueeze(0), values.unsqueeze(0), mask))
-            changes[row][i] = KVDelta(k[row], v[row])
-        return mixer.output(cat_rows(rows))
+
+def _attention(i: int, mixer: nn.Module, x: Tensor, rows: Rows, changes: list[dict[int, MambaDelta | KVDelta]]) -> Tensor:
+    assert isinstance(mixer, Attention)
+    q, k, v = mixer.project(x)
+    out = rows.attend(i, q, k, v, mixer.attend, causal=True)
+    for row, of_row in enumerate(changes):
+        of_row[i] = KVDelta(k[row], v[row])
+    return mixer.output(out)
 
 
 def _mamba(layer: nn.Module) -> Mamba2:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from twotower.model.config import ModelConfig
 from twotower.model.layers import Attention, Mamba2, Modulation, TimestepEmbedder, linear
-from twotower.model.state import ContextState, StateRows
-from twotower.model.tower import Layer, LazyGraph, Tower, cat_rows
+from twotower.model.rows import Rows, rows_of
+from twotower.model.state import ContextState
+from twotower.model.tower import Layer, LazyGraph, Tower
 from twotower_kernels.kernels import TORCH
 
 
@@ -61,8 +62,11 @@ class DenoiserTower(nn.Module):
         return forward(tokens, t, states)
 
     def _forward(self, tokens: Tensor, t: Tensor | None, states: Sequence[ContextState]) -> Tensor:
+        return self.forward_rows(tokens, t, rows_of(states, self.kernels))
+
+    def forward_rows(self, tokens: Tensor, t: Tensor | None, rows: Rows) -> Tensor:
+        """`denoise` for states in any form; nothing here waits for the device."""
         modulations = None if t is None else self.modulations(t)
-        seeds = StateRows(states)
         tower = self.denoiser_tower
         h, x, gate = tower.embeddings(tokens), None, None
         for i, layer in enumerate(tower.layers):
@@ -74,9 +78,9 @@ class DenoiserTower(nn.Module):
                 h, x = layer.norm.after(h, x, gate, modulation, layer.order)
             gate = None if modulation is None else modulation.gate
             if isinstance(layer.mixer, Mamba2):
-                x = layer.mixer(x, *seeds.seed(i))
+                x = layer.mixer(x, *rows.seed(i))
             elif isinstance(layer.mixer, Attention):
-                x = self._attention(i, layer.mixer, x, states)
+                x = _attention(i, layer.mixer, x, rows)
             else:
                 x = layer.mixer(x)
         assert x is not None
@@ -84,11 +88,7 @@ class DenoiserTower(nn.Module):
         logits: Tensor = self.lm_head(x, wide=True)
         return logits
 
-    def _attention(self, i: int, mixer: Attention, x: Tensor, states: Sequence[ContextState]) -> Tensor:
-        q, k, v = mixer.project(x)
-        rows = []
-        for row, state in enumerate(states):
-            # Written behind the state's own length: room that no one else reads.
-            keys, values = state.kv[i].write(state.length, k[row], v[row])
-            rows.append(mixer.attend(q[row : row + 1], keys.unsqueeze(0), values.unsqueeze(0)))
-        return mixer.output(cat_rows(rows))
+
+def _attention(i: int, mixer: Attention, x: Tensor, rows: Rows) -> Tensor:
+    q, k, v = mixer.project(x)
+    return mixer.output(rows.attend(i, q, k, v, mixer.attend, causal=False))

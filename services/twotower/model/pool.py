@@ -132,6 +132,24 @@ class StatePool:
         kv: dict[int, KVState] = {i: PagedKV(tensor, place.pages, PAGE) for i, tensor in self.kv.items()}
         return ContextState(self.config, self.dtype, self.device, mamba, kv, self, place)
 
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V of an attention layer as (pages, kv_heads, PAGE, head_dim) each, views."""
+        k, v = self.kv[layer].unflatten(2, (-1, PAGE)).transpose(1, 2).unbind(0)
+        return k, v
+
+    def numbers(self, states: Sequence[ContextState]) -> tuple[Tensor, Tensor, Tensor]:
+        """Where states of this pool lie: slots (B,) int64, pages (B, width) int32, 0 behind the last, lengths (B,) int32.
+
+        All on the host.
+        """
+        places = [state.place for state in states if state.place is not None]
+        assert len(places) == len(states)
+        table = torch.zeros(len(places), max(1, *(len(place.pages) for place in places)), dtype=torch.int32)
+        for row, place in enumerate(places):
+            table[row, : len(place.pages)] = torch.tensor(place.pages, dtype=torch.int32)
+        lengths = torch.tensor([state.length for state in states], dtype=torch.int32)
+        return torch.tensor([place.slot for place in places]), table, lengths
+
     def release(self, state: ContextState) -> None:
         """Take a state of this pool back; it must not be used afterwards."""
         assert state.pool is self

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from twotower.model.config import ATTENTION, MAMBA, ModelConfig
-from twotower_kernels.scan import apply_factors_
+from twotower_kernels.kernels import TORCH, Kernels
 
 if TYPE_CHECKING:
     from twotower.model.pool import Place, StatePool
@@ -176,7 +176,7 @@ class ContextState:
         return self.place.slot if self.place is not None else 0
 
     @torch.inference_mode()
-    def apply(self, delta: Delta, decay_rates: Mapping[int, Tensor]) -> None:
+    def apply(self, delta: Delta, decay_rates: Mapping[int, Tensor], kernels: Kernels = TORCH) -> None:
         """Extend by a committed block. `decay_rates`: A (heads,) of each Mamba layer *of the context tower*.
 
         The context and its workers both come here with the same bits and leave with the same bits.
@@ -184,49 +184,8 @@ class ContextState:
         for i, change in delta.layers.items():
             if isinstance(change, MambaDelta):
                 layer = self.mamba[i]
-                apply_factors_(layer.ssm, change.x, change.b, change.dt, decay_rates[i])
+                kernels.apply_factors_(layer.ssm, change.x, change.b, change.dt, decay_rates[i])
                 layer.conv.copy_(change.conv)
             else:
                 self.kv[i].write(self.length, change.k, change.v)
         self.length += delta.length
-
-
-class StateRows:
-    """The conv tails and S of a batch of sessions, a row each."""
-
-    def __init__(self, states: Sequence[ContextState]) -> None:
-        """States in any order; those of one pool are read and changed where they lie."""
-        self._states = states
-        self._pool: StatePool | None = None
-        self._first = 0
-        self._slots: Tensor | None = None
-        pool = states[0].pool
-        slots = [state.place.slot for state in states if state.place is not None and state.pool is pool]
-        if len(states) > 1 and pool is not None and len(slots) == len(states):
-            self._pool, self._first = pool, slots[0]
-            if slots != list(range(slots[0], slots[0] + len(slots))):
-                self._slots = torch.tensor(slots, device=pool.device)
-
-    def seed(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Conv tails (B, conv_dim, K) and S (B, heads, head_dim, state) of a Mamba layer; slots None.
-
-        Or the whole pool's, with the slots (B,) int64 of the rows, where these are no neighbours.
-        """
-        if len(self._states) == 1:
-            only = self._states[0].mamba[layer]
-            return only.conv.unsqueeze(0), only.ssm.unsqueeze(0), None
-        if self._pool is None:
-            mine = [state.mamba[layer] for state in self._states]
-            return torch.stack([state.conv for state in mine]), torch.stack([state.ssm for state in mine]), None
-        conv, ssm = self._pool.conv[layer], self._pool.ssm[layer]
-        if self._slots is not None:
-            return conv, ssm, self._slots
-        here = slice(self._first, self._first + len(self._states))
-        return conv[here], ssm[here], None
-
-    def keep(self, layer: int, conv: Tensor, ssm: Tensor) -> None:
-        """Take over what was changed of a `seed`, if that was a copy."""
-        if len(self._states) > 1 and self._pool is None:
-            for row, state in enumerate(self._states):
-                state.mamba[layer].conv.copy_(conv[row])
-                state.mamba[layer].ssm.copy_(ssm[row])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Generic, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from twotower.model.config import ATTENTION, MAMBA, MOE, ModelConfig
 from twotower.model.layers import MLP, Attention, Mamba2, MoE, RMSNorm
@@ -67,8 +67,3 @@ def _mixer(kind: str, config: ModelConfig) -> Mixer:
     if kind == MOE:
         return MoE(config)
     return MLP(config.hidden_size, config.intermediate_size)
-
-
-def cat_rows(rows: list[Tensor]) -> Tensor:
-    """(1, ...) each -> (B, ...); no copy for a single row."""
-    return rows[0] if len(rows) == 1 else torch.cat(rows)

@@ -58,6 +58,13 @@ def test_without_groups(n: int, dtype: torch.dtype) -> None:
     _check(_inputs(n, dtype), normalize=False, block_tokens=4)
 
 
+def test_weights_in_fp64_are_read_as_they_are() -> None:
+    x, weight, correction = _inputs(5)
+    wide = weight.double() * (1 + 2.0**-40)
+    _check((x, wide, correction))
+    _check((x.bfloat16(), wide, correction))
+
+
 @pytest.mark.parametrize("block_tokens", [1, 4])
 @pytest.mark.parametrize(
     ("experts", "groups", "top_groups", "top_k"),
