@@ -95,10 +95,14 @@ def generate_batch(
 
 
 def _pool(context: ContextEngine, prompts: Sequence[Sequence[int]], params: GenerationParams, batch: int) -> StatePool | None:
-    """Room for the longest of the prompts at every place. A single one's state is its own, and grows with it."""
-    if batch == 1 or not prompts:
+    """Room for the longest of the prompts at every place.
+
+    A single one's state is its own, and grows with it, unless the kernels know no other than a pool's.
+    """
+    tower = context.tower
+    if not prompts or (batch == 1 and not tower.kernels.paged):
         return None
-    tower, longest = context.tower, max(map(len, prompts))
+    longest = max(map(len, prompts))
     size = PoolSize(batch, batch * pages_for(room_for(longest, 0, params)))
     return StatePool(tower.config, tower.dtype, tower.device, size)
 

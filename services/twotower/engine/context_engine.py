@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from twotower.engine.commit_graphs import CommitGraphs
+from twotower.engine.graphs import common_pool
 from twotower.engine.logprobs import token_logprobs
 from twotower.engine.sampling import filters, uniforms
 from twotower.engine.session import Session
@@ -21,8 +23,11 @@ from twotower_kernels.unmask import draw
 class ContextEngine:
     """Each method is one or few forwards of the frozen tower."""
 
-    def __init__(self, tower: ContextTower) -> None:
+    def __init__(self, tower: ContextTower, *, graphs: bool | None = None) -> None:
+        """graphs: whether forwards over a pool go through `engine.graphs`; None: on a GPU, with kernels made for it."""
         self.tower = tower
+        use = tower.device.type == "cuda" if graphs is None else graphs
+        self._graphs = CommitGraphs(tower) if use and tower.kernels.paged else None
         self.decay_rates = tower.decay_rates()
 
     def open(
@@ -53,8 +58,8 @@ class ContextEngine:
             by_size[len(block)].append(i)
         for rows in by_size.values():
             rows.sort(key=lambda i: work[i][0].state.slot)
-            tokens = torch.tensor([work[i][1] for i in rows], dtype=torch.int64, device=self.tower.device)
-            for i, delta in zip(rows, self.tower.commit(tokens, [work[i][0].state for i in rows])[0], strict=True):
+            tokens = torch.tensor([work[i][1] for i in rows], dtype=torch.int64)
+            for i, delta in zip(rows, self._commit(tokens, [work[i][0].state for i in rows])[0], strict=True):
                 deltas[i] = delta
         return [delta for delta in deltas if delta is not None]
 
@@ -65,8 +70,8 @@ class ContextEngine:
         """
         behind = sorted((s for s in sessions if s.pending is not None), key=lambda session: session.state.slot)
         if behind:
-            tokens = torch.tensor([[session.pending] for session in behind], dtype=torch.int64, device=self.tower.device)
-            _, logits = self.tower.commit(tokens, [session.state for session in behind], need_logits=True)
+            tokens = torch.tensor([[session.pending] for session in behind], dtype=torch.int64)
+            _, logits = self._commit(tokens, [session.state for session in behind], need_logits=True)
             assert logits is not None
             for session, row in zip(behind, logits, strict=True):
                 session.logits = row
@@ -74,6 +79,14 @@ class ContextEngine:
         for session, token in zip(sessions, drawn, strict=True):
             session.pending = token if isinstance(token, int) else None
         return drawn
+
+    def _commit(
+        self, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool = False
+    ) -> tuple[list[Delta], Tensor | None]:
+        """`ContextTower.commit` of tokens (B, L) on the host, as a replay where that is possible."""
+        if self._graphs is not None and (pool := common_pool(self.tower, states)) is not None:
+            return self._graphs.commit(pool, tokens, states, need_logits=need_logits)
+        return self.tower.commit(tokens.to(self.tower.device), states, need_logits=need_logits)
 
     @torch.inference_mode()
     def _draw(self, sessions: Sequence[Session]) -> list[int | NonFiniteLogits]:

@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from twotower.engine.graphs import Graphs, batch_bucket, common_pool, scratch_ints, state_ints, state_views, token_bucket
 from twotower.engine.logprobs import token_logprobs
 from twotower.engine.refinement import Refinement
-from twotower.engine.sampling import filters, uniforms
+from twotower.engine.sampling import Filters, filters, uniforms
 from twotower.model.denoiser_tower import DenoiserTower
+from twotower.model.pool import StatePool
+from twotower.model.rows import PagedRows
 from twotower.model.state import ContextState
 from twotower.request import GenerationParams, TokenLogprob
+
+UNFILTERED = Filters(top_k=None, top_p=None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stepped:
+    """What a forward and the choice of its tokens come to, on the device."""
+
+    told: Tensor
+    """(B, 2 L + 1) int64: the new tokens, where they are still masked, and whether all was finite."""
+    logits: Tensor
+    """(B, L, V) fp32; the mask id's may be overwritten."""
 
 
 class DenoiserEngine:
     """Advances blocks of different sessions, each at its own step, t, gamma, temperature and seed."""
 
-    def __init__(self, tower: DenoiserTower) -> None:
+    def __init__(self, tower: DenoiserTower, *, graphs: bool | None = None) -> None:
+        """graphs: whether forwards over a pool go through `engine.graphs`; None: on a GPU, with kernels made for it."""
         self.tower = tower
         self.mask_id = tower.config.mask_token_id
+        use = tower.device.type == "cuda" if graphs is None else graphs
+        self._graphs: Graphs[_Stepped] | None = Graphs(tower.device) if use and tower.kernels.paged else None
 
     def start(self, params: GenerationParams, state: ContextState, generated: int) -> Refinement:
         """A block of masks behind `state`, `generated` tokens into the session."""
@@ -37,43 +56,83 @@ class DenoiserEngine:
 
     @torch.inference_mode()
     def _step(self, blocks: Sequence[Refinement]) -> None:
-        device = self.tower.device
-        size = blocks[0].params.block_size
-        tokens = torch.stack([block.tokens for block in blocks]).to(device)
-        masked = torch.stack([block.masked for block in blocks]).to(device)
-        t = torch.tensor([block.masked_share for block in blocks], dtype=torch.float32, device=device)
-        logits = self.tower.denoise(tokens, t, [block.state for block in blocks])
+        device, size = self.tower.device, blocks[0].params.block_size
+        states, choice = [block.state for block in blocks], filters([block.params for block in blocks], device)
+        pool = None if self._graphs is None or choice["top_k"] is not None else common_pool(self.tower, states)
+        before = torch.stack([block.masked for block in blocks])
+        if pool is None:
+            ints, reals = (rows.to(device) for rows in _rows(blocks, before))
+            stepped = self._program(ints, reals, lambda tokens, t: self.tower.denoise(tokens, t, states), choice)
+        else:
+            stepped = self._replay(pool, blocks, before)
+        told = stepped.told[: len(blocks)].cpu()  # the one word from the device
+        tokens, masked, finite = told[:, :size], told[:, size : 2 * size].bool(), told[:, -1].tolist()
+        for i, (block, left) in enumerate(zip(blocks, masked.sum(-1).tolist(), strict=True)):
+            logprobs = self._logprobs(block, stepped.logits[i], tokens[i], before[i] & ~masked[i])
+            block.advance(tokens[i], masked[i], left, bool(finite[i]), logprobs)
+
+    def _replay(self, pool: StatePool, blocks: Sequence[Refinement], before: Tensor) -> _Stepped:
+        assert self._graphs is not None
+        longest = token_bucket(max(block.state.length for block in blocks))
+        size, missing = before.shape[1], batch_bucket(len(blocks)) - len(blocks)
+
+        def program(ints: Tensor, reals: Tensor) -> _Stepped:
+            slots, table, lengths = state_views(ints[:, 2 * size + 1 :])
+            rows = PagedRows(pool, self.tower.kernels, slots, table, lengths, longest)
+            return self._program(ints, reals, lambda tokens, t: self.tower.forward_rows(tokens, t, rows), UNFILTERED)
+
+        # A row that nobody reads: all masks, one step left.
+        idle = torch.tensor([*[self.mask_id] * size, *[1] * size, 1])
+        ints, reals = _rows(blocks, before)
+        ints = torch.cat([torch.cat([ints, idle.expand(missing, -1)]), state_ints(pool, [b.state for b in blocks], longest)], 1)
+        reals = torch.cat([reals, torch.zeros(missing, reals.shape[1], dtype=torch.float64)])
+        return self._graphs.run(pool, longest, program, ints, reals, torch.cat([idle, scratch_ints(pool, longest)]))
+
+    def _program(self, ints: Tensor, reals: Tensor, forward: Callable[[Tensor, Tensor], Tensor], choice: Filters) -> _Stepped:
+        """One step of blocks from the rows of `_rows`, all on the device. forward: tokens and t -> logits."""
+        size = reals.shape[1] - 3
+        tokens, masked = ints[:, :size].contiguous(), ints[:, size : 2 * size].bool()
+        t, gamma, temperature = reals[:, size:].float().unbind(1)
+        logits = forward(tokens, t.contiguous())
         result = self.tower.kernels.unmask(
             logits,
             tokens,
             masked,
             mask_id=self.mask_id,
-            gamma=torch.tensor([block.params.gamma for block in blocks], device=device),
-            steps_left=torch.tensor([block.steps_left for block in blocks], device=device),
-            temperature=torch.tensor([block.params.temperature for block in blocks], device=device),
-            uniforms=self._uniforms(blocks, size).to(device),
-            **filters([block.params for block in blocks], device),
+            gamma=gamma.contiguous(),
+            steps_left=ints[:, 2 * size].contiguous(),
+            temperature=temperature.contiguous(),
+            uniforms=reals[:, :size].contiguous(),
+            **choice,
         )
-        lefts = result.masked.sum(-1).tolist()
-        for i, (block, left, finite) in enumerate(zip(blocks, lefts, result.finite.tolist(), strict=True)):
-            logprobs = self._logprobs(block, logits[i], result.tokens[i], masked[i] & ~result.masked[i])
-            block.advance(result.tokens[i].cpu(), result.masked[i].cpu(), left, finite, logprobs)
+        return _Stepped(torch.cat([result.tokens, result.masked.long(), result.finite.long().unsqueeze(1)], 1), logits)
 
     def _logprobs(self, block: Refinement, logits: Tensor, tokens: Tensor, chosen: Tensor) -> dict[int, TokenLogprob]:
         """By position, of the tokens that a forward has chosen, if the block's request asks for them.
 
-        logits (L, V) fp32; tokens (L,) int64; chosen (L,) bool.
+        logits (L, V) fp32; tokens (L,) int64 and chosen (L,) bool, on the host.
         """
         if block.params.logprobs is None:
             return {}
-        logprobs = token_logprobs(logits[chosen], tokens[chosen], block.params.logprobs, self.mask_id)
-        return dict(zip(chosen.nonzero().squeeze(-1).tolist(), logprobs, strict=True))
+        places = chosen.nonzero().squeeze(-1)
+        of_places, at = logits[places.to(logits.device)], tokens[places].to(logits.device)
+        return dict(zip(places.tolist(), token_logprobs(of_places, at, block.params.logprobs, self.mask_id), strict=True))
 
-    @staticmethod
-    def _uniforms(blocks: Sequence[Refinement], size: int) -> torch.Tensor:
-        """(B, size) fp64; greedy rows need none."""
-        rows = torch.zeros(len(blocks), size, dtype=torch.float64)
-        for row, block in zip(rows, blocks, strict=True):
-            if block.params.temperature > 0:
-                row.copy_(uniforms(block.params.seed, block.generated, block.forwards, size))
-        return rows
+
+def _rows(blocks: Sequence[Refinement], masked: Tensor) -> tuple[Tensor, Tensor]:
+    """What a step reads of its blocks besides their states, on the host.
+
+    Integers (B, 2 L + 1) int64: tokens, masked, steps left. Reals (B, L + 3) fp64: uniforms (greedy rows need none), t, gamma,
+    temperature. All travel in two copies.
+    """
+    size = masked.shape[1]
+    steps_left = torch.tensor([[block.steps_left] for block in blocks])
+    ints = torch.cat([torch.stack([block.tokens for block in blocks]), masked.long(), steps_left], 1)
+    reals = torch.zeros(len(blocks), size + 3, dtype=torch.float64)
+    reals[:, size:] = torch.tensor(
+        [(block.masked_share, block.params.gamma, block.params.temperature) for block in blocks], dtype=torch.float64
+    )
+    for row, block in zip(reals, blocks, strict=True):
+        if block.params.temperature > 0:
+            row[:size] = uniforms(block.params.seed, block.generated, block.forwards, size)
+    return ints, reals

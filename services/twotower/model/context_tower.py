@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,11 @@ from twotower.model.layers import Attention, Mamba2, linear
 from twotower.model.rows import Rows, StateRows, rows_of
 from twotower.model.state import ContextState, Delta, KVDelta, MambaDelta
 from twotower.model.tower import Layer, LazyGraph, Tower
+from twotower_kernels.block import ScanFactors
 from twotower_kernels.kernels import TORCH
+
+Changes = Mapping[int, ScanFactors | KVDelta]
+"""By layer, what a commit changed in it; all tensors with a batch axis in front."""
 
 
 class ContextTower(nn.Module):
@@ -57,7 +61,7 @@ class ContextTower(nn.Module):
         """
         h, _ = self._forward(tokens.unsqueeze(0), [state], prefill=True, need_hidden=need_logits)
         state.length += tokens.shape[0]
-        return self._logits(h)[0] if need_logits else None
+        return self.logits(h)[0] if need_logits else None
 
     @torch.inference_mode()
     def commit(
@@ -72,9 +76,9 @@ class ContextTower(nn.Module):
         h, deltas = forward(tokens, states, prefill=False, need_hidden=need_logits)
         for state in states:
             state.length += tokens.shape[1]
-        return deltas, self._logits(h) if need_logits else None
+        return deltas, self.logits(h) if need_logits else None
 
-    def _logits(self, h: Tensor) -> Tensor:
+    def logits(self, h: Tensor) -> Tensor:
         """h (B, L, hidden) -> (B, vocab) of the last position."""
         logits: Tensor = self.context_lm_head(self.context_tower.norm_f(h[:, -1:]), wide=True)
         return logits[:, 0]
@@ -83,11 +87,15 @@ class ContextTower(nn.Module):
         self, tokens: Tensor, states: Sequence[ContextState], *, prefill: bool, need_hidden: bool
     ) -> tuple[Tensor, list[Delta]]:
         rows = StateRows(states) if prefill else rows_of(states, self.kernels)
-        return self.forward_rows(tokens, rows, prefill=prefill, need_hidden=need_hidden)
+        h, changes = self.forward_rows(tokens, rows, prefill=prefill, need_hidden=need_hidden)
+        return h, deltas_of(tokens.shape[1], changes, len(states))
 
-    def forward_rows(self, tokens: Tensor, rows: Rows, *, prefill: bool, need_hidden: bool) -> tuple[Tensor, list[Delta]]:
-        """Run the layers; update S, conv tails and KV in place, but not the lengths. Nothing here waits for the device."""
-        changes: list[dict[int, MambaDelta | KVDelta]] = [{} for _ in tokens]
+    def forward_rows(self, tokens: Tensor, rows: Rows, *, prefill: bool, need_hidden: bool) -> tuple[Tensor, Changes]:
+        """Run the layers over tokens (B, L); update S, conv tails and KV in place, but not the lengths.
+
+        Returns h (B, L, hidden) and, but for a prefill's, what changed. Nothing here waits for the device.
+        """
+        changes: dict[int, ScanFactors | KVDelta] = {}
         h, x = self.context_tower.embeddings(tokens), None
         for i, layer in enumerate(self.context_tower.layers):
             if not need_hidden and i > self._last_stateful:
@@ -98,36 +106,34 @@ class ContextTower(nn.Module):
             else:
                 h, x = layer.norm.after(h, x, None, None, layer.order)
             if layer.kind == MAMBA:
-                x = self._mamba(i, _mamba(layer), x, rows, None if prefill else changes)
+                conv, ssm, slots = rows.seed(i)
+                if prefill:  # a long chunk: S comes from the chunked scan itself
+                    assert slots is None
+                    x = _mamba(layer).prefill(x, conv, ssm)
+                else:
+                    x, changes[i] = _mamba(layer).commit(x, conv, ssm, slots)
+                rows.keep(i, conv, ssm)
             elif layer.kind == ATTENTION:
-                x = _attention(i, layer.mixer, x, rows, changes)
+                assert isinstance(layer.mixer, Attention)
+                q, k, v = layer.mixer.project(x)
+                x = layer.mixer.output(rows.attend(i, q, k, v, layer.mixer.attend, causal=True))
+                if not prefill:
+                    changes[i] = KVDelta(k, v)
             else:
                 x = layer.mixer(x)
         assert x is not None
-        return h + x, [Delta(tokens.shape[1], change) for change in changes]
-
-    def _mamba(
-        self, i: int, mixer: Mamba2, x: Tensor, rows: Rows, changes: list[dict[int, MambaDelta | KVDelta]] | None
-    ) -> Tensor:
-        conv, ssm, slots = rows.seed(i)
-        if changes is None:  # a long chunk: S comes from the chunked scan itself
-            assert slots is None
-            out = mixer.prefill(x, conv, ssm)
-        else:
-            out, f = mixer.commit(x, conv, ssm, slots)
-            for row, of_row in enumerate(changes):
-                of_row[i] = MambaDelta(f.x[row], f.b[row], f.dt[row], f.conv[row])
-        rows.keep(i, conv, ssm)
-        return out
+        return h + x, changes
 
 
-def _attention(i: int, mixer: nn.Module, x: Tensor, rows: Rows, changes: list[dict[int, MambaDelta | KVDelta]]) -> Tensor:
-    assert isinstance(mixer, Attention)
-    q, k, v = mixer.project(x)
-    out = rows.attend(i, q, k, v, mixer.attend, causal=True)
-    for row, of_row in enumerate(changes):
-        of_row[i] = KVDelta(k[row], v[row])
-    return mixer.output(out)
+def deltas_of(length: int, changes: Changes, rows: int) -> list[Delta]:
+    """What a commit of `length` tokens changed, session by session."""
+    return [Delta(length, {i: _row(change, row) for i, change in changes.items()}) for row in range(rows)]
+
+
+def _row(change: ScanFactors | KVDelta, row: int) -> MambaDelta | KVDelta:
+    if isinstance(change, KVDelta):
+        return KVDelta(change.k[row], change.v[row])
+    return MambaDelta(change.x[row], change.b[row], change.dt[row], change.conv[row])
 
 
 def _mamba(layer: nn.Module) -> Mamba2:

@@ -86,18 +86,22 @@ class StatePool:
         self.device = device
         self.size = size
         heads = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+        self.scratch = Place(size.slots, (size.pages,))
+        """One slot and page more, nobody's: rows that fill up a batch compute there."""
         self.conv: dict[int, Tensor] = {}
-        """Mamba layer -> (slots, conv_dim, K), model dtype."""
+        """Mamba layer -> (slots + 1, conv_dim, K), model dtype."""
         self.ssm: dict[int, Tensor] = {}
-        """Mamba layer -> (slots, heads, head_dim, state), fp32."""
+        """Mamba layer -> (slots + 1, heads, head_dim, state), fp32."""
         self.kv: dict[int, Tensor] = {}
-        """Attention layer -> (2, kv_heads, pages * PAGE, head_dim), model dtype: a page is `PAGE` tokens of the third axis."""
+        """Attention layer -> (2, kv_heads, (pages + 1) PAGE, head_dim), model dtype: a page is `PAGE` of the third axis."""
         for i in config.layers_of(MAMBA):
-            self.conv[i] = torch.empty(size.slots, config.conv_dim, config.conv_kernel, dtype=dtype, device=device)
-            self.ssm[i] = torch.empty(size.slots, *heads, device=device)
+            self.conv[i] = torch.empty(size.slots + 1, config.conv_dim, config.conv_kernel, dtype=dtype, device=device)
+            self.ssm[i] = torch.empty(size.slots + 1, *heads, device=device)
         for i in config.layers_of(ATTENTION):
-            shape = (2, config.num_key_value_heads, size.pages * PAGE, config.head_dim)
+            shape = (2, config.num_key_value_heads, (size.pages + 1) * PAGE, config.head_dim)
             self.kv[i] = torch.empty(shape, dtype=dtype, device=device)
+        for tensor in (*self.conv.values(), *self.ssm.values()):
+            tensor[self.scratch.slot].zero_()
         # The lowest first, so that those in use lie together: a batch of neighbours is a view, not a copy.
         self._slots = list(range(size.slots))
         self._pages = list(range(size.pages))
