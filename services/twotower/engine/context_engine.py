@@ -59,7 +59,7 @@ class ContextEngine:
         for rows in by_size.values():
             rows.sort(key=lambda i: work[i][0].state.slot)
             tokens = torch.tensor([work[i][1] for i in rows], dtype=torch.int64)
-            for i, delta in zip(rows, self._commit(tokens, [work[i][0].state for i in rows])[0], strict=True):
+            for i, delta in zip(rows, self.extend(tokens, [work[i][0].state for i in rows])[0], strict=True):
                 deltas[i] = delta
         return [delta for delta in deltas if delta is not None]
 
@@ -71,7 +71,7 @@ class ContextEngine:
         behind = sorted((s for s in sessions if s.pending is not None), key=lambda session: session.state.slot)
         if behind:
             tokens = torch.tensor([[session.pending] for session in behind], dtype=torch.int64)
-            _, logits = self._commit(tokens, [session.state for session in behind], need_logits=True)
+            _, logits = self.extend(tokens, [session.state for session in behind], need_logits=True)
             assert logits is not None
             for session, row in zip(behind, logits, strict=True):
                 session.logits = row
@@ -80,7 +80,7 @@ class ContextEngine:
             session.pending = token if isinstance(token, int) else None
         return drawn
 
-    def _commit(
+    def extend(
         self, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool = False
     ) -> tuple[list[Delta], Tensor | None]:
         """`ContextTower.commit` of tokens (B, L) on the host, as a replay where that is possible."""
