@@ -37,6 +37,9 @@ demo: setup  ## A prompt through the whole stack: text out
 test: setup  ## All tests that take less than a minute each
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow and not gpu'
 
+test-slow: setup  ## Tests that take longer: 1,000 streams, kernels compiled for an H200 (if Triton is installed)
+	$(BIN)/python -m pytest -q -m 'slow and not gpu'
+
 lint: setup proto-check  ## ruff, mypy, and that the stubs are fresh
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
