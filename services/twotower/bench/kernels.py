@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from twotower.bench.clock import free_bytes, seconds_of
 from twotower.bench.costs import Costs
@@ -18,11 +17,10 @@ from twotower.bench.random_tower import SHARE
 from twotower.bench.roofline import Cost, Roofline
 from twotower.model.config import ModelConfig
 from twotower.model.pool import PAGE, pages_for
-from twotower_kernels import attention, experts, norms, quant, unmask
-from twotower_kernels.backend import resolve
+from twotower_kernels import experts, quant
+from twotower_kernels.backend import load, resolve
 from twotower_kernels.block import ScanWeights
-from twotower_kernels.conv import causal_conv
-from twotower_kernels.scan import apply_factors, chunk_scan
+from twotower_kernels.kernels import TORCH
 
 Call = Callable[[], object]
 
@@ -41,7 +39,7 @@ class KernelRow:
     least_s: float
     """What the roofline allows."""
     kernel_s: float | None
-    """In Triton; None where that is not there."""
+    """In the device's own form, Triton or C++; None where there is none."""
     plain_s: float
     experts: tuple[float, int] | None = None
     """Of the routed experts: how many were expected to be needed, and how many were."""
@@ -72,7 +70,7 @@ class KernelBench:
         self._device = device
         self._roofline = roofline
         self._budget_s = budget_s
-        self._triton = resolve("auto", device) == "triton"
+        self._kernels = load(resolve("auto", device))
         self._generator = torch.Generator(device).manual_seed(0)
 
     @torch.inference_mode()
@@ -113,6 +111,11 @@ class KernelBench:
         }
         return make[kernel](batch)
 
+    def _both(self, name: str, *args: Any, **options: Any) -> tuple[Call, Call | None]:
+        """A computation in plain torch and in the device's own form, if it has one."""
+        plain, own = getattr(TORCH, name), getattr(self._kernels, name)
+        return partial(plain, *args, **options), None if own is plain else partial(own, *args, **options)
+
     def _normal(self, *shape: int, dtype: torch.dtype = torch.bfloat16, std: float = 1.0) -> Tensor:
         values = torch.empty(shape, device=self._device)
         return values.normal_(std=std, generator=self._generator).to(dtype)
@@ -123,13 +126,7 @@ class KernelBench:
         h, x = self._normal(*rows), self._normal(*rows)
         gate, shift, scale = (self._normal(batch, 1, c.hidden_size) for _ in range(3))
         args = (h, x, gate, torch.ones(c.hidden_size, device=self._device), c.layer_norm_epsilon, shift, scale)
-        plain = partial(norms.add_modulated_norm, *args, order="modulate_first")
-        kernel: Call | None = None
-        if self._triton:
-            from twotower_kernels.triton import norms as triton_norms
-
-            kernel = partial(triton_norms.add_modulated_norm, *args, order="modulate_first")
-        return _Case(Costs(c).norm(batch * c.block_size), plain, kernel)
+        return _Case(Costs(c).norm(batch * c.block_size), *self._both("add_modulated_norm", *args, order="modulate_first"))
 
     def _scan(self, batch: int, *, commit: bool) -> _Case:
         c, device = self._config, self._device
@@ -141,16 +138,9 @@ class KernelBench:
         dt_bias, a = torch.full((heads,), -2.0, device=device), torch.full((heads,), -1.0, device=device)
         ones, norm = torch.ones(heads, device=device), torch.ones(c.d_inner, device=device)
 
-        def plain() -> Tensor:
-            return _plain_scan(c, projected, tail, ssm, weight, bias, dt_bias, a, ones, norm, commit=commit)
-
-        kernel: Call | None = None
-        if self._triton:
-            from twotower_kernels.triton.scan import block_scan, block_scan_commit
-
-            weights = ScanWeights(weight, bias, dt_bias, a, ones, norm, c.n_groups, c.layer_norm_epsilon, c.time_step_limit)
-            kernel = partial(block_scan_commit if commit else block_scan, projected, tail, ssm, weights)
-        return _Case(Costs(c).scan(batch, c.block_size, commit=commit), plain, kernel)
+        weights = ScanWeights(weight, bias, dt_bias, a, ones, norm, c.n_groups, c.layer_norm_epsilon, c.time_step_limit)
+        name = "block_scan_commit" if commit else "block_scan"
+        return _Case(Costs(c).scan(batch, c.block_size, commit=commit), *self._both(name, projected, tail, ssm, weights))
 
     def _apply(self, batch: int) -> _Case:
         c, length = self._config, self._config.block_size
@@ -159,12 +149,7 @@ class KernelBench:
         b = self._normal(batch, length, c.n_groups, c.ssm_state_size)
         dt = torch.full((batch, length, c.mamba_num_heads), 0.1, device=self._device)
         args = (state, x, b, dt, torch.full((c.mamba_num_heads,), -1.0, device=self._device))
-        kernel: Call | None = None
-        if self._triton:
-            from twotower_kernels.triton import scan as triton_scan
-
-            kernel = partial(triton_scan.apply_factors, *args)
-        return _Case(Costs(c).apply(batch, length), partial(apply_factors, *args), kernel)
+        return _Case(Costs(c).apply(batch, length), *self._both("apply_factors_", *args))
 
     def _attention(self, batch: int, context: int) -> _Case:
         c, length = self._config, self._config.block_size
@@ -176,18 +161,13 @@ class KernelBench:
         table = torch.arange(batch * width, dtype=torch.int32, device=self._device).view(batch, width)
         lengths = torch.full((batch,), context, dtype=torch.int32, device=self._device)
         args = (q, k, v, k_pages, v_pages, table, lengths)
-        kernel: Call | None = None
-        if self._triton:
-            from twotower_kernels.triton import attention as triton_attention
-
-            kernel = partial(triton_attention.block_attention, *args)
-        return _Case(Costs(c).attention(batch, length, context), partial(attention.block_attention, *args), kernel)
+        return _Case(Costs(c).attention(batch, length, context), *self._both("attention", *args))
 
     def _routing(self, rows: int) -> dict[str, Any]:
         c = self._config
         return {
             "hidden": self._normal(rows, c.hidden_size),
-            "weight": self._normal(c.n_routed_experts, c.hidden_size, std=c.hidden_size**-0.5),
+            "weight": self._normal(c.n_routed_experts, c.hidden_size, std=c.hidden_size**-0.5).double(),  # as towers load it
             "correction": torch.zeros(c.n_routed_experts, device=self._device),
             "top_k": c.num_experts_per_tok,
             "groups": c.n_group,
@@ -198,13 +178,7 @@ class KernelBench:
 
     def _route(self, batch: int) -> _Case:
         rows = batch * self._config.block_size
-        asked = self._routing(rows)
-        kernel: Call | None = None
-        if self._triton:
-            from twotower_kernels.triton import router
-
-            kernel = partial(router.route, **asked)
-        return _Case(Costs(self._config).route(rows), partial(experts.route, **asked), kernel)
+        return _Case(Costs(self._config).route(rows), *self._both("route", **self._routing(rows)))
 
     def _experts(self, batch: int, precision: str) -> _Case:
         c, rows = self._config, batch * self._config.block_size
@@ -219,15 +193,10 @@ class KernelBench:
         down = self._normal(c.hidden_size, c.moe_intermediate_size, std=c.moe_intermediate_size**-0.5)
         if precision == "bf16":
             stacks = [one.expand(c.n_routed_experts, *one.shape).contiguous() for one in (up, down)]
-            plain, kernel = partial(experts.grouped_experts, hidden, chosen, weights, *stacks), None
-            if self._triton:
-                from twotower_kernels.triton.experts import grouped_experts
-
-                kernel = partial(grouped_experts, hidden, chosen, weights, *stacks)
-            return _Case(costs.experts(rows), plain, kernel, counts)
+            return _Case(costs.experts(rows), *self._both("run_experts", hidden, chosen, weights, *stacks), counts)
         packed = [self._packed(one, "fp8" if precision == "fp8" else "fp4") for one in (up, down)]
         plain, kernel = partial(quant.quantized_experts, hidden, chosen, weights, *packed), None
-        if self._triton:
+        if self._kernels.name == "triton":
             from twotower_kernels.triton.quant import quantized_experts, supported
 
             kernel = partial(quantized_experts, hidden, chosen, weights, *packed) if supported(self._device) else None
@@ -250,38 +219,4 @@ class KernelBench:
             "temperature": torch.zeros(batch, device=device),
             "uniforms": torch.zeros(batch, length, dtype=torch.float64, device=device),
         }
-        kernel: Call | None = None
-        if self._triton:
-            from twotower_kernels.triton import unmask as triton_unmask
-
-            kernel = partial(triton_unmask.unmask, **args)
-        return _Case(Costs(c).unmask(batch, length), partial(unmask.unmask, **args), kernel)
-
-
-def _plain_scan(
-    c: ModelConfig,
-    projected: Tensor,
-    tail: Tensor,
-    ssm: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    dt_bias: Tensor,
-    a: Tensor,
-    d: Tensor,
-    norm: Tensor,
-    *,
-    commit: bool,
-) -> Tensor:
-    """What `Mamba2` computes between its projections, operation by operation, and a commit's new state."""
-    z, xbc, dt = projected.split([c.d_inner, c.conv_dim, c.mamba_num_heads], -1)
-    mixed = F.silu(causal_conv(torch.cat([tail.transpose(1, 2)[:, 1:], xbc], 1), weight, bias))
-    size = c.n_groups * c.ssm_state_size
-    x, b, c_in = mixed.split([c.d_inner, size, size], -1)
-    x = x.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim))
-    b, c_in = (v.unflatten(-1, (c.n_groups, c.ssm_state_size)) for v in (b, c_in))
-    dt = F.softplus(dt.float() + dt_bias).clamp(*c.time_step_limit)
-    y, _, _ = chunk_scan(x, dt, a, b, c_in, ssm, x.shape[1], need_states=False)
-    if commit:
-        apply_factors(ssm, x, b, dt, a)
-    gated = ((y + d.unsqueeze(-1) * x.float()).flatten(-2) * F.silu(z.float())).unflatten(-1, (c.n_groups, -1))
-    return (F.rms_norm(gated, gated.shape[-1:], None, c.layer_norm_epsilon).flatten(-2) * norm).to(z.dtype)
+        return _Case(Costs(c).unmask(batch, length), *self._both("unmask", **args))
