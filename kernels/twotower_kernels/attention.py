@@ -30,6 +30,21 @@ def scatter_pages(pages: Tensor, table: Tensor, start: int, rows: Tensor) -> Non
     pages[table.long()[at // page], :, at % page] = rows.transpose(0, 1)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """Attention over keys that lie in one tensor, the block's own the last of them.
+
+    q (B, heads, L, d), k and v (B, kv_heads, N, d). Every query sees all keys; or, `causal`, position i the first
+    N - L + i + 1. Returns (B, heads, L, d).
+    """
+    batch, heads, length, d = q.shape
+    if causal and length > 1:
+        mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - length)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    # Without a mask, the queries of one KV head are one matrix.
+    out = F.scaled_dot_product_attention(q.reshape(batch, k.shape[1], -1, d), k, v)
+    return out.view(batch, heads, length, d)
+
+
 def block_attention(
     q: Tensor,
     k: Tensor,

@@ -19,6 +19,7 @@ class Kernels:
     route = staticmethod(experts.route)
     run_experts = staticmethod(experts.run_experts)
     unmask = staticmethod(unmask.unmask)
+    attend = staticmethod(attention.attend)
     attention = staticmethod(attention.block_attention)
     apply_factors_ = staticmethod(scan.apply_factors_)
     paged = False

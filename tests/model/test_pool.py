@@ -14,6 +14,7 @@ from twotower.model.pool import PAGE, PoolSize, StatePool, page_bytes, slot_byte
 from twotower.model.rows import StateRows
 from twotower.model.state import ContextState
 from twotower.model.weights import load_context_tower, load_denoiser_tower
+from twotower_kernels.kernels import TORCH
 
 CPU = torch.device("cpu")
 
@@ -108,7 +109,7 @@ def test_sessions_that_come_and_go_have_the_bits_of_sessions_alone(towers: tuple
             continue
         blocks = torch.stack([_tokens(8, 1000 + round_ + i) for i in range(len(batch))])
         pooled, apart = [one[0] for one in batch], [one[1] for one in batch]
-        rows = StateRows(pooled)
+        rows = StateRows(pooled, TORCH)
         scattered |= any(state.place is not None and list(state.place.pages) != _run(state.place.pages) for state in pooled)
         copied |= rows.seed(0)[2] is not None
         t = torch.full((len(batch),), 0.5)
@@ -128,7 +129,7 @@ def test_neighbours_are_read_and_written_without_a_copy(towers: tuple[ContextTow
     context = towers[0]
     pool = _pool(context, 4, 4)
     states = [pool.acquire(PAGE) for _ in range(3)]
-    rows = StateRows(states[1:])
+    rows = StateRows(states[1:], TORCH)
     conv, ssm, slots = rows.seed(0)
     assert slots is None
     assert ssm.data_ptr() == pool.ssm[0][1].data_ptr()

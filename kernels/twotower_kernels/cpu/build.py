@@ -103,9 +103,13 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     ]
     library.tt_route.argtypes = [*(pointer,) * 5, *(count,) * 4, number, ctypes.c_double, number]
     library.tt_best.argtypes = [*(pointer,) * 5, count, count, number]
+    library.tt_attend.argtypes = [
+        *(pointer, count, count, pointer, count, pointer, count, pointer),
+        *(*(count,) * 5, number, single, number),
+    ]
     for function in (library.tt_linear, library.tt_apply_factors, library.tt_modulated_norm, library.tt_best):
         function.restype = None
-    for function in (library.tt_grouped_experts, library.tt_block_scan, library.tt_route):
+    for function in (library.tt_grouped_experts, library.tt_block_scan, library.tt_route, library.tt_attend):
         function.restype = number  # 0, or 1 if memory ran out
     return library
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from twotower_kernels.cpu import experts, linear, mamba, norms, router, unmask
+from twotower_kernels.cpu import attention, experts, linear, mamba, norms, router, unmask
 from twotower_kernels.kernels import Kernels
 
 
@@ -19,3 +19,4 @@ class CpuKernels(Kernels):
     route = staticmethod(router.route)
     run_experts = staticmethod(experts.run_experts)
     unmask = staticmethod(unmask.unmask)
+    attend = staticmethod(attention.attend)

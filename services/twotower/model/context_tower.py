@@ -86,7 +86,7 @@ class ContextTower(nn.Module):
     def _forward(
         self, tokens: Tensor, states: Sequence[ContextState], *, prefill: bool, need_hidden: bool
     ) -> tuple[Tensor, list[Delta]]:
-        rows = StateRows(states) if prefill else rows_of(states, self.kernels)
+        rows = StateRows(states, self.kernels) if prefill else rows_of(states, self.kernels)
         h, changes = self.forward_rows(tokens, rows, prefill=prefill, need_hidden=need_hidden)
         return h, deltas_of(tokens.shape[1], changes, len(states))
 
@@ -116,7 +116,7 @@ class ContextTower(nn.Module):
             elif layer.kind == ATTENTION:
                 assert isinstance(layer.mixer, Attention)
                 q, k, v = layer.mixer.project(x)
-                x = layer.mixer.output(rows.attend(i, q, k, v, layer.mixer.attend, causal=True))
+                x = layer.mixer.output(rows.attend(i, q, k, v, causal=True))
                 if not prefill:
                     changes[i] = KVDelta(k, v)
             else:

@@ -91,4 +91,4 @@ class DenoiserTower(nn.Module):
 
 def _attention(i: int, mixer: Attention, x: Tensor, rows: Rows) -> Tensor:
     q, k, v = mixer.project(x)
-    return mixer.output(rows.attend(i, q, k, v, mixer.attend, causal=False))
+    return mixer.output(rows.attend(i, q, k, v, causal=False))

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from twotower.model.config import TIME_EMBEDDING_SIZE, ModelConfig
 from twotower.model.packed import PackedExperts
@@ -159,17 +158,6 @@ class Attention(nn.Module):
         d = self.config.head_dim
         q, k, v = (p(h).unflatten(-1, (-1, d)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         return q, k, v
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """q (B, heads, L, d), k and v (B, kv_heads, N, d), mask (L, N) or (B, 1, L, N) True where seen -> (B, heads, L, d).
-
-        Without a mask, every query sees every key, and the queries of one KV head are one matrix.
-        """
-        if mask is not None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        batch, heads, length, d = q.shape
-        out = F.scaled_dot_product_attention(q.reshape(batch, k.shape[1], -1, d), k, v)
-        return out.view(batch, heads, length, d)
 
     def output(self, attended: Tensor) -> Tensor:
         """(B, heads, L, d) -> (B, L, hidden)."""

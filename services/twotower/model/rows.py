@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -11,9 +11,6 @@ from torch import Tensor
 from twotower.model.pool import PAGE, StatePool
 from twotower.model.state import ContextState
 from twotower_kernels.kernels import Kernels
-
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""`layers.Attention.attend`."""
 
 
 class Rows(Protocol):
@@ -30,7 +27,7 @@ class Rows(Protocol):
         """Take over what was changed of a `seed`, if that was a copy."""
         ...
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attend: Attend, *, causal: bool) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
         """A block's attention over [context, block]: q (B, heads, L, d), k and v (B, kv_heads, L, d) -> (B, heads, L, d).
 
         Every position sees the whole block, and k and v are forgotten; or, `causal`, those up to its own, and they are kept.
@@ -43,15 +40,16 @@ def rows_of(states: Sequence[ContextState], kernels: Kernels) -> Rows:
     pool = states[0].pool
     if kernels.paged and pool is not None and all(state.pool is pool for state in states):
         return PagedRows.of(pool, states, kernels)
-    return StateRows(states)
+    return StateRows(states, kernels)
 
 
 class StateRows:
     """Sessions one by one where they lie; those of one pool together where a layer can take them so."""
 
-    def __init__(self, states: Sequence[ContextState]) -> None:
+    def __init__(self, states: Sequence[ContextState], kernels: Kernels) -> None:
         """States in any order; those of one pool are read and changed where they lie."""
         self._states = states
+        self._kernels = kernels
         self._pool: StatePool | None = None
         self._first = 0
         self._slots: Tensor | None = None
@@ -83,15 +81,13 @@ class StateRows:
                 state.mamba[layer].conv.copy_(conv[row])
                 state.mamba[layer].ssm.copy_(ssm[row])
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attend: Attend, *, causal: bool) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
         """See `Rows`. K and V are written behind each state's own length either way: room that no one else reads."""
-        length, rows = q.shape[2], []
+        rows = []
         for row, state in enumerate(self._states):
             keys, values = state.kv[layer].write(state.length, k[row], v[row])
-            mask = None
-            if causal and length > 1:
-                mask = torch.ones(length, keys.shape[1], dtype=torch.bool, device=q.device).tril(state.length)
-            rows.append(attend(q[row : row + 1], keys.unsqueeze(0), values.unsqueeze(0), mask))
+            one = self._kernels.attend(q[row : row + 1], keys.unsqueeze(0), values.unsqueeze(0), causal=causal)
+            rows.append(one)
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
@@ -129,7 +125,7 @@ class PagedRows:
     def keep(self, layer: int, conv: Tensor, ssm: Tensor) -> None:
         """See `Rows`."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attend: Attend, *, causal: bool) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
         """See `Rows`."""
         k_pages, v_pages = self._pool.pages(layer)
         out = self._kernels.attention(
