@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +26,12 @@ def run_batch(engine: LocalEngine, workload: Workload, requests: int, batch: int
     """So many requests, at most `batch` at a time."""
     params, prompts = workload.params, workload.prompts(requests)
     list(generate_batch(engine.context, engine.denoiser, prompts[:1], params, 1))  # first use costs are no one's speed
-    result, started = Result(requests), time.perf_counter()
+    result = Result(requests)
     for done in generate_batch(engine.context, engine.denoiser, prompts, params, batch):
-        result.tokens += len(done.token_ids)
+        result.count(len(done.token_ids))
         result.first_block_s.append(done.first_block_s)
         result.latency_s.append(done.seconds)
-    result.seconds = time.perf_counter() - started
+    result.stop()  # requests of one length end together: there is no time when only some places are taken
     return result
 
 
@@ -55,10 +54,9 @@ def plain_result(checkpoint: Path, workload: Workload, requests: int, *, dtype: 
     prompts = workload.prompts(requests)
     generate_plain(engine.context, engine.denoiser, prompts[0], workload.params)
     result = Result(requests)
-    started = time.perf_counter()
     for prompt in prompts:
-        result.tokens += len(generate_plain(engine.context, engine.denoiser, prompt, workload.params))
-    result.seconds = time.perf_counter() - started
+        result.count(len(generate_plain(engine.context, engine.denoiser, prompt, workload.params)))
+    result.stop()
     return result
 
 

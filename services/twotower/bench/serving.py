@@ -16,35 +16,37 @@ CLIENTS = 4
 
 
 async def closed_loop(target: str, workload: Workload, requests: int, concurrency: int) -> Result:
-    """So many requests; each of `concurrency` clients sends its next one when the last is answered."""
+    """So many requests; each of `concurrency` clients sends its next one when the last is answered.
+
+    Throughput is that of all clients together: what comes after the first of them has found nothing left to send is not counted.
+    """
     prompts = iter(workload.prompts(requests))
 
     async def client(use: GatewayClient) -> None:
         for prompt in prompts:
             await _one(use, prompt, workload, result)
+        result.stop()
 
     async with AsyncExitStack() as stack:
         uses = [await stack.enter_async_context(GatewayClient(target)) for _ in range(min(CLIENTS, concurrency))]
         await _one(uses[0], workload.prompts(1)[0], workload, Result())
-        result, started = Result(requests), time.perf_counter()
+        result = Result(requests)
         await asyncio.gather(*(client(uses[i % len(uses)]) for i in range(concurrency)))
-        result.seconds = time.perf_counter() - started
     return result
 
 
 async def open_loop(target: str, workload: Workload, requests: int, rate: float) -> Result:
     """So many requests, sent at random moments, `rate` a second on average, whether or not others are answered."""
     rng = random.Random(workload.seed)
-    result = Result(requests)
     async with AsyncExitStack() as stack:
         uses = [await stack.enter_async_context(GatewayClient(target)) for _ in range(CLIENTS)]
         await _one(uses[0], workload.prompts(1)[0], workload, Result())
-        started = time.perf_counter()
+        result = Result(requests)
         async with asyncio.TaskGroup() as group:
             for i, prompt in enumerate(workload.prompts(requests)):
                 group.create_task(_one(uses[i % CLIENTS], prompt, workload, result))
                 await asyncio.sleep(rng.expovariate(rate))
-        result.seconds = time.perf_counter() - started
+        result.stop()
     return result
 
 
@@ -61,6 +63,6 @@ async def _one(use: GatewayClient, prompt: list[int], workload: Workload, result
     async for event in events:
         if isinstance(event, Block):
             first = first or time.perf_counter() - started
-            result.tokens += len(event.token_ids)
+            result.count(len(event.token_ids))
     result.first_block_s.append(first)
     result.latency_s.append(time.perf_counter() - started)

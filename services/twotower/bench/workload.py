@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -38,13 +39,25 @@ class Workload:
 
 @dataclass(slots=True)
 class Result:
-    """A run over some requests."""
+    """A run over some requests, which begins when this is made."""
 
     requests: int = 0
     tokens: int = 0
+    """Of the time until `stop`."""
     seconds: float = 0.0
+    """From the beginning to `stop`; 0 while it runs."""
     first_block_s: list[float] = field(default_factory=list)
     latency_s: list[float] = field(default_factory=list)
+    _started: float = field(default_factory=time.perf_counter)
+
+    def count(self, tokens: int) -> None:
+        """Tokens that came now."""
+        if not self.seconds:
+            self.tokens += tokens
+
+    def stop(self) -> None:
+        """End of what throughput is measured over; only the first call counts."""
+        self.seconds = self.seconds or time.perf_counter() - self._started
 
     @property
     def tokens_per_s(self) -> float:
