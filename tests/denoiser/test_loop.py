@@ -60,6 +60,15 @@ async def test_blocks_side_by_side_equal_blocks_alone(engine: LocalEngine, loop:
     assert [block.forwards for block in together] == [block.forwards for block in alone]
 
 
+async def test_blocks_that_one_forward_finished_know_of_one_another(engine: LocalEngine, loop: DenoiserLoop) -> None:
+    params = [GenerationParams(gamma=1.0, steps=3)] * 3 + [GenerationParams(gamma=1.0, steps=5)]
+    *three, one = await asyncio.gather(*(loop.refine(_start(engine, each)) for each in params))
+    assert len(set(three)) == 1
+    assert three[0].together == 3
+    assert one.together == 1
+    assert one.forward > three[0].forward
+
+
 async def test_a_cancelled_block_gets_no_further_forward(engine: LocalEngine, loop: DenoiserLoop) -> None:
     endless = GenerationParams(gamma=1.0, block_size=256, steps=256)
     block = _start(engine, endless)

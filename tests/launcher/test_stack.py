@@ -17,7 +17,7 @@ from twotower.errors import ConfigError, ServiceFailed
 from twotower.events import Block
 from twotower.launcher import embedded_redis as embedded
 from twotower.launcher import stack as stack_module
-from twotower.launcher.config import UpConfig
+from twotower.launcher.config import FEW_CORES, UpConfig
 from twotower.launcher.stack import stack
 from twotower.request import GenerationParams
 
@@ -51,9 +51,12 @@ async def test_towers_of_different_precision_serve_together(tmp_path: Path) -> N
 
 def test_threads_are_shared_out(tmp_path: Path) -> None:
     cores = os.cpu_count() or 1
-    assert UpConfig(tmp_path).tower_threads == cores
-    assert UpConfig(tmp_path, denoisers=3).tower_threads == max(1, cores // 2)
-    assert UpConfig(tmp_path, contexts=100, denoisers=1000).tower_threads == 1
+    for config in (UpConfig(tmp_path), UpConfig(tmp_path, denoisers=3), UpConfig(tmp_path, contexts=100, denoisers=1000)):
+        share = cores // (config.contexts + config.denoisers)
+        assert config.tower_threads == (share if share >= FEW_CORES else cores)
+        assert config.turns == (share < FEW_CORES)
+    assert UpConfig(tmp_path, threads=cores).turns
+    assert not UpConfig(tmp_path, threads=1).turns or cores == 1
     assert UpConfig(tmp_path, threads=7).tower_threads == 7
 
 

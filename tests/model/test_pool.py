@@ -12,7 +12,7 @@ from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.pool import PAGE, PoolSize, StatePool, page_bytes, slot_bytes
 from twotower.model.rows import StateRows
-from twotower.model.state import ContextState
+from twotower.model.state import ContextState, Extension, apply_all
 from twotower.model.weights import load_context_tower, load_denoiser_tower
 from twotower_kernels.kernels import TORCH
 
@@ -134,3 +134,25 @@ def test_neighbours_are_read_and_written_without_a_copy(towers: tuple[ContextTow
     assert slots is None
     assert ssm.data_ptr() == pool.ssm[0][1].data_ptr()
     assert conv.data_ptr() == pool.conv[0][1].data_ptr()
+
+
+def test_deltas_applied_together_have_the_bits_of_deltas_applied_one_by_one(
+    towers: tuple[ContextTower, DenoiserTower],
+) -> None:
+    context = towers[0]
+    pool, rates = _pool(context, 6, 12), context.decay_rates()
+    held = [pool.acquire(2 * PAGE) for _ in range(6)]
+    pool.release(held.pop(2))  # the others are no neighbours
+    alone = [context.new_state() for _ in held]
+    for i, (state, other) in enumerate(zip(held, alone, strict=True)):
+        context.prefill(_tokens(10 + i, i), state)
+        context.prefill(_tokens(10 + i, i), other)
+    origin = [context.new_state() for _ in held]
+    for i, state in enumerate(origin):
+        context.prefill(_tokens(10 + i, i), state)
+    deltas, _ = context.commit(torch.stack([_tokens(8, 50 + i) for i in range(len(held))]), origin)
+    other_rates = {layer: rate.clone() for layer, rate in rates.items()}
+    apply_all([Extension(s, d, other_rates if i == 1 else rates) for i, (s, d) in enumerate(zip(held, deltas, strict=True))])
+    for state, delta in zip(alone, deltas, strict=True):
+        state.apply(delta, rates)
+    assert all(_same(a, b) and _same(a, c) for a, b, c in zip(held, alone, origin, strict=True))

@@ -178,8 +178,8 @@ async def test_close_leaves_nothing(kind: Kind) -> None:
         del outlet, inlet
     assert mapped_segments() == 0
     assert sorted(os.listdir("/dev/shm")) == before
-    if kind is not Kind.DIST:  # torch closes its sockets in threads of its own
-        assert len(os.listdir("/proc/self/fd")) == files
+    if kind is not Kind.DIST:  # torch closes its sockets in threads of its own: those of the test before, too
+        assert len(os.listdir("/proc/self/fd")) <= files
 
 
 @pytest.mark.parametrize("kind", [Kind.SHM])

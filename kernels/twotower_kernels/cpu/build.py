@@ -101,6 +101,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         *(pointer, pointer, pointer, count, pointer, pointer, count, number),
         *(pointer, single, pointer, pointer, *(count,) * 3, number),
     ]
+    library.tt_pin.argtypes = [pointer, number]
     library.tt_route.argtypes = [*(pointer,) * 5, *(count,) * 4, number, ctypes.c_double, number]
     library.tt_best.argtypes = [*(pointer,) * 5, count, count, number]
     library.tt_attend.argtypes = [
@@ -111,6 +112,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         function.restype = None
     for function in (library.tt_grouped_experts, library.tt_block_scan, library.tt_route, library.tt_attend):
         function.restype = number  # 0, or 1 if memory ran out
+    library.tt_pin.restype = number
     return library
 
 

@@ -18,7 +18,7 @@ CLIENTS = 4
 async def closed_loop(target: str, workload: Workload, requests: int, concurrency: int) -> Result:
     """So many requests; each of `concurrency` clients sends its next one when the last is answered.
 
-    Throughput is that of all clients together: what comes after the first of them has found nothing left to send is not counted.
+    Throughput is that of all clients together: what comes after the first of them found nothing left to send is not counted.
     """
     prompts = iter(workload.prompts(requests))
 

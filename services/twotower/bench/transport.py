@@ -115,7 +115,7 @@ def _copy(own: Mapping[Key, Tensor], tensors: Mapping[Key, Tensor]) -> None:
         own[key].copy_(tensor)
 
 
-def _spec(length: int) -> dict[Key, Spec]:
+def _spec(length: int) -> Mapping[Key, Spec]:
     """Of a state of `length` tokens; of a block's delta for 0."""
     config = ModelConfig.from_dict(REAL)
     return state_spec(config, torch.bfloat16, length) if length else delta_spec(config, torch.bfloat16, BLOCK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from pathlib import Path
 
 from twotower.cli.options import (
     DEFAULT_REDIS,
@@ -100,6 +101,7 @@ def run_context(args: argparse.Namespace) -> None:
         experts=args.experts,
         transport=args.transport,
         threads=args.threads,
+        turns=args.turns,
         max_sessions=args.max_sessions,
         state_memory=args.state_memory,
         trace=args.trace,
@@ -133,6 +135,7 @@ def run_denoiser(args: argparse.Namespace) -> None:
         context_experts=args.context_experts,
         transport=args.transport,
         threads=args.threads,
+        turns=args.turns,
         state_memory=args.state_memory,
         trace=args.trace,
         slots=args.slots,
@@ -155,5 +158,8 @@ def _add_tower(parser: argparse.ArgumentParser) -> None:
     add_experts(parser)
     add_transport(parser)
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
+    parser.add_argument(
+        "--turns", type=Path, metavar="FILE", help="take turns on the CPU cores with towers that name the same file"
+    )
     add_state_memory(parser)
     add_trace(parser)

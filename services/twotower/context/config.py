@@ -27,6 +27,8 @@ class ContextConfig:
     """Precision of the routed experts: auto (as the checkpoint stores them), bf16 (the model's dtype), fp8, fp4."""
     threads: int = 1
     """CPU threads of torch."""
+    turns: Path | None = None
+    """File over which towers of one machine take turns on its CPU cores; None: no need."""
     max_sessions: int = 64
     """Sessions held at once, if their states fit `state_memory`; more of them wait."""
     state_memory: str = "auto"

@@ -5,27 +5,53 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, NamedTuple
 
 from opentelemetry.trace import Tracer
 
 from twotower.engine.context_engine import ContextEngine
+from twotower.engine.gathering import Gathering
 from twotower.engine.scheduler import ContextScheduler
 from twotower.engine.session import Session
 from twotower.engine.thread import EngineThread
+from twotower.engine.turns import Turns
 from twotower.errors import Unavailable
 from twotower.model.state import Delta
 from twotower.tracing.recorder import NO_TRACER
 
 log = logging.getLogger(__name__)
 
-GATHER_S = 0.002
-"""How long an idle tower waits, after a block has come, for others of the same denoiser step to share its commit."""
+GATHER_S = 0.02
+"""How long a commit waits, at most, for the other blocks that were finished in the same denoiser step."""
+MERGE_S = 0.5
+"""How long, at most, a few blocks wait on shared cores for more to be finished."""
+TURN_S = 1.0
+"""How long this tower may keep the cores that it shares with denoisers: their batches are the fuller for it."""
 
 AfterChunk = Callable[[Session], None]
 """Called on the engine's thread, each time a chunk of the session's prompt is read."""
+
+
+class Finish(NamedTuple):
+    """How a worker finished a block."""
+
+    worker_id: str
+    forward: int
+    """In which of its forwards."""
+    together: int
+    """Blocks that it finished in that one, and hands in one after the other."""
+
+
+class Commit(NamedTuple):
+    """What a commit came to."""
+
+    delta: Delta
+    number: int
+    together: int
+    """Sessions of the same worker that shared it."""
 
 
 class _Work:
@@ -37,8 +63,10 @@ class _Work:
         block: list[int] | None = None,
         after_chunk: AfterChunk | None = None,
         before_last: Callable[[], None] | None = None,
+        worker_id: str = "",
     ) -> None:
         self.session = session
+        self.worker_id = worker_id
         self.block = block
         self.after_chunk = after_chunk
         self.before_last = before_last
@@ -57,15 +85,26 @@ class ContextLoop:
     """Turns the waits of many sessions into batched forwards. Nothing else touches the engine."""
 
     def __init__(
-        self, engine: ContextEngine, thread: EngineThread, *, chunk: int, budget: int, tracer: Tracer = NO_TRACER
+        self,
+        engine: ContextEngine,
+        thread: EngineThread,
+        *,
+        chunk: int,
+        budget: int,
+        turns: Turns | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
-        """chunk: prompt tokens of a forward; budget: tokens of an iteration."""
+        """chunk: prompt tokens of a forward; budget: tokens of an iteration; turns: on cores shared with other towers."""
         self._engine = engine
         self._chunk = chunk
         self._thread = thread
         self.tracer = tracer
         self._scheduler: ContextScheduler[_Work] = ContextScheduler(budget, lambda work: work.tokens)
+        self._turns = turns or Turns(None)
         self._wake = asyncio.Event()
+        self._finished = Gathering(GATHER_S)
+        """By worker and forward: blocks that were finished together."""
+        self._commits = 0
         self._refining = 0
 
     @contextmanager
@@ -76,6 +115,7 @@ class ContextLoop:
             yield
         finally:
             self._refining -= 1
+            self._wake.set()
 
     async def prefill(
         self, session: Session, after_chunk: AfterChunk | None = None, before_last: Callable[[], None] | None = None
@@ -89,12 +129,16 @@ class ContextLoop:
         self._scheduler.add_prefill(work)
         await self._wait(work)
 
-    async def commit(self, session: Session, block: list[int]) -> Delta:
-        """Extend the session's state by a finished block."""
-        work = _Work(session, block)
+    def commit(self, session: Session, block: list[int], finish: Finish) -> Coroutine[Any, Any, Commit]:
+        """Extend the session's state by a finished block that has come. It is in line when this returns, awaited or not yet."""
+        work = _Work(session, block, worker_id=finish.worker_id)
         self._scheduler.add_commit(work)
-        delta: Delta = await self._wait(work)
-        return delta
+        self.arrived(finish)
+        return self._wait(work)
+
+    def arrived(self, finish: Finish) -> None:
+        """A block has come, to be committed or not. The commits of those finished with it wait for one another."""
+        self._finished.arrive((finish.worker_id, finish.forward), finish.together)
 
     async def decode(self, session: Session) -> int:
         """The session's next AR token. Raises NonFiniteLogits."""
@@ -111,30 +155,58 @@ class ContextLoop:
         """Until cancelled."""
         while True:
             await self._wake.wait()
-            await self._gather()
-            plan = self._scheduler.plan()
-            if not plan:
-                self._wake.clear()
-                continue
-            if plan.commits:
-                _deliver(await self._thread.run(self._commit, plan.commits))
-            if plan.decodes:
-                _deliver(await self._thread.run(self._decode, plan.decodes))
-            for work, tokens in plan.prefills:
-                _deliver(await self._thread.run(self._prefill, work, tokens))
-                if self._scheduler.urgent:
-                    break  # a worker or an AR client waits; what is left to read is planned again
+            await self._finished.complete()
+            await self._merge()
+            async with self._turn() as until:
+                while await self._iterate() and not self._few and asyncio.get_running_loop().time() < until:
+                    await self._finished.complete()
 
-    async def _gather(self) -> None:
-        """Let blocks of one denoiser step, whose messages come one after the other, share a forward."""
-        while self._refining and (waiting := self._scheduler.commits) and not self._scheduler.prefilling:
+    async def _iterate(self) -> bool:
+        """One iteration; whether the next one should follow at once, before denoisers that share the cores go on.
+
+        It should after commits and prompts, which give denoisers more to do at a time; AR tokens alternate with their steps.
+        """
+        plan = self._scheduler.plan()
+        if not plan:
             self._wake.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(GATHER_S):
+            return False
+        if plan.commits:
+            _deliver(await self._thread.run(self._commit, plan.commits))
+        if plan.decodes:
+            _deliver(await self._thread.run(self._decode, plan.decodes))
+        for work, tokens in plan.prefills:
+            _deliver(await self._thread.run(self._prefill, work, tokens))
+            if self._scheduler.urgent:
+                break  # a worker or an AR client waits; what is left to read is planned again
+        return bool(plan.commits or plan.prefills)
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[float]:
+        """On shared cores, a turn; yields when it is to end, by the event loop's clock."""
+        if self._turns.shared:
+            await self._thread.run(self._turns.take)
+        try:
+            yield asyncio.get_running_loop().time() + TURN_S
+        finally:
+            self._turns.give()
+
+    @property
+    def _few(self) -> bool:
+        """Whether, on shared cores, all that waits are a few blocks, and denoisers are at many more."""
+        waiting = self._scheduler.commits
+        return self._turns.shared and self._scheduler.only_commits and 2 * waiting < self._refining
+
+    async def _merge(self) -> None:
+        """On shared cores, let sessions a few steps apart fall into step: both towers' batches are the fuller for it.
+
+        The denoisers have the cores meanwhile, so that nothing is lost but these blocks' time.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(MERGE_S):
+                while self._few:
+                    self._wake.clear()
                     await self._wake.wait()
-            self._wake.set()
-            if self._scheduler.commits == waiting:
-                return
+        self._wake.set()
 
     async def _wait(self, work: _Work) -> Any:
         self._wake.set()
@@ -151,7 +223,10 @@ class ContextLoop:
                 deltas = self._engine.commit([(work.session, work.block or []) for work in works])
         except Exception as error:
             return _all_failed(works, error)
-        return list(zip(works, deltas, strict=True))
+        self._commits += 1
+        together = Counter(work.worker_id for work in works)
+        commits = [Commit(delta, self._commits, together[work.worker_id]) for work, delta in zip(works, deltas, strict=True)]
+        return list(zip(works, commits, strict=True))
 
     def _decode(self, works: list[_Work]) -> list[Outcome]:
         try:

@@ -22,6 +22,8 @@ from twotower.context.service import ContextService
 from twotower.engine.admission import Admission
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.thread import EngineThread
+from twotower.engine.turns import Turns
+from twotower.garbage import spare_what_is_loaded
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.context_tower import ContextTower
 from twotower.model.memory import prefix_budget, state_budget
@@ -52,9 +54,11 @@ async def run(config: ContextConfig) -> None:
     stop = stop_requested()
     checkpoint = Checkpoint.open(config.checkpoint, ("context",), context_experts=config.experts)
     redis = await connect(config.redis_url)
-    thread = EngineThread("context-engine", config.threads)
+    thread = EngineThread("context-engine", config.threads, pinned=config.turns is not None)
+    device = resolve_device(config.device)
+    turns = Turns(config.turns if device.type == "cpu" else None)
     try:
-        place = resolve_dtype(config.dtype, checkpoint), resolve_device(config.device)
+        place = resolve_dtype(config.dtype, checkpoint), device
         tower = await thread.run(load_context_tower, checkpoint, *place, experts=config.experts, kernels=config.kernels)
         engine = ContextEngine(tower)
         await thread.run(_warm_up, engine)
@@ -64,7 +68,14 @@ async def run(config: ContextConfig) -> None:
         queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
         async with _prefixes(config, checkpoint, engine, thread) as prefixes:
             with recording(config.trace, f"context-{os.getpid()}") as tracer:
-                loop = ContextLoop(engine, thread, chunk=config.prefill_chunk, budget=config.prefill_budget, tracer=tracer)
+                loop = ContextLoop(
+                    engine,
+                    thread,
+                    chunk=config.prefill_chunk,
+                    budget=config.prefill_budget,
+                    turns=turns,
+                    tracer=tracer,
+                )
                 transports = ContextTransports(TransportConfig.of(config.transport), config.host, tower.device)
                 service = ContextService(checkpoint, engine, loop, queue, admission, prefixes, transports)
                 try:
@@ -73,6 +84,7 @@ async def run(config: ContextConfig) -> None:
                     transports.close()
     finally:
         thread.close()
+        turns.close()
         await redis.aclose()
 
 
@@ -107,6 +119,7 @@ async def _serve(
     await registry.announce(describe())
     tasks = [asyncio.create_task(work) for work in (loop.run(), service.watch_queue(), heartbeat(registry, describe))]
     await server.set_serving(True)
+    spare_what_is_loaded()
     print(f"ready grpc={server.address}", flush=True)
     await until_stopped(stop, *tasks)
     log.info("draining %d sessions", len(service.sessions))

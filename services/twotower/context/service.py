@@ -11,7 +11,7 @@ from contextlib import aclosing
 from typing import Any
 
 from twotower.broker.ready_queue import EntryId, ReadyQueue, ReadySession
-from twotower.context.loop import ContextLoop
+from twotower.context.loop import Commit, ContextLoop, Finish
 from twotower.context.prefixes import PrefixCache
 from twotower.context.sessions import LiveSession, SessionTable
 from twotower.engine.admission import Admission
@@ -142,10 +142,13 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
             async with live.reading, aclosing(outlet.send(state_tensors(session.state, self._engine.decay_rates))) as tensors:
                 async for sent in tensors:
                     yield sent
+        commit: Commit | None = None
         while True:
             if not live.read.is_set() and not await self._read_soon(live):
                 return  # a client that does not read must not keep a worker's slot
             refine = context_pb2.Refine(generated=session.generated, length=session.state.length)
+            if commit is not None:
+                refine.commit, refine.together = commit.number, commit.together
             yield context_pb2.ContextMessage(refine=refine)
             with self._loop.refining():
                 message = await live.unless_ended(anext(requests, None))
@@ -157,13 +160,16 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
                 live.fail(NonFiniteLogits(message.failed.reason))
                 break
             block, logprobs = self._check_block(live, message)
-            if not live.emit(block, message.block_done.forwards, logprobs):
+            done = message.block_done
+            finish = Finish(live.worker_id or "", done.forward, done.together)
+            if not live.emit(block, done.forwards, logprobs):
+                self._loop.arrived(finish)
                 break
-            commit = asyncio.create_task(self._loop.commit(session, block))
-            live.commit = commit
-            delta = await asyncio.shield(commit)
+            committing = asyncio.create_task(self._loop.commit(session, block, finish))
+            live.commit = committing
+            commit = await asyncio.shield(committing)
             with transfer(self._loop.tracer, "send delta", session.id):
-                async with aclosing(outlet.send(list(delta_tensors(delta)))) as tensors:
+                async with aclosing(outlet.send(list(delta_tensors(commit.delta)))) as tensors:
                     async for sent in tensors:
                         yield sent
         yield context_pb2.ContextMessage(end=context_pb2.End())

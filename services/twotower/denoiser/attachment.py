@@ -10,11 +10,11 @@ import grpc
 from torch import Tensor
 
 from twotower.broker.ready_queue import ReadySession
-from twotower.denoiser.loop import DenoiserLoop
+from twotower.denoiser.loop import DenoiserLoop, Finish
 from twotower.engine.refinement import Refinement
 from twotower.errors import Incompatible, NonFiniteLogits
 from twotower.model.checkpoint import Checkpoint
-from twotower.model.state import ContextState
+from twotower.model.state import ContextState, Extension
 from twotower.request import GenerationParams
 from twotower.tracing.recorder import transfer
 from twotower.transport.ends import WorkerTransports
@@ -44,6 +44,7 @@ class Attachment:
         self._loop = loop
         self._worker_id = worker_id
         self._transports = transports
+        self._context = ""
         self._params = GenerationParams()
         self._rates: Mapping[int, Tensor] = {}
 
@@ -53,10 +54,12 @@ class Attachment:
         Sets `attached` once the context has taken this worker. Raises grpc.aio.AioRpcError when the context
         refuses or goes away, Incompatible when what it sends does not fit.
         """
+        self._context = ready.context_address
         call = context_pb2_grpc.ContextTowerStub(channel).Attach()
         try:
             await self._work(call, ready, attached, drain)
         finally:
+            self._loop.forget(self._state)
             call.cancel()  # nothing is left open, whatever happened; no effect on a call that is over
 
     async def _work(self, call: Any, ready: ReadySession, attached: asyncio.Event, drain: asyncio.Event) -> None:
@@ -70,6 +73,7 @@ class Attachment:
             self._transports.offer,
         )
         await call.write(context_pb2.WorkerMessage(hello=hello))
+        self._loop.expect(self._state)
         first = await self._read(call)
         if first is None:
             return
@@ -95,7 +99,7 @@ class Attachment:
                 return
             tensors = await arrival.tensors()
             rates = await off_loop(arrival.size, lambda: fill_state(state, tensors, length))
-            self._rates = {layer: rate.clone() for layer, rate in rates.items()}  # the rest has been copied
+            self._rates = self._loop.known_rates(rates)
         while refine is not None:
             if refine.length != state.length:
                 raise Incompatible(f"refine.length: {refine.length}, the state here has {state.length}")
@@ -116,13 +120,16 @@ class Attachment:
         # The context is silent during the steps, unless the session ends.
         answer = asyncio.create_task(self._read(call))
         try:
-            if not await self._refine(call, block, answer):
+            finish = await self._refine(call, block, answer)
+            if finish is None:
                 return None
             done = context_pb2.BlockDone(
                 generated=refine.generated,
                 token_ids=block.tokens.tolist(),
                 forwards=block.forwards,
                 logprobs=logprobs_to_pb(block.logprobs),
+                forward=finish.forward,
+                together=finish.together,
             )
             waiting = transfer(self._loop.tracer, "await delta", session_id)
             await call.write(context_pb2.WorkerMessage(block_done=done))
@@ -140,11 +147,12 @@ class Attachment:
             delta = delta_from(await arrival.tensors(), config, size)
             waiting.set_attribute("bytes", arrival.size)
             waiting.end()
-            await self._loop.apply(state, delta, self._rates)
+            extension = Extension(state, delta, self._rates)
+            await self._loop.apply(extension, (self._context, following.commit), following.together)
         return following
 
-    async def _refine(self, call: Any, block: Refinement, answer: asyncio.Task[Any]) -> bool:
-        """Run the block's steps; False if the session ended meanwhile, or failed here."""
+    async def _refine(self, call: Any, block: Refinement, answer: asyncio.Task[Any]) -> Finish | None:
+        """Run the block's steps; None if the session ended meanwhile, or failed here."""
         refining = asyncio.create_task(self._loop.refine(block))
         try:
             await asyncio.wait((refining, answer), return_when=asyncio.FIRST_COMPLETED)
@@ -155,15 +163,15 @@ class Attachment:
             refining.cancel()
             await asyncio.wait((refining,))
             answer.result()  # the session ended, or the call broke
-            return False
+            return None
         error = refining.exception()
         if error is None:
-            return True
+            return refining.result()
         if not isinstance(error, NonFiniteLogits):
             raise error  # this worker's failure, not the request's: the context queues the session again
         await call.write(context_pb2.WorkerMessage(failed=context_pb2.Failed(reason=str(error))))
         await answer
-        return False
+        return None
 
     async def _collect(
         self, call: Any, arrival: Arrival, message: context_pb2.ContextMessage | None = None

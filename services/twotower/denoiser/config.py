@@ -27,6 +27,8 @@ class DenoiserConfig:
     """Precision at which the contexts run theirs; part of the identity under which processes find each other."""
     threads: int = 1
     """CPU threads of torch."""
+    turns: Path | None = None
+    """File over which towers of one machine take turns on its CPU cores; None: no need."""
     state_memory: str = "auto"
     """For the states of sessions: auto, or a size such as 40G. There are fewer slots if it is short."""
     slots: int = 8

@@ -4,59 +4,97 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from opentelemetry.trace import Tracer
 from torch import Tensor
 
 from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.gathering import Gathering
 from twotower.engine.refinement import Refinement
 from twotower.engine.thread import EngineThread
+from twotower.engine.turns import Turns
 from twotower.errors import TwoTowerError
-from twotower.model.state import ContextState, Delta
+from twotower.model.state import ContextState, Extension, apply_all
 from twotower.tracing.recorder import NO_TRACER
 
 log = logging.getLogger(__name__)
 
-JOIN_TURNS = 3
+GATHER_S = 0.02
+"""How long a forward on shared cores waits, at most, for sessions that are on their way."""
+JOIN_TURNS = 4
 """Turns of the event loop from an applied delta to the next block's place in the batch."""
 MAX_FAILURES = 3
 """Forwards in a row that may fail."""
 
 
+class Finish(NamedTuple):
+    """How a block was finished."""
+
+    forward: int
+    """In which of this worker's forwards."""
+    together: int
+    """Blocks that were finished in it."""
+
+
 class DenoiserLoop:
     """Blocks join and leave between forwards. Nothing else touches the engine."""
 
-    def __init__(self, engine: DenoiserEngine, thread: EngineThread, tracer: Tracer = NO_TRACER) -> None:
+    def __init__(
+        self, engine: DenoiserEngine, thread: EngineThread, tracer: Tracer = NO_TRACER, turns: Turns | None = None
+    ) -> None:
+        """turns: on cores shared with other towers."""
         self.engine = engine
         self._thread = thread
         self.tracer = tracer
-        self._blocks: dict[Refinement, asyncio.Future[None]] = {}
-        self._applies: dict[asyncio.Future[None], Callable[[], None]] = {}
+        self._turns = turns or Turns(None)
+        self._forwards = 0
+        self._blocks: dict[Refinement, asyncio.Future[Finish]] = {}
+        self._applies: dict[asyncio.Future[None], Extension] = {}
+        self._rates: Mapping[int, Tensor] = {}
+        self._coming = Gathering(GATHER_S)
+        """Sessions whose states are on their way, and by context and commit, deltas of one commit."""
         self._wake = asyncio.Event()
         self._interrupted = False
         """Read between forwards by the engine's thread, which else goes on with the same blocks."""
 
-    async def refine(self, block: Refinement) -> None:
+    def expect(self, state: ContextState) -> None:
+        """A session attaches: its state is on its way."""
+        self._coming.expect(state)
+
+    def known_rates(self, rates: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+        """The same object for equal decay rates: contexts of one checkpoint have the same; sessions share operations."""
+        known = self._rates
+        if rates.keys() != known.keys() or not all(rate.equal(known[layer]) for layer, rate in rates.items()):
+            self._rates = {layer: rate.clone() for layer, rate in rates.items()}
+        return self._rates
+
+    def forget(self, state: ContextState) -> None:
+        """Its session has left."""
+        self._coming.forget(state)
+
+    async def refine(self, block: Refinement) -> Finish:
         """Until the block is done. Cancelling it frees its place before the next forward. Raises NonFiniteLogits."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[Finish] = asyncio.get_running_loop().create_future()
         self._blocks[block] = done
+        self._coming.arrive(block.state)
         self._interrupt()
         try:
-            await done
+            return await done
         finally:
             if self._blocks.pop(block, None) is not None:
                 self._interrupted = True
 
-    async def apply(self, state: ContextState, delta: Delta, rates: Mapping[int, Tensor]) -> None:
-        """Extend a state by a committed block, before the next forward."""
+    async def apply(self, extension: Extension, commit: tuple[str, int], together: int) -> None:
+        """Extend a state by a committed block, before the next forward.
 
-        def work() -> None:
-            with self.tracer.start_as_current_span("apply"):
-                state.apply(delta, rates, self.engine.tower.kernels)
+        commit: of which context, and its number; together: how many sessions here are to be extended by it.
+        """
 
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._applies[done] = work
+        self._applies[done] = extension
+        self._coming.arrive(commit, together)
         self._interrupt()
         try:
             await done
@@ -75,32 +113,47 @@ class DenoiserLoop:
     async def run(self) -> None:
         """Until cancelled, or until forwards fail again and again: then the device is broken, and so is this process."""
         failures = 0
-        while True:
-            await self._wake.wait()
-            if self._applies:
-                await self._apply()
-            blocks = list(self._blocks)
-            if not blocks:
-                if not self._applies:
+        try:
+            while True:
+                await self._wake.wait()
+                if not self._blocks and not self._applies:
+                    self._turns.give()
                     self._wake.clear()
-                continue
-            self._interrupted = False
-            try:
-                await self._thread.run(self._steps, blocks)
-            except Exception as error:
-                log.error("a forward of the denoiser failed", exc_info=error)
-                self._finish(blocks, TwoTowerError("the denoiser failed on this request"))
-                failures += 1
-                if failures == MAX_FAILURES:
-                    raise
-                continue
-            failures = 0
-            self._finish([block for block in blocks if block.done], None)
+                    continue
+                if self._turns.shared:
+                    await self._thread.run(self._turns.take)
+                    await self._coming.complete()  # no context of this machine computes now: what they made is under way
+                if self._applies:
+                    await self._apply()
+                blocks = list(self._blocks)
+                if not blocks:
+                    continue
+                self._interrupted = False
+                try:
+                    await self._thread.run(self._steps, blocks)
+                except Exception as error:
+                    log.error("a forward of the denoiser failed", exc_info=error)
+                    self._finish(blocks, TwoTowerError("the denoiser failed on this request"))
+                    failures += 1
+                    if failures == MAX_FAILURES:
+                        raise
+                    continue
+                failures = 0
+                self._finish([block for block in blocks if block.done], None)
+        finally:
+            self._turns.give()
 
     async def _apply(self) -> None:
-        """Every delta that has come. Their sessions' next blocks then join the forward that follows."""
+        """Every delta that has come."""
         applies = dict(self._applies)
-        for done, error in await self._thread.run(_try_all, applies):
+        self._applies.clear()
+        error: Exception | None = None
+        try:
+            await self._thread.run(self._extend, list(applies.values()))
+        except Exception as failure:
+            log.error("deltas could not be applied", exc_info=failure)
+            error = TwoTowerError("the denoiser failed on this request")
+        for done in applies:
             if done.done():  # its session went away meanwhile
                 continue
             if error is not None:
@@ -110,12 +163,21 @@ class DenoiserLoop:
         for _ in range(JOIN_TURNS):
             await asyncio.sleep(0)
 
+    def _extend(self, extensions: list[Extension]) -> None:
+        with self.tracer.start_as_current_span("apply", attributes={"batch": len(extensions)}):
+            apply_all(extensions, self.engine.tower.kernels)
+
     def _steps(self, blocks: list[Refinement]) -> None:
         """On the engine's thread: forwards of the same blocks, until one is done or something else waits."""
         while True:
+            self._forwards += 1
             with self.tracer.start_as_current_span("step", attributes={"batch": len(blocks)}):
                 self.engine.step(blocks)
-            if self._interrupted or any(block.done for block in blocks):
+            self._turns.give()
+            if any(block.done for block in blocks):
+                return
+            self._turns.take()
+            if self._interrupted:
                 return
 
     def _finish(self, blocks: list[Refinement], error: Exception | None) -> None:
@@ -127,17 +189,4 @@ class DenoiserLoop:
             if failure is not None:
                 future.set_exception(failure)
             else:
-                future.set_result(None)
-
-
-def _try_all(works: Mapping[asyncio.Future[None], Callable[[], None]]) -> list[tuple[asyncio.Future[None], Exception | None]]:
-    """Do all of it; with the error of what failed."""
-    outcomes: list[tuple[asyncio.Future[None], Exception | None]] = []
-    for done, work in works.items():
-        try:
-            work()
-        except Exception as error:
-            outcomes.append((done, error))
-        else:
-            outcomes.append((done, None))
-    return outcomes
+                future.set_result(Finish(self._forwards, len(blocks)))

@@ -17,6 +17,8 @@ from twotower.denoiser.loop import DenoiserLoop
 from twotower.denoiser.worker import Worker
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.thread import EngineThread
+from twotower.engine.turns import Turns
+from twotower.garbage import spare_what_is_loaded
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.memory import state_budget
@@ -39,9 +41,11 @@ async def run(config: DenoiserConfig) -> None:
     stop = stop_requested()
     checkpoint = Checkpoint.open(config.checkpoint, ("denoiser",), context_experts=config.context_experts)
     redis = await connect(config.redis_url)
-    thread = EngineThread("denoiser-engine", config.threads)
+    thread = EngineThread("denoiser-engine", config.threads, pinned=config.turns is not None)
+    device = resolve_device(config.device)
+    turns = Turns(config.turns if device.type == "cpu" else None)
     try:
-        place = resolve_dtype(config.dtype, checkpoint), resolve_device(config.device)
+        place = resolve_dtype(config.dtype, checkpoint), device
         tower = await thread.run(load_denoiser_tower, checkpoint, *place, experts=config.experts, kernels=config.kernels)
         engine = DenoiserEngine(tower)
         await thread.run(_warm_up, engine)
@@ -50,7 +54,7 @@ async def run(config: DenoiserConfig) -> None:
         queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
         worker_id = f"{socket.gethostname()}-{os.getpid()}"
         with recording(config.trace, f"denoiser-{os.getpid()}") as tracer:
-            loop = DenoiserLoop(engine, thread, tracer)
+            loop = DenoiserLoop(engine, thread, tracer, turns)
             transports = WorkerTransports(TransportConfig.of(config.transport), tower.device)
             worker = Worker(checkpoint, loop, queue, worker_id, pool, transports)
             try:
@@ -59,6 +63,7 @@ async def run(config: DenoiserConfig) -> None:
                 transports.close()
     finally:
         thread.close()
+        turns.close()
         await redis.aclose()
 
 
@@ -89,6 +94,7 @@ async def _work(
         asyncio.create_task(work) for work in (worker.pull(), worker.flush(), heartbeat(registry, describe))
     )
     await server.set_serving(True)
+    spare_what_is_loaded()
     print(f"ready grpc={server.address}", flush=True)
     await until_stopped(stop, running, pulling, flushing, beating)
     log.info("draining %d sessions", worker.load)

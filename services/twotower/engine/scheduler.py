@@ -61,9 +61,9 @@ class ContextScheduler(Generic[T]):
         return len(self._commits)
 
     @property
-    def prefilling(self) -> bool:
-        """Whether there are prompts to read."""
-        return bool(self._prefills)
+    def only_commits(self) -> bool:
+        """Whether blocks wait, and nothing else does."""
+        return bool(self._commits) and not self._decodes and not any(map(self._tokens_of, self._prefills))
 
     @property
     def urgent(self) -> bool:

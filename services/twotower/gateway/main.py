@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from twotower.broker.connection import connect
 from twotower.broker.registry import Registry
+from twotower.garbage import spare_what_is_loaded
 from twotower.gateway.bodies import Bodies
 from twotower.gateway.config import GatewayConfig
 from twotower.gateway.core import Core, ServedModel
@@ -78,6 +79,7 @@ async def serve(
         watch = asyncio.create_task(pool.watch(_Readiness(core, pool, metrics, rpc, ready)))
         stack.push_async_callback(end_tasks, watch)
         if await _first(ready, stop):
+            spare_what_is_loaded()
             announce(f"ready grpc={rpc.address} http={http.address}")
             await until_stopped(stop, watch)
         core.refuse()  # first: the watch would call a gateway ready that takes requests

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from twotower.errors import ConfigError
 
+FEW_CORES = 4
+"""A tower with fewer cores than these for itself is better off with all of them half of the time."""
+
 
 @dataclass(frozen=True, slots=True)
 class UpConfig:
@@ -68,6 +71,11 @@ class UpConfig:
 
     @property
     def tower_threads(self) -> int:
-        """CPU threads of each tower: in all at most two for each core, so that one computes on the cores another leaves."""
+        """CPU threads of each tower: an equal share of the cores, or where that would be few, all of them in turns."""
         cores, towers = os.cpu_count() or 1, self.contexts + self.denoisers
-        return self.threads or min(cores, max(1, 2 * cores // towers))
+        return self.threads or (cores if cores < FEW_CORES * towers else cores // towers)
+
+    @property
+    def turns(self) -> bool:
+        """Whether towers take turns on the cores, since each of them uses all."""
+        return self.tower_threads >= (os.cpu_count() or 1)

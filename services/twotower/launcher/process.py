@@ -14,8 +14,8 @@ from twotower.errors import ServiceFailed
 from twotower.launcher import leash
 
 LINE_BYTES = 1 << 20
-SPINS = "1000"
-"""How long a thread of a parallel operation watches for the next one, before it leaves its core to others: microseconds."""
+SPINS = "100000"
+"""How long a thread of a parallel operation watches for the next one, before it leaves its core to others: some 0.2 ms."""
 TAIL = 20
 """Lines of stderr that are kept to explain a death."""
 

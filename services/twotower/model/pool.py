@@ -104,7 +104,9 @@ class StatePool:
             tensor[self.scratch.slot].zero_()
         # The lowest first, so that those in use lie together: a batch of neighbours is a view, not a copy.
         self._slots = list(range(size.slots))
-        self._pages = list(range(size.pages))
+        self._free_pages = bytearray(b"\1" * size.pages)
+        self._mamba: dict[int, dict[int, MambaState]] = {}
+        """Views of the slots that have been used."""
 
     @property
     def used_slots(self) -> int:
@@ -114,7 +116,12 @@ class StatePool:
     @property
     def used_pages(self) -> int:
         """Pages that sessions hold."""
-        return self.size.pages - len(self._pages)
+        return self.size.pages - self.free_pages
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no session holds."""
+        return self._free_pages.count(1)
 
     def ever_fits(self, tokens: int) -> bool:
         """Whether a session of so many tokens would fit an empty pool."""
@@ -122,17 +129,23 @@ class StatePool:
 
     def fits(self, tokens: int) -> bool:
         """Whether a session of so many tokens fits now."""
-        return bool(self._slots) and pages_for(tokens) <= len(self._pages)
+        return bool(self._slots) and pages_for(tokens) <= self.free_pages
 
     def acquire(self, tokens: int) -> ContextState:
-        """The state before the first token, with room for `tokens`. Raises Overloaded."""
+        """A state with room for `tokens`, of length 0. Raises Overloaded.
+
+        Its tensors hold what they held: who computes behind it clears it first, which is left to the thread that computes.
+        """
         if not self.fits(tokens):
             raise Overloaded(
                 f"the state of {tokens} more tokens does not fit: {len(self._slots)} of {self.size.slots} slots"
-                f" and {len(self._pages)} of {self.size.pages} pages are free"
+                f" and {self.free_pages} of {self.size.pages} pages are free"
             )
         place = Place(heapq.heappop(self._slots), self._take_pages(pages_for(tokens)))
-        mamba = {i: MambaState(self.conv[i][place.slot].zero_(), self.ssm[i][place.slot].zero_()) for i in self.conv}
+        mamba = self._mamba.get(place.slot)
+        if mamba is None:
+            mamba = {i: MambaState(self.conv[i][place.slot], self.ssm[i][place.slot]) for i in self.conv}
+            self._mamba[place.slot] = mamba
         kv: dict[int, KVState] = {i: PagedKV(tensor, place.pages, PAGE) for i, tensor in self.kv.items()}
         return ContextState(self.config, self.dtype, self.device, mamba, kv, self, place)
 
@@ -160,23 +173,16 @@ class StatePool:
         assert state.place is not None
         heapq.heappush(self._slots, state.place.slot)
         for page in state.place.pages:
-            heapq.heappush(self._pages, page)
+            self._free_pages[page] = 1
         state.pool = state.place = None
 
     def _take_pages(self, count: int) -> tuple[int, ...]:
         """A run of neighbours where there is one: attention then reads a view. Otherwise the lowest that are free."""
-        free = sorted(self._pages)
-        start = _first_run(free, count)
-        taken = free[start : start + count]
-        self._pages = free[:start] + free[start + count :]  # sorted, and thus a heap
+        start = self._free_pages.find(b"\1" * count)
+        if start >= 0:
+            taken = list(range(start, start + count))
+        else:
+            taken = [page for page, free in enumerate(self._free_pages) if free][:count]
+        for page in taken:
+            self._free_pages[page] = 0
         return tuple(taken)
-
-
-def _first_run(free: Sequence[int], count: int) -> int:
-    """Where `count` neighbours begin in a sorted list; 0 if there are none."""
-    run = 0
-    for i in range(len(free)):
-        run = run + 1 if i and free[i] == free[i - 1] + 1 else 1
-        if run >= count:
-            return i - count + 1
-    return 0

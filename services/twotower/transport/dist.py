@@ -11,7 +11,7 @@ from twotower.errors import Incompatible, Unavailable
 from twotower.transport.config import Kind
 from twotower.transport.group import CONTEXT_RANK, WORKER_RANK, Group
 from twotower.transport.interface import Inlet, Outlet, listed
-from twotower.transport.layout import lay_out, off_loop, pack, placed_message
+from twotower.transport.layout import lay_out, off_loop, pack
 from twotower.v1 import context_pb2
 from twotower.wire.frames import Key
 
@@ -43,15 +43,15 @@ class DistOutlet(Outlet):
         """See `Outlet`. Left before its end, it ends the group: the worker may wait for what was announced."""
         pair, group = self._pair, self._pair.group
         known = await listed(tensors)
-        parts, length = lay_out(known)
+        layout = lay_out(known)
         async with pair.turn:
             await group.joined()
             number, pair.sent = pair.sent, pair.sent + 1
-            buffer = group.buffer(length)
-            piece = buffer[:length]
+            buffer = group.buffer(layout.length)
+            piece = buffer[: layout.length]
             try:
-                await off_loop(length, lambda: pack(known, parts, piece))
-                yield placed_message(number, length, parts)
+                await off_loop(layout.length, lambda: pack(known, layout.parts, piece))
+                yield layout.message(number)
                 await group.run(lambda channel: channel.send([piece], WORKER_RANK, number % TAGS))
             except BaseException:
                 group.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -137,6 +138,7 @@ def shm_possible() -> bool:
     return hasattr(os, "memfd_create")
 
 
+@cache
 def host_token() -> str:
     """Equal in two processes if an abstract unix socket of one can be reached by the other: machine and network namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

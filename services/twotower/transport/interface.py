@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from twotower.errors import Incompatible
 from twotower.transport.config import Kind
-from twotower.transport.layout import Part, check_placed, off_loop, unpack
+from twotower.transport.layout import Part, check_placed, layout_of, off_loop, unpack
 from twotower.v1 import context_pb2
-from twotower.wire.frames import FrameAssembler, Key, Spec, num_bytes
+from twotower.wire.frames import FrameAssembler, Key, Spec
 
 
 class Outlet(ABC):
@@ -74,11 +74,12 @@ class Arrival:
         self._inlet = inlet
         self._expected = expected
         self._device = device
-        self.size = sum(map(num_bytes, expected.values()))
+        self._layout = layout_of(tuple(expected.items()))
+        self.size = self._layout.size
         """Bytes of all tensors."""
         self._frames = FrameAssembler(expected)
         self._placed: context_pb2.Placed | None = None
-        self._parts: list[Part] = []
+        self._parts: Sequence[Part] = []
         self._buffer = torch.empty(0)
 
     async def add(self, message: context_pb2.ContextMessage) -> bool:
@@ -90,7 +91,7 @@ class Arrival:
             return False
         if self._placed is not None:
             raise Incompatible("placed: sent twice")
-        self._parts = check_placed(message.placed, self._expected)
+        self._parts = check_placed(message.placed, self._expected, self._layout)
         self._buffer = await self._inlet.fetch(message.placed)
         self._placed = message.placed
         return True

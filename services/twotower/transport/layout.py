@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ T = TypeVar("T")
 ALIGNMENT = 64
 """Bytes; every tensor begins at a multiple."""
 
-INLINE_BYTES = 256 * 1024
+INLINE_BYTES = 1024 * 1024
 """Copying less than this takes no longer than handing it to a thread."""
 
 
@@ -28,6 +29,43 @@ class Part(NamedTuple):
     key: Key
     spec: Spec
     offset: int
+
+
+class Layout:
+    """Places for a set of tensors, and the message that tells of them: made once, and used for every block."""
+
+    def __init__(self, specs: Sequence[tuple[Key, Spec]]) -> None:
+        parts, offset = [], 0
+        for key, spec in specs:
+            parts.append(Part(key, spec, offset))
+            offset += _padded(num_bytes(spec))
+        self.parts: Sequence[Part] = parts
+        """In the order given."""
+        self.length = offset
+        """Bytes of the buffer."""
+        self.size = sum(num_bytes(spec) for _, spec in specs)
+        """Bytes of all tensors."""
+        self._placed = context_pb2.Placed(
+            length=offset,
+            tensors=[
+                tensor_pb2.Frame(name=key.name, layer=key.layer, dtype=DTYPE_TO_PB[spec.dtype], shape=spec.shape, offset=offset)
+                for key, spec, offset in parts
+            ],
+        )
+
+    def message(self, place: int) -> context_pb2.ContextMessage:
+        """Tells the worker that the tensors lie at `place`."""
+        message = context_pb2.ContextMessage(placed=self._placed)
+        message.placed.place = place
+        return message
+
+    def is_told_by(self, placed: context_pb2.Placed) -> bool:
+        """Whether `placed` says just this."""
+        return bool(placed.length == self.length and placed.tensors == self._placed.tensors)
+
+
+layout_of = lru_cache(maxsize=64)(Layout)
+"""`Layout`, of a tuple: the few that are in use are kept."""
 
 
 async def off_loop(size: int, work: Callable[[], T]) -> T:
@@ -49,13 +87,9 @@ async def off_loop(size: int, work: Callable[[], T]) -> T:
     return task.result()
 
 
-def lay_out(tensors: Sequence[tuple[Key, Tensor]]) -> tuple[list[Part], int]:
-    """A place for each tensor, in order, and the bytes of all."""
-    parts, offset = [], 0
-    for key, tensor in tensors:
-        parts.append(Part(key, Spec(tensor.dtype, tuple(tensor.shape)), offset))
-        offset += _padded(tensor.nbytes)
-    return parts, offset
+def lay_out(tensors: Sequence[tuple[Key, Tensor]]) -> Layout:
+    """A place for each tensor, in order."""
+    return layout_of(tuple((key, Spec(tensor.dtype, tuple(tensor.shape))) for key, tensor in tensors))
 
 
 def pack(tensors: Sequence[tuple[Key, Tensor]], parts: Sequence[Part], buffer: Tensor) -> None:
@@ -73,23 +107,10 @@ def unpack(parts: Sequence[Part], buffer: Tensor) -> dict[Key, Tensor]:
     return {part.key: _view(buffer, part) for part in parts}
 
 
-def placed_message(place: int, length: int, parts: Sequence[Part]) -> context_pb2.ContextMessage:
-    """Tells the worker where the tensors lie."""
-    frames = [
-        tensor_pb2.Frame(
-            name=part.key.name,
-            layer=part.key.layer,
-            dtype=DTYPE_TO_PB[part.spec.dtype],
-            shape=part.spec.shape,
-            offset=part.offset,
-        )
-        for part in parts
-    ]
-    return context_pb2.ContextMessage(placed=context_pb2.Placed(place=place, length=length, tensors=frames))
-
-
-def check_placed(placed: context_pb2.Placed, expected: Mapping[Key, Spec]) -> list[Part]:
-    """The places of exactly the expected tensors. Raises Incompatible, naming what does not fit."""
+def check_placed(placed: context_pb2.Placed, expected: Mapping[Key, Spec], usual: Layout) -> Sequence[Part]:
+    """The places of exactly the expected tensors, as a rule in the `usual` layout. Raises Incompatible, naming what differs."""
+    if usual.is_told_by(placed):
+        return usual.parts
     most = sum(_padded(num_bytes(spec)) for spec in expected.values())
     if not 0 <= placed.length <= most:
         raise Incompatible(f"placed.length: {placed.length}, expected at most {most}")

@@ -11,7 +11,7 @@ from twotower.transport.config import Kind
 from twotower.transport.frames import FrameOutlet
 from twotower.transport.inbox import SegmentInbox
 from twotower.transport.interface import Inlet, Outlet, listed
-from twotower.transport.layout import lay_out, off_loop, pack, placed_message
+from twotower.transport.layout import lay_out, off_loop, pack
 from twotower.transport.segments import PeerSegments
 from twotower.v1 import context_pb2
 from twotower.wire.frames import Key
@@ -29,14 +29,14 @@ class ShmOutlet(Outlet):
     async def send(self, tensors: Iterable[tuple[Key, Tensor]]) -> AsyncGenerator[context_pb2.ContextMessage]:
         """See `Outlet`."""
         known = await listed(tensors)
-        parts, length = lay_out(known)
-        segment = self._segments.lease(length, self)
+        layout = lay_out(known)
+        segment = self._segments.lease(layout.length, self)
         if segment is None:
             async for message in self._frames.send(known):
                 yield message
             return
-        await off_loop(length, lambda: pack(known, parts, segment.bytes[:length]))
-        yield placed_message(segment.number, length, parts)
+        await off_loop(layout.length, lambda: pack(known, layout.parts, segment.bytes[: layout.length]))
+        yield layout.message(segment.number)
 
     async def close(self) -> None:
         """See `Outlet`."""

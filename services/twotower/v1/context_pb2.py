@@ -26,15 +26,15 @@ from twotower.v1 import inference_pb2 as twotower_dot_v1_dot_inference__pb2
 from twotower.v1 import tensor_pb2 as twotower_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19twotower/v1/context.proto\x12\x0btwotower.v1\x1a\x1btwotower/v1/inference.proto\x1a\x18twotower/v1/tensor.proto\"\xd9\x01\n\x06Params\x12\x1f\n\x04mode\x18\x01 \x01(\x0e\x32\x11.twotower.v1.Mode\x12\x12\n\nmax_tokens\x18\x02 \x01(\x03\x12\x12\n\nblock_size\x18\x03 \x01(\x03\x12\r\n\x05steps\x18\x04 \x01(\x03\x12\r\n\x05gamma\x18\x05 \x01(\x01\x12\x13\n\x0btemperature\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x03\x12\x15\n\reos_token_ids\x18\x08 \x03(\x03\x12\r\n\x05top_k\x18\t \x01(\x03\x12\r\n\x05top_p\x18\n \x01(\x01\x12\x10\n\x08logprobs\x18\x0b \x01(\x03\"\xa9\x01\n\x0bOpenRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x15.twotower.v1.TokenIds\x12\x11\n\tgenerated\x18\x03 \x01(\x03\x12#\n\x06params\x18\x04 \x01(\x0b\x32\x13.twotower.v1.Params\x12\'\n\x08priority\x18\x05 \x01(\x0e\x32\x15.twotower.v1.Priority\"k\n\x0cSessionEvent\x12*\n\x05\x62lock\x18\x01 \x01(\x0b\x32\x19.twotower.v1.SessionBlockH\x00\x12&\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x17.twotower.v1.SessionEndH\x00\x42\x07\n\x05\x65vent\"a\n\x0cSessionBlock\x12\x11\n\ttoken_ids\x18\x01 \x03(\x03\x12\x10\n\x08\x66orwards\x18\x02 \x01(\x03\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.twotower.v1.TokenLogprobs\">\n\nSessionEnd\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.twotower.v1.FinishReason\"\x94\x01\n\rWorkerMessage\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.twotower.v1.HelloH\x00\x12,\n\nblock_done\x18\x02 \x01(\x0b\x32\x16.twotower.v1.BlockDoneH\x00\x12%\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x13.twotower.v1.FailedH\x00\x42\t\n\x07message\"\xbf\x01\n\x05Hello\x12\x16\n\x0eschema_version\x18\x01 \x01(\x05\x12\x15\n\rcheckpoint_id\x18\x02 \x01(\t\x12!\n\x05\x64type\x18\x03 \x01(\x0e\x32\x12.twotower.v1.DType\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x12\n\nsession_id\x18\x05 \x01(\t\x12\r\n\x05lease\x18\x06 \x01(\x03\x12.\n\ttransport\x18\x07 \x01(\x0b\x32\x1b.twotower.v1.TransportOffer\"\x86\x01\n\x0eTransportOffer\x12%\n\x05kinds\x18\x01 \x03(\x0e\x32\x16.twotower.v1.Transport\x12\x0c\n\x04peer\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x12\n\nshm_socket\x18\x04 \x01(\t\x12\x10\n\x08\x62\x61\x63kends\x18\x05 \x03(\t\x12\x0b\n\x03gpu\x18\x06 \x01(\t\"q\n\tBlockDone\x12\x11\n\tgenerated\x18\x01 \x01(\x03\x12\x11\n\ttoken_ids\x18\x02 \x03(\x03\x12\x10\n\x08\x66orwards\x18\x03 \x01(\x03\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.twotower.v1.TokenLogprobs\"\x18\n\x06\x46\x61iled\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xe0\x01\n\x0e\x43ontextMessage\x12)\n\x08\x61ttached\x18\x01 \x01(\x0b\x32\x15.twotower.v1.AttachedH\x00\x12)\n\x06\x66rames\x18\x02 \x01(\x0b\x32\x17.twotower.v1.FrameBatchH\x00\x12%\n\x06refine\x18\x03 \x01(\x0b\x32\x13.twotower.v1.RefineH\x00\x12\x1f\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x10.twotower.v1.EndH\x00\x12%\n\x06placed\x18\x05 \x01(\x0b\x32\x13.twotower.v1.PlacedH\x00\x42\t\n\x07message\"p\n\x08\x41ttached\x12#\n\x06params\x18\x01 \x01(\x0b\x32\x13.twotower.v1.Params\x12\x0e\n\x06length\x18\x02 \x01(\x03\x12/\n\ttransport\x18\x03 \x01(\x0b\x32\x1c.twotower.v1.TransportChoice\"k\n\x0fTransportChoice\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.twotower.v1.Transport\x12\x12\n\nstore_port\x18\x02 \x01(\x05\x12\r\n\x05group\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\"L\n\x06Placed\x12\r\n\x05place\x18\x01 \x01(\x04\x12\x0e\n\x06length\x18\x02 \x01(\x03\x12#\n\x07tensors\x18\x03 \x03(\x0b\x32\x12.twotower.v1.Frame\"+\n\x06Refine\x12\x11\n\tgenerated\x18\x01 \x01(\x03\x12\x0e\n\x06length\x18\x02 \x01(\x03\"\x05\n\x03\x45nd*a\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x12\n\x0eTRANSPORT_GRPC\x10\x01\x12\x11\n\rTRANSPORT_SHM\x10\x02\x12\x12\n\x0eTRANSPORT_DIST\x10\x03\x32\x94\x01\n\x0c\x43ontextTower\x12=\n\x04Open\x12\x18.twotower.v1.OpenRequest\x1a\x19.twotower.v1.SessionEvent0\x01\x12\x45\n\x06\x41ttach\x12\x1a.twotower.v1.WorkerMessage\x1a\x1b.twotower.v1.ContextMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19twotower/v1/context.proto\x12\x0btwotower.v1\x1a\x1btwotower/v1/inference.proto\x1a\x18twotower/v1/tensor.proto\"\xd9\x01\n\x06Params\x12\x1f\n\x04mode\x18\x01 \x01(\x0e\x32\x11.twotower.v1.Mode\x12\x12\n\nmax_tokens\x18\x02 \x01(\x03\x12\x12\n\nblock_size\x18\x03 \x01(\x03\x12\r\n\x05steps\x18\x04 \x01(\x03\x12\r\n\x05gamma\x18\x05 \x01(\x01\x12\x13\n\x0btemperature\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x03\x12\x15\n\reos_token_ids\x18\x08 \x03(\x03\x12\r\n\x05top_k\x18\t \x01(\x03\x12\r\n\x05top_p\x18\n \x01(\x01\x12\x10\n\x08logprobs\x18\x0b \x01(\x03\"\xa9\x01\n\x0bOpenRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x15.twotower.v1.TokenIds\x12\x11\n\tgenerated\x18\x03 \x01(\x03\x12#\n\x06params\x18\x04 \x01(\x0b\x32\x13.twotower.v1.Params\x12\'\n\x08priority\x18\x05 \x01(\x0e\x32\x15.twotower.v1.Priority\"k\n\x0cSessionEvent\x12*\n\x05\x62lock\x18\x01 \x01(\x0b\x32\x19.twotower.v1.SessionBlockH\x00\x12&\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x17.twotower.v1.SessionEndH\x00\x42\x07\n\x05\x65vent\"a\n\x0cSessionBlock\x12\x11\n\ttoken_ids\x18\x01 \x03(\x03\x12\x10\n\x08\x66orwards\x18\x02 \x01(\x03\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.twotower.v1.TokenLogprobs\">\n\nSessionEnd\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.twotower.v1.FinishReason\"\x94\x01\n\rWorkerMessage\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.twotower.v1.HelloH\x00\x12,\n\nblock_done\x18\x02 \x01(\x0b\x32\x16.twotower.v1.BlockDoneH\x00\x12%\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x13.twotower.v1.FailedH\x00\x42\t\n\x07message\"\xbf\x01\n\x05Hello\x12\x16\n\x0eschema_version\x18\x01 \x01(\x05\x12\x15\n\rcheckpoint_id\x18\x02 \x01(\t\x12!\n\x05\x64type\x18\x03 \x01(\x0e\x32\x12.twotower.v1.DType\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x12\n\nsession_id\x18\x05 \x01(\t\x12\r\n\x05lease\x18\x06 \x01(\x03\x12.\n\ttransport\x18\x07 \x01(\x0b\x32\x1b.twotower.v1.TransportOffer\"\x86\x01\n\x0eTransportOffer\x12%\n\x05kinds\x18\x01 \x03(\x0e\x32\x16.twotower.v1.Transport\x12\x0c\n\x04peer\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x12\n\nshm_socket\x18\x04 \x01(\t\x12\x10\n\x08\x62\x61\x63kends\x18\x05 \x03(\t\x12\x0b\n\x03gpu\x18\x06 \x01(\t\"\x94\x01\n\tBlockDone\x12\x11\n\tgenerated\x18\x01 \x01(\x03\x12\x11\n\ttoken_ids\x18\x02 \x03(\x03\x12\x10\n\x08\x66orwards\x18\x03 \x01(\x03\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.twotower.v1.TokenLogprobs\x12\x0f\n\x07\x66orward\x18\x05 \x01(\x03\x12\x10\n\x08together\x18\x06 \x01(\x03\"\x18\n\x06\x46\x61iled\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xe0\x01\n\x0e\x43ontextMessage\x12)\n\x08\x61ttached\x18\x01 \x01(\x0b\x32\x15.twotower.v1.AttachedH\x00\x12)\n\x06\x66rames\x18\x02 \x01(\x0b\x32\x17.twotower.v1.FrameBatchH\x00\x12%\n\x06refine\x18\x03 \x01(\x0b\x32\x13.twotower.v1.RefineH\x00\x12\x1f\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x10.twotower.v1.EndH\x00\x12%\n\x06placed\x18\x05 \x01(\x0b\x32\x13.twotower.v1.PlacedH\x00\x42\t\n\x07message\"p\n\x08\x41ttached\x12#\n\x06params\x18\x01 \x01(\x0b\x32\x13.twotower.v1.Params\x12\x0e\n\x06length\x18\x02 \x01(\x03\x12/\n\ttransport\x18\x03 \x01(\x0b\x32\x1c.twotower.v1.TransportChoice\"k\n\x0fTransportChoice\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.twotower.v1.Transport\x12\x12\n\nstore_port\x18\x02 \x01(\x05\x12\r\n\x05group\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\"L\n\x06Placed\x12\r\n\x05place\x18\x01 \x01(\x04\x12\x0e\n\x06length\x18\x02 \x01(\x03\x12#\n\x07tensors\x18\x03 \x03(\x0b\x32\x12.twotower.v1.Frame\"M\n\x06Refine\x12\x11\n\tgenerated\x18\x01 \x01(\x03\x12\x0e\n\x06length\x18\x02 \x01(\x03\x12\x0e\n\x06\x63ommit\x18\x03 \x01(\x03\x12\x10\n\x08together\x18\x04 \x01(\x03\"\x05\n\x03\x45nd*a\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x12\n\x0eTRANSPORT_GRPC\x10\x01\x12\x11\n\rTRANSPORT_SHM\x10\x02\x12\x12\n\x0eTRANSPORT_DIST\x10\x03\x32\x94\x01\n\x0c\x43ontextTower\x12=\n\x04Open\x12\x18.twotower.v1.OpenRequest\x1a\x19.twotower.v1.SessionEvent0\x01\x12\x45\n\x06\x41ttach\x12\x1a.twotower.v1.WorkerMessage\x1a\x1b.twotower.v1.ContextMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'twotower.v1.context_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSPORT']._serialized_start=1964
-  _globals['_TRANSPORT']._serialized_end=2061
+  _globals['_TRANSPORT']._serialized_start=2034
+  _globals['_TRANSPORT']._serialized_end=2131
   _globals['_PARAMS']._serialized_start=98
   _globals['_PARAMS']._serialized_end=315
   _globals['_OPENREQUEST']._serialized_start=318
@@ -51,22 +51,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO']._serialized_end=1104
   _globals['_TRANSPORTOFFER']._serialized_start=1107
   _globals['_TRANSPORTOFFER']._serialized_end=1241
-  _globals['_BLOCKDONE']._serialized_start=1243
-  _globals['_BLOCKDONE']._serialized_end=1356
-  _globals['_FAILED']._serialized_start=1358
-  _globals['_FAILED']._serialized_end=1382
-  _globals['_CONTEXTMESSAGE']._serialized_start=1385
-  _globals['_CONTEXTMESSAGE']._serialized_end=1609
-  _globals['_ATTACHED']._serialized_start=1611
-  _globals['_ATTACHED']._serialized_end=1723
-  _globals['_TRANSPORTCHOICE']._serialized_start=1725
-  _globals['_TRANSPORTCHOICE']._serialized_end=1832
-  _globals['_PLACED']._serialized_start=1834
-  _globals['_PLACED']._serialized_end=1910
-  _globals['_REFINE']._serialized_start=1912
-  _globals['_REFINE']._serialized_end=1955
-  _globals['_END']._serialized_start=1957
-  _globals['_END']._serialized_end=1962
-  _globals['_CONTEXTTOWER']._serialized_start=2064
-  _globals['_CONTEXTTOWER']._serialized_end=2212
+  _globals['_BLOCKDONE']._serialized_start=1244
+  _globals['_BLOCKDONE']._serialized_end=1392
+  _globals['_FAILED']._serialized_start=1394
+  _globals['_FAILED']._serialized_end=1418
+  _globals['_CONTEXTMESSAGE']._serialized_start=1421
+  _globals['_CONTEXTMESSAGE']._serialized_end=1645
+  _globals['_ATTACHED']._serialized_start=1647
+  _globals['_ATTACHED']._serialized_end=1759
+  _globals['_TRANSPORTCHOICE']._serialized_start=1761
+  _globals['_TRANSPORTCHOICE']._serialized_end=1868
+  _globals['_PLACED']._serialized_start=1870
+  _globals['_PLACED']._serialized_end=1946
+  _globals['_REFINE']._serialized_start=1948
+  _globals['_REFINE']._serialized_end=2025
+  _globals['_END']._serialized_start=2027
+  _globals['_END']._serialized_end=2032
+  _globals['_CONTEXTTOWER']._serialized_start=2134
+  _globals['_CONTEXTTOWER']._serialized_end=2282
 # @@protoc_insertion_point(module_scope)

@@ -372,10 +372,16 @@ class BlockDone(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     FORWARDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    FORWARD_FIELD_NUMBER: _builtins.int
+    TOGETHER_FIELD_NUMBER: _builtins.int
     generated: _builtins.int
     """Tokens generated before this block: its place in the session."""
     forwards: _builtins.int
     """Denoiser forwards it took."""
+    forward: _builtins.int
+    """Number of the worker's forward in which it was finished."""
+    together: _builtins.int
+    """Blocks that were finished in that forward: they come one after the other, and should be committed together."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """block_size tokens."""
@@ -391,10 +397,12 @@ class BlockDone(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         forwards: _builtins.int = ...,
         logprobs: _abc.Iterable[_inference_pb2.TokenLogprobs] | None = ...,
+        forward: _builtins.int = ...,
+        together: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forwards", b"forwards", "generated", b"generated", "logprobs", b"logprobs", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forward", b"forward", "forwards", b"forwards", "generated", b"generated", "logprobs", b"logprobs", "together", b"together", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -579,19 +587,27 @@ class Refine(_message.Message):
 
     GENERATED_FIELD_NUMBER: _builtins.int
     LENGTH_FIELD_NUMBER: _builtins.int
+    COMMIT_FIELD_NUMBER: _builtins.int
+    TOGETHER_FIELD_NUMBER: _builtins.int
     generated: _builtins.int
     """Tokens generated before it."""
     length: _builtins.int
     """Tokens that the state holds now."""
+    commit: _builtins.int
+    """After a block: number of the context's commit that took it."""
+    together: _builtins.int
+    """The worker's sessions in that commit: their deltas come one after the other, and their next blocks should begin together."""
     def __init__(
         self,
         *,
         generated: _builtins.int = ...,
         length: _builtins.int = ...,
+        commit: _builtins.int = ...,
+        together: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generated", b"generated", "length", b"length"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "generated", b"generated", "length", b"length", "together", b"together"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,7 +8,7 @@ from twotower.errors import Incompatible
 from twotower.v1 import context_pb2
 from twotower.wire.frames import DTYPE_TO_PB
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Version of the attach protocol: messages, names and layout of frames."""
 
 

@@ -8,6 +8,7 @@ attention ``k v``. Delta, per layer: Mamba ``x b dt conv``, attention ``k v`` of
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from twotower.wire.frames import Key, Spec
 
 
 def state_tensors(state: ContextState, decay_rates: Mapping[int, Tensor]) -> Iterator[tuple[Key, Tensor]]:
-    """All tensors of a state."""
+    """All tensors of a state, in the order of `state_spec`."""
     for i, mamba in state.mamba.items():
         yield Key("conv", i), mamba.conv[:, 1:]
         yield Key("ssm", i), mamba.ssm
@@ -30,9 +31,10 @@ def state_tensors(state: ContextState, decay_rates: Mapping[int, Tensor]) -> Ite
         yield Key("v", i), v
 
 
-def state_spec(config: ModelConfig, dtype: torch.dtype, length: int) -> dict[Key, Spec]:
+@lru_cache(maxsize=64)
+def state_spec(config: ModelConfig, dtype: torch.dtype, length: int) -> Mapping[Key, Spec]:
     """What a state of `length` tokens consists of."""
-    spec = {}
+    spec: dict[Key, Spec] = {}
     for i in config.layers_of(MAMBA):
         spec[Key("conv", i)] = Spec(dtype, (config.conv_dim, config.conv_kernel - 1))
         spec[Key("ssm", i)] = Spec(torch.float32, (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size))
@@ -52,21 +54,23 @@ def fill_state(state: ContextState, tensors: Mapping[Key, Tensor], length: int) 
 
 
 def delta_tensors(delta: Delta) -> Iterator[tuple[Key, Tensor]]:
-    """All tensors of a delta."""
+    """All tensors of a delta, in the order of `delta_spec`."""
     for i, change in delta.layers.items():
         if isinstance(change, MambaDelta):
             yield Key("x", i), change.x
             yield Key("b", i), change.b
             yield Key("dt", i), change.dt
             yield Key("conv", i), change.conv[:, 1:]
-        else:
+    for i, change in delta.layers.items():
+        if isinstance(change, KVDelta):
             yield Key("k", i), change.k
             yield Key("v", i), change.v
 
 
-def delta_spec(config: ModelConfig, dtype: torch.dtype, length: int) -> dict[Key, Spec]:
+@lru_cache(maxsize=64)
+def delta_spec(config: ModelConfig, dtype: torch.dtype, length: int) -> Mapping[Key, Spec]:
     """What a delta of `length` tokens consists of."""
-    spec = {}
+    spec: dict[Key, Spec] = {}
     for i in config.layers_of(MAMBA):
         spec[Key("x", i)] = Spec(dtype, (length, config.mamba_num_heads, config.mamba_head_dim))
         spec[Key("b", i)] = Spec(dtype, (length, config.n_groups, config.ssm_state_size))
