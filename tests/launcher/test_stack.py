@@ -53,8 +53,8 @@ def test_threads_are_shared_out(tmp_path: Path) -> None:
     cores = os.cpu_count() or 1
     for config in (UpConfig(tmp_path), UpConfig(tmp_path, denoisers=3), UpConfig(tmp_path, contexts=100, denoisers=1000)):
         share = cores // (config.contexts + config.denoisers)
-        assert config.tower_threads == (share if share >= FEW_CORES else cores)
-        assert config.turns == (share < FEW_CORES)
+        assert config.tower_threads == (cores if 1 <= share < FEW_CORES else max(1, share))
+        assert config.turns == (1 <= share < FEW_CORES or cores == 1)
     assert UpConfig(tmp_path, threads=cores).turns
     assert not UpConfig(tmp_path, threads=1).turns or cores == 1
     assert UpConfig(tmp_path, threads=7).tower_threads == 7

@@ -71,9 +71,10 @@ class UpConfig:
 
     @property
     def tower_threads(self) -> int:
-        """CPU threads of each tower: an equal share of the cores, or where that would be few, all of them in turns."""
+        """CPU threads of each tower: an equal share of the cores; where that would be few, all of them in turns."""
         cores, towers = os.cpu_count() or 1, self.contexts + self.denoisers
-        return self.threads or (cores if cores < FEW_CORES * towers else cores // towers)
+        few = towers <= cores < FEW_CORES * towers  # more towers than cores keep these busy with a thread each
+        return self.threads or (cores if few else max(1, cores // towers))
 
     @property
     def turns(self) -> bool:
