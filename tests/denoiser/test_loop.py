@@ -69,6 +69,13 @@ async def test_blocks_that_one_forward_finished_know_of_one_another(engine: Loca
     assert one.forward > three[0].forward
 
 
+async def test_blocks_are_counted_by_context(engine: LocalEngine, loop: DenoiserLoop) -> None:
+    """Each context waits for its own."""
+    contexts, params = ["a:1", "b:1", "a:1"], GenerationParams(gamma=1.0, steps=3)
+    finishes = await asyncio.gather(*(loop.refine(_start(engine, params), context) for context in contexts))
+    assert [finish.together for finish in finishes] == [2, 1, 2]
+
+
 async def test_a_cancelled_block_gets_no_further_forward(engine: LocalEngine, loop: DenoiserLoop) -> None:
     endless = GenerationParams(gamma=1.0, block_size=256, steps=256)
     block = _start(engine, endless)

@@ -157,6 +157,9 @@ class ContextLoop:
             await self._wake.wait()
             await self._finished.complete()
             await self._merge()
+            if not self._scheduler:
+                self._wake.clear()
+                continue
             async with self._turn() as until:
                 while await self._iterate() and not self._few and asyncio.get_running_loop().time() < until:
                     await self._finished.complete()
@@ -167,9 +170,6 @@ class ContextLoop:
         It should after commits and prompts, which give denoisers more to do at a time; AR tokens alternate with their steps.
         """
         plan = self._scheduler.plan()
-        if not plan:
-            self._wake.clear()
-            return False
         if plan.commits:
             _deliver(await self._thread.run(self._commit, plan.commits))
         if plan.decodes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,9 @@ from twotower.wire.handshake import make_hello
 from twotower.wire.logprobs import logprobs_to_pb
 from twotower.wire.params import params_from_pb
 from twotower.wire.state import delta_from, delta_spec, fill_state, state_spec
+
+LEAVE_S = 1.0
+"""How long a call that is over may take to end."""
 
 
 class Attachment:
@@ -58,9 +62,17 @@ class Attachment:
         call = context_pb2_grpc.ContextTowerStub(channel).Attach()
         try:
             await self._work(call, ready, attached, drain)
+            await self._leave(call)
         finally:
             self._loop.forget(self._state)
             call.cancel()  # nothing is left open, whatever happened; no effect on a call that is over
+
+    async def _leave(self, call: Any) -> None:
+        """Let the context end the call, as it is about to: cancelled in the middle of that, it would log an error."""
+        with contextlib.suppress(TimeoutError, grpc.aio.AioRpcError):
+            async with asyncio.timeout(LEAVE_S):
+                while await self._read(call) is not None:
+                    pass
 
     async def _work(self, call: Any, ready: ReadySession, attached: asyncio.Event, drain: asyncio.Event) -> None:
         tower = self._loop.engine.tower
@@ -153,7 +165,7 @@ class Attachment:
 
     async def _refine(self, call: Any, block: Refinement, answer: asyncio.Task[Any]) -> Finish | None:
         """Run the block's steps; None if the session ended meanwhile, or failed here."""
-        refining = asyncio.create_task(self._loop.refine(block))
+        refining = asyncio.create_task(self._loop.refine(block, self._context))
         try:
             await asyncio.wait((refining, answer), return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:

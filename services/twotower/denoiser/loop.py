@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -35,7 +36,15 @@ class Finish(NamedTuple):
     forward: int
     """In which of this worker's forwards."""
     together: int
-    """Blocks that were finished in it."""
+    """Blocks of the same context's sessions that were finished in it."""
+
+
+class _Place(NamedTuple):
+    """A block's place in the batch."""
+
+    done: asyncio.Future[Finish]
+    context: str
+    """The address of its session's context."""
 
 
 class DenoiserLoop:
@@ -50,7 +59,7 @@ class DenoiserLoop:
         self.tracer = tracer
         self._turns = turns or Turns(None)
         self._forwards = 0
-        self._blocks: dict[Refinement, asyncio.Future[Finish]] = {}
+        self._blocks: dict[Refinement, _Place] = {}
         self._applies: dict[asyncio.Future[None], Extension] = {}
         self._rates: Mapping[int, Tensor] = {}
         self._coming = Gathering(GATHER_S)
@@ -58,6 +67,8 @@ class DenoiserLoop:
         self._wake = asyncio.Event()
         self._interrupted = False
         """Read between forwards by the engine's thread, which else goes on with the same blocks."""
+        self._settling = 0
+        """How many wait for the engine's thread; it must not wait for a turn meanwhile."""
 
     def expect(self, state: ContextState) -> None:
         """A session attaches: its state is on its way."""
@@ -74,10 +85,13 @@ class DenoiserLoop:
         """Its session has left."""
         self._coming.forget(state)
 
-    async def refine(self, block: Refinement) -> Finish:
-        """Until the block is done. Cancelling it frees its place before the next forward. Raises NonFiniteLogits."""
+    async def refine(self, block: Refinement, context: str = "") -> Finish:
+        """Until the block is done. Cancelling it frees its place before the next forward. Raises NonFiniteLogits.
+
+        context: address of the session's context.
+        """
         done: asyncio.Future[Finish] = asyncio.get_running_loop().create_future()
-        self._blocks[block] = done
+        self._blocks[block] = _Place(done, context)
         self._coming.arrive(block.state)
         self._interrupt()
         try:
@@ -91,10 +105,10 @@ class DenoiserLoop:
 
         commit: of which context, and its number; together: how many sessions here are to be extended by it.
         """
-
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._applies[done] = extension
-        self._coming.arrive(commit, together)
+        if self._turns.shared:
+            self._coming.arrive(commit, together)
         self._interrupt()
         try:
             await done
@@ -104,7 +118,11 @@ class DenoiserLoop:
     async def settle(self) -> None:
         """Until the forward under way, if any, is over: what it computes with may then be given to others."""
         self._interrupted = True
-        await self._thread.settle()
+        self._settling += 1
+        try:
+            await self._thread.settle()
+        finally:
+            self._settling -= 1
 
     def _interrupt(self) -> None:
         self._interrupted = True
@@ -121,7 +139,8 @@ class DenoiserLoop:
                     self._wake.clear()
                     continue
                 if self._turns.shared:
-                    await self._thread.run(self._turns.take)
+                    if not await self._thread.run(self._take_turn):
+                        continue
                     await self._coming.complete()  # no context of this machine computes now: what they made is under way
                 if self._applies:
                     await self._apply()
@@ -176,17 +195,20 @@ class DenoiserLoop:
             self._turns.give()
             if any(block.done for block in blocks):
                 return
-            self._turns.take()
-            if self._interrupted:
+            if not self._take_turn() or self._interrupted:
                 return
 
+    def _take_turn(self) -> bool:
+        """On the engine's thread: False if someone waits for it to settle before there is a turn."""
+        return self._turns.take(unless=lambda: self._settling > 0)
+
     def _finish(self, blocks: list[Refinement], error: Exception | None) -> None:
-        for block in blocks:
-            future = self._blocks.pop(block, None)
-            if future is None or future.done():  # its session went away meanwhile
-                continue
+        places = {block: place for block in blocks if (place := self._blocks.pop(block, None)) is not None}
+        present = {block: place for block, place in places.items() if not place.done.done()}  # others' sessions went away
+        together = Counter(place.context for block, place in present.items() if (error or block.error) is None)
+        for block, (done, context) in present.items():
             failure = error or block.error
             if failure is not None:
-                future.set_exception(failure)
+                done.set_exception(failure)
             else:
-                future.set_result(Finish(self._forwards, len(blocks)))
+                done.set_result(Finish(self._forwards, together[context]))

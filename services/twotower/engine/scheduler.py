@@ -60,6 +60,10 @@ class ContextScheduler(Generic[T]):
         """Blocks that wait."""
         return len(self._commits)
 
+    def __bool__(self) -> bool:
+        """Whether anything waits."""
+        return self.urgent or any(map(self._tokens_of, self._prefills))
+
     @property
     def only_commits(self) -> bool:
         """Whether blocks wait, and nothing else does."""

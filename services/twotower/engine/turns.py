@@ -43,16 +43,20 @@ class Turns:
         """Whether there may be others."""
         return self._file is not None
 
-    def take(self) -> None:
-        """Wait for a turn, unless this process has one."""
+    def take(self, unless: Callable[[], bool] = lambda: False) -> bool:
+        """Wait for a turn, unless this process has one. False without a turn: `unless` became true while it waited."""
         if self._file is None or self._held:
-            return
+            return True
         give_up = self._clock() + PATIENCE_S
         for byte in (_NEXT, _CORES):
             while not self._lock(byte) and self._clock() < give_up:
+                if unless():
+                    self._unlock(_NEXT)
+                    return False
                 self._sleep(POLL_S)
         self._unlock(_NEXT)
         self._held = True
+        return True
 
     def give(self) -> None:
         """Let others have theirs."""
