@@ -139,12 +139,19 @@ async def test_the_lists_end_where_a_stop_string_cuts_the_text(checkpoint: Path,
                 pieces = await ask(client, stream, logprobs=1, stop=[stop])
                 assert text_of(pieces) == text[:kept]
                 assert pieces[-1].choices[0].finish_reason == "stop"
-                assert lists_of(pieces) == (tokens[:count], logprobs[:count], tops[:count], offsets[:count])
+                # A session that a stop string ended may still be in the batch: in fp32, that can change a last bit.
+                told = lists_of(pieces)
+                assert (told[0], told[3]) == (tokens[:count], offsets[:count])
+                assert told[1] == pytest.approx(logprobs[:count], abs=1e-4)
+                assert told[2] == [pytest.approx(top, abs=1e-4) for top in tops[:count]]
             cases += 0 < count < len(tokens)
         assert cases > 3
         # A stop string that never comes cuts nothing, though text was held back for it.
         pieces = await ask(client, True, logprobs=1, stop=[text[-2:] + "never"])
-        assert (text_of(pieces), lists_of(pieces)) == (text, (tokens, logprobs, tops, offsets))
+        told = lists_of(pieces)
+        assert (text_of(pieces), told[0], told[3]) == (text, tokens, offsets)
+        assert told[1] == pytest.approx(logprobs, abs=1e-4)
+        assert told[2] == [pytest.approx(top, abs=1e-4) for top in tops]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from twotower.errors import ConfigError, ServiceFailed
 from twotower.events import Block
 from twotower.launcher import embedded_redis as embedded
 from twotower.launcher import stack as stack_module
-from twotower.launcher.config import FEW_CORES, UpConfig
+from twotower.launcher.config import FEW_CORES, MOST_CORES, UpConfig
 from twotower.launcher.stack import stack
 from twotower.request import GenerationParams
 
@@ -53,8 +53,9 @@ def test_threads_are_shared_out(tmp_path: Path) -> None:
     cores = os.cpu_count() or 1
     for config in (UpConfig(tmp_path), UpConfig(tmp_path, denoisers=3), UpConfig(tmp_path, contexts=100, denoisers=1000)):
         share = cores // (config.contexts + config.denoisers)
-        assert config.tower_threads == (cores if 1 <= share < FEW_CORES else max(1, share))
-        assert config.turns == (1 <= share < FEW_CORES or cores == 1)
+        few = 1 <= share < FEW_CORES and cores <= MOST_CORES
+        assert config.tower_threads == (cores if few else max(1, share))
+        assert config.turns == (few or cores == 1)
     assert UpConfig(tmp_path, threads=cores).turns
     assert not UpConfig(tmp_path, threads=1).turns or cores == 1
     assert UpConfig(tmp_path, threads=7).tower_threads == 7

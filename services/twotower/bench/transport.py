@@ -105,7 +105,7 @@ async def _seconds(call: Any, inlet: Inlet, length: int, rounds: int) -> float:
             while await arrival.add(await call.read()):
                 pass
             tensors = await arrival.tensors()
-            await off_loop(arrival.size, lambda tensors=tensors: _copy(own, tensors))  # type: ignore[misc]
+            await off_loop(arrival.size, CPU, lambda tensors=tensors: _copy(own, tensors))  # type: ignore[misc]
         times.append(time.perf_counter() - start)
     return median(times[WARM_UP:])
 

@@ -28,8 +28,9 @@ GATHER_S = 0.02
 """How long a commit waits, at most, for the other blocks that were finished in the same denoiser step."""
 MERGE_S = 0.5
 """How long, at most, a few blocks wait on shared cores for more to be finished."""
-TURN_S = 1.0
-"""How long this tower may keep the cores that it shares with denoisers: their batches are the fuller for it."""
+CREDIT_S = 1.0
+"""How long this tower may keep the cores that it shares with denoisers, whose batches are the fuller for it: the time that they
+have had since, and so, in the long run, no longer than they."""
 
 AfterChunk = Callable[[Session], None]
 """Called on the engine's thread, each time a chunk of the session's prompt is read."""
@@ -101,6 +102,9 @@ class ContextLoop:
         self.tracer = tracer
         self._scheduler: ContextScheduler[_Work] = ContextScheduler(budget, lambda work: work.tokens)
         self._turns = turns or Turns(None)
+        self._credit_s = CREDIT_S
+        self._gave_turn = float("-inf")
+        """When others could have the cores again, by the event loop's clock."""
         self._wake = asyncio.Event()
         self._finished = Gathering(GATHER_S)
         """By worker and forward: blocks that were finished together."""
@@ -182,11 +186,16 @@ class ContextLoop:
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[float]:
-        """On shared cores, a turn; yields when it is to end, by the event loop's clock."""
-        if self._turns.shared:
-            await self._thread.run(self._turns.take)
+        """On shared cores, a turn; yields when it is to end, by the event loop's clock. One iteration is always due."""
+        clock = asyncio.get_running_loop().time
         try:
-            yield asyncio.get_running_loop().time() + TURN_S
+            if self._turns.shared:
+                await self._thread.run(self._turns.take)
+            began = clock()
+            self._credit_s = min(CREDIT_S, self._credit_s + began - self._gave_turn)
+            yield began + self._credit_s
+            self._gave_turn = clock()
+            self._credit_s -= self._gave_turn - began
         finally:
             self._turns.give()
 

@@ -54,9 +54,9 @@ async def run(config: ContextConfig) -> None:
     stop = stop_requested()
     checkpoint = Checkpoint.open(config.checkpoint, ("context",), context_experts=config.experts)
     redis = await connect(config.redis_url)
-    thread = EngineThread("context-engine", config.threads, pinned=config.turns is not None)
     device = resolve_device(config.device)
     turns = Turns(config.turns if device.type == "cpu" else None)
+    thread = EngineThread("context-engine", config.threads, pinned=turns.shared)
     try:
         place = resolve_dtype(config.dtype, checkpoint), device
         tower = await thread.run(load_context_tower, checkpoint, *place, experts=config.experts, kernels=config.kernels)
@@ -81,6 +81,7 @@ async def run(config: ContextConfig) -> None:
                 try:
                     await _serve(config, service, loop, admission, prefixes, registry, stop)
                 finally:
+                    turns.close()
                     transports.close()
     finally:
         thread.close()

@@ -110,8 +110,8 @@ class Attachment:
             if refine is None:
                 return
             tensors = await arrival.tensors()
-            rates = await off_loop(arrival.size, lambda: fill_state(state, tensors, length))
-            self._rates = self._loop.known_rates(rates)
+            fill = lambda: self._loop.known_rates(fill_state(state, tensors, length))  # noqa: E731
+            self._rates = await off_loop(arrival.size, state.device, fill)
         while refine is not None:
             if refine.length != state.length:
                 raise Incompatible(f"refine.length: {refine.length}, the state here has {state.length}")

@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 GATHER_S = 0.02
 """How long a forward on shared cores waits, at most, for sessions that are on their way."""
-JOIN_TURNS = 4
-"""Turns of the event loop from an applied delta to the next block's place in the batch."""
+JOIN_PASSES = 4
+"""Passes of the event loop from an applied delta to the next block's place in the batch."""
 MAX_FAILURES = 3
 """Forwards in a row that may fail."""
 
@@ -147,7 +147,7 @@ class DenoiserLoop:
                 blocks = list(self._blocks)
                 if not blocks:
                     continue
-                self._interrupted = False
+                self._interrupted = bool(self._applies)
                 try:
                     await self._thread.run(self._steps, blocks)
                 except Exception as error:
@@ -179,7 +179,7 @@ class DenoiserLoop:
                 done.set_exception(error)
             else:
                 done.set_result(None)
-        for _ in range(JOIN_TURNS):
+        for _ in range(JOIN_PASSES):
             await asyncio.sleep(0)
 
     def _extend(self, extensions: list[Extension]) -> None:

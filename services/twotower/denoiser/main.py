@@ -41,9 +41,9 @@ async def run(config: DenoiserConfig) -> None:
     stop = stop_requested()
     checkpoint = Checkpoint.open(config.checkpoint, ("denoiser",), context_experts=config.context_experts)
     redis = await connect(config.redis_url)
-    thread = EngineThread("denoiser-engine", config.threads, pinned=config.turns is not None)
     device = resolve_device(config.device)
     turns = Turns(config.turns if device.type == "cpu" else None)
+    thread = EngineThread("denoiser-engine", config.threads, pinned=turns.shared)
     try:
         place = resolve_dtype(config.dtype, checkpoint), device
         tower = await thread.run(load_denoiser_tower, checkpoint, *place, experts=config.experts, kernels=config.kernels)

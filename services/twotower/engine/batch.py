@@ -72,6 +72,8 @@ def generate_batch(
     """
     if params.mode is Mode.MOCK_AR:
         raise InvalidArgument("mode", "mock-ar has no batched form")
+    if not all(prompts):
+        raise InvalidArgument("prompt", "must not be empty")
     pool = _pool(context, prompts, params, batch)
     waiting = enumerate(prompts)
     running: list[_Running] = []

@@ -84,6 +84,8 @@ class ContextEngine:
         self, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool = False
     ) -> tuple[list[Delta], Tensor | None]:
         """`ContextTower.commit` of tokens (B, L) on the host, as a replay where that is possible."""
+        for state in states:
+            state.begin()
         if self._graphs is not None and (pool := common_pool(self.tower, states)) is not None:
             return self._graphs.commit(pool, tokens, states, need_logits=need_logits)
         return self.tower.commit(tokens.to(self.tower.device), states, need_logits=need_logits)

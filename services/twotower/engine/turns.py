@@ -23,8 +23,8 @@ _NEXT, _CORES = 0, 1
 class Turns:
     """Whose turn it is, kept as record locks on two bytes of a file: the kernel takes back what a dead process held.
 
-    The first byte is held by who is next, so that turns are taken in order: who gives its turn back and asks at once for
-    another one comes behind those who wait. For one thread of a process at a time.
+    The first byte is held by who is next: who gives its turn back and asks at once for another one comes behind one who
+    waits. For one thread of a process at a time.
     """
 
     def __init__(

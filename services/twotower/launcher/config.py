@@ -10,7 +10,9 @@ from pathlib import Path
 from twotower.errors import ConfigError
 
 FEW_CORES = 4
-"""A tower with fewer cores than these for itself is better off with all of them half of the time."""
+"""A tower with fewer cores than these for itself is better off with all of them half of the time ..."""
+MOST_CORES = 8
+"""... unless they are so many that one operation does not keep all of them busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,8 @@ class UpConfig:
     def tower_threads(self) -> int:
         """CPU threads of each tower: an equal share of the cores; where that would be few, all of them in turns."""
         cores, towers = os.cpu_count() or 1, self.contexts + self.denoisers
-        few = towers <= cores < FEW_CORES * towers  # more towers than cores keep these busy with a thread each
+        # More towers than cores keep these busy with a thread each.
+        few = towers <= cores < FEW_CORES * towers and cores <= MOST_CORES
         return self.threads or (cores if few else max(1, cores // towers))
 
     @property

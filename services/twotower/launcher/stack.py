@@ -32,8 +32,7 @@ class Stack:
         self._redis: EmbeddedRedis | None = None
         self._watchers: list[asyncio.Task[None]] = []
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._turns_file = os.memfd_create("twotower-turns", os.MFD_CLOEXEC)
-        self._turns = f"/proc/{os.getpid()}/fd/{self._turns_file}"
+        self._turns_file = os.memfd_create("twotower-turns", os.MFD_CLOEXEC) if config.turns else None
         """Open to the towers as long as this process lives; nothing is left of it."""
         self.towers: list[ServiceProcess] = []
         self.gateway: ServiceProcess | None = None
@@ -98,11 +97,16 @@ class Stack:
         await asyncio.gather(*(service.stop(grace) for service in self.towers))
         if self._redis is not None:
             await self._redis.stop()
-        os.close(self._turns_file)
+        if self._turns_file is not None:
+            os.close(self._turns_file)
         if self._failed.done():
             self._failed.exception()  # it was told, or there is no one left to tell
         else:
             self._failed.cancel()
+
+    @property
+    def _turns_option(self) -> tuple[str, ...]:
+        return () if self._turns_file is None else ("--turns", f"/proc/{os.getpid()}/fd/{self._turns_file}")
 
     @property
     def _context_experts(self) -> tuple[str, str]:
@@ -117,7 +121,7 @@ class Stack:
         memory = ("--state-memory", config.state_memory)
         trace = () if config.trace is None else ("--trace", config.trace)
         transport = ("--transport", config.transport)
-        threads = ("--threads", config.tower_threads, *(("--turns", self._turns) if config.turns else ()))
+        threads = ("--threads", config.tower_threads, *self._turns_option)
         return self._process(f"{kind}-{index}", kind, *place, *threads, *experts, *memory, *transport, *trace, *options)
 
     def _process(self, name: str, kind: str, *options: object) -> ServiceProcess:

@@ -59,7 +59,7 @@ class ContextTower(nn.Module):
 
         Returns the logits of the last position (vocab,) fp32, or None where they are not needed.
         """
-        _begin(state)
+        state.begin()
         h, _ = self._forward(tokens.unsqueeze(0), [state], prefill=True, need_hidden=need_logits)
         state.length += tokens.shape[0]
         return self.logits(h)[0] if need_logits else None
@@ -73,7 +73,8 @@ class ContextTower(nn.Module):
         Returns what changed, per row, and the logits of the last position (B, vocab) fp32 where needed.
         The states change by the deltas alone (`ContextState.apply`), as they will on a worker.
         """
-        _begin(*states)
+        for state in states:
+            state.begin()
         forward = self._graph.get() if self.compiled and len(states) == 1 else self._forward
         h, deltas = forward(tokens, states, prefill=False, need_hidden=need_logits)
         for state in states:
@@ -136,13 +137,6 @@ def _row(change: ScanFactors | KVDelta, row: int) -> MambaDelta | KVDelta:
     if isinstance(change, KVDelta):
         return KVDelta(change.k[row], change.v[row])
     return MambaDelta(change.x[row], change.b[row], change.dt[row], change.conv[row])
-
-
-def _begin(*states: ContextState) -> None:
-    """What a pool gave is not cleared yet."""
-    for state in states:
-        if state.length == 0:
-            state.clear()
 
 
 def _mamba(layer: nn.Module) -> Mamba2:

@@ -134,7 +134,7 @@ class StatePool:
     def acquire(self, tokens: int) -> ContextState:
         """A state with room for `tokens`, of length 0. Raises Overloaded.
 
-        Its tensors hold what they held: who computes behind it clears it first, which is left to the thread that computes.
+        Its tensors hold what they held: who computes behind it calls `begin` first, which is left to the thread that computes.
         """
         if not self.fits(tokens):
             raise Overloaded(

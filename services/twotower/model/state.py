@@ -171,9 +171,10 @@ class ContextState:
         kv = {i: GrowingKV(config.num_key_value_heads, config.head_dim, dtype, device) for i in config.layers_of(ATTENTION)}
         return cls(config, dtype, device, mamba, kv)
 
-    def clear(self) -> None:
-        """Make it the state before the first token, in place."""
-        self.length = 0
+    def begin(self) -> None:
+        """Before the first token, clear it: what a pool gives holds what it held. No effect later."""
+        if self.length:
+            return
         for layer in self.mamba.values():
             layer.conv.zero_()
             layer.ssm.zero_()

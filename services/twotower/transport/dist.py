@@ -11,7 +11,7 @@ from twotower.errors import Incompatible, Unavailable
 from twotower.transport.config import Kind
 from twotower.transport.group import CONTEXT_RANK, WORKER_RANK, Group
 from twotower.transport.interface import Inlet, Outlet, listed
-from twotower.transport.layout import lay_out, off_loop, pack
+from twotower.transport.layout import device_of, lay_out, off_loop, pack
 from twotower.v1 import context_pb2
 from twotower.wire.frames import Key
 
@@ -50,7 +50,7 @@ class DistOutlet(Outlet):
             buffer = group.buffer(layout.length)
             piece = buffer[: layout.length]
             try:
-                await off_loop(layout.length, lambda: pack(known, layout.parts, piece))
+                await off_loop(layout.length, device_of(known), lambda: pack(known, layout.parts, piece))
                 yield layout.message(number)
                 await group.run(lambda channel: channel.send([piece], WORKER_RANK, number % TAGS))
             except BaseException:

@@ -9,7 +9,7 @@ from torch import Tensor
 from twotower.errors import Incompatible
 from twotower.transport.config import Kind
 from twotower.transport.interface import Inlet, Outlet, listed
-from twotower.transport.layout import off_loop
+from twotower.transport.layout import device_of, off_loop
 from twotower.v1 import context_pb2
 from twotower.wire.frames import Key, to_frames
 
@@ -24,7 +24,7 @@ class FrameOutlet(Outlet):
         known = await listed(tensors)
         size = sum(tensor.nbytes for _, tensor in known)
         frames = to_frames(known)
-        while (batch := await off_loop(size, lambda: next(frames, None))) is not None:
+        while (batch := await off_loop(size, device_of(known), lambda: next(frames, None))) is not None:
             yield context_pb2.ContextMessage(frames=batch)
 
     async def close(self) -> None:

@@ -100,9 +100,9 @@ class Arrival:
         """All of them, on the device; on the CPU they are views. Raises Incompatible if one is missing."""
         if self._placed is None:
             size = 0 if self._device.type == "cpu" else self.size
-            return await off_loop(size, lambda: self._frames.finish(self._device))
+            return await off_loop(size, self._device, lambda: self._frames.finish(self._device))
         if self._buffer.device.type != self._device.type:
-            self._buffer = await off_loop(self.size, lambda: self._buffer.to(self._device))
+            self._buffer = await off_loop(self.size, self._device, lambda: self._buffer.to(self._device))
         return unpack(self._parts, self._buffer)
 
     def __enter__(self) -> Self:

@@ -20,7 +20,7 @@ ALIGNMENT = 64
 """Bytes; every tensor begins at a multiple."""
 
 INLINE_BYTES = 1024 * 1024
-"""Copying less than this takes no longer than handing it to a thread."""
+"""Copying less than this within a CPU's memory takes no longer than handing it to a thread."""
 
 
 class Part(NamedTuple):
@@ -68,12 +68,12 @@ layout_of = lru_cache(maxsize=64)(Layout)
 """`Layout`, of a tuple: the few that are in use are kept."""
 
 
-async def off_loop(size: int, work: Callable[[], T]) -> T:
-    """Do `work`, which copies `size` bytes, where it does not hold up the event loop.
+async def off_loop(size: int, device: torch.device, work: Callable[[], T]) -> T:
+    """Do `work`, which copies `size` bytes from or to `device`, where it does not hold up the event loop.
 
     It is over when this returns, cancelled or not: what it reads and writes may then be given to others.
     """
-    if size < INLINE_BYTES:
+    if size < (INLINE_BYTES if device.type == "cpu" else 1):  # any other copy waits for what its device computes
         return work()
     task = asyncio.ensure_future(asyncio.to_thread(work))
     cancelled: asyncio.CancelledError | None = None
@@ -85,6 +85,11 @@ async def off_loop(size: int, work: Callable[[], T]) -> T:
     if cancelled is not None:
         raise cancelled
     return task.result()
+
+
+def device_of(tensors: Sequence[tuple[Key, Tensor]]) -> torch.device:
+    """Where they are, all of them."""
+    return tensors[0][1].device if tensors else torch.device("cpu")
 
 
 def lay_out(tensors: Sequence[tuple[Key, Tensor]]) -> Layout:

@@ -11,7 +11,7 @@ from twotower.transport.config import Kind
 from twotower.transport.frames import FrameOutlet
 from twotower.transport.inbox import SegmentInbox
 from twotower.transport.interface import Inlet, Outlet, listed
-from twotower.transport.layout import lay_out, off_loop, pack
+from twotower.transport.layout import device_of, lay_out, off_loop, pack
 from twotower.transport.segments import PeerSegments
 from twotower.v1 import context_pb2
 from twotower.wire.frames import Key
@@ -35,7 +35,7 @@ class ShmOutlet(Outlet):
             async for message in self._frames.send(known):
                 yield message
             return
-        await off_loop(layout.length, lambda: pack(known, layout.parts, segment.bytes[: layout.length]))
+        await off_loop(layout.length, device_of(known), lambda: pack(known, layout.parts, segment.bytes[: layout.length]))
         yield layout.message(segment.number)
 
     async def close(self) -> None:
