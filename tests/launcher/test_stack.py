@@ -17,7 +17,7 @@ from twotower.errors import ConfigError, ServiceFailed
 from twotower.events import Block
 from twotower.launcher import embedded_redis as embedded
 from twotower.launcher import stack as stack_module
-from twotower.launcher.config import FEW_CORES, MOST_CORES, UpConfig
+from twotower.launcher.config import FEW_CORES, MOST_CORES, UpConfig, usable_cores
 from twotower.launcher.stack import stack
 from twotower.request import GenerationParams
 
@@ -50,7 +50,7 @@ async def test_towers_of_different_precision_serve_together(tmp_path: Path) -> N
 
 
 def test_threads_are_shared_out(tmp_path: Path) -> None:
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     for config in (UpConfig(tmp_path), UpConfig(tmp_path, denoisers=3), UpConfig(tmp_path, contexts=100, denoisers=1000)):
         share = cores // (config.contexts + config.denoisers)
         few = 1 <= share < FEW_CORES and cores <= MOST_CORES
@@ -76,3 +76,12 @@ async def test_a_platform_without_an_embedded_redis(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(embedded, "get_binary_path", none)
     with pytest.raises(ServiceFailed, match="give one with --redis URL"):
         await embedded.EmbeddedRedis(lambda line: None).start()
+
+
+def test_cores_that_may_not_be_used_do_not_count(tmp_path: Path) -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert UpConfig(tmp_path).tower_threads == 1
+    finally:
+        os.sched_setaffinity(0, allowed)

@@ -15,6 +15,11 @@ MOST_CORES = 8
 """... unless they are so many that one operation does not keep all of them busy."""
 
 
+def usable_cores() -> int:
+    """CPUs that this process may use: in a container, often fewer than the machine has."""
+    return len(os.sched_getaffinity(0))
+
+
 @dataclass(frozen=True, slots=True)
 class UpConfig:
     """Built once by the CLI; every field has its final value."""
@@ -74,7 +79,7 @@ class UpConfig:
     @property
     def tower_threads(self) -> int:
         """CPU threads of each tower: an equal share of the cores; where that would be few, all of them in turns."""
-        cores, towers = os.cpu_count() or 1, self.contexts + self.denoisers
+        cores, towers = usable_cores(), self.contexts + self.denoisers
         # More towers than cores keep these busy with a thread each.
         few = towers <= cores < FEW_CORES * towers and cores <= MOST_CORES
         return self.threads or (cores if few else max(1, cores // towers))
@@ -82,4 +87,4 @@ class UpConfig:
     @property
     def turns(self) -> bool:
         """Whether towers take turns on the cores, since each of them uses all."""
-        return self.tower_threads >= (os.cpu_count() or 1)
+        return self.tower_threads >= usable_cores()
