@@ -53,9 +53,9 @@ async def run(config: ContextConfig) -> None:
     """Serve until SIGTERM, then drain. Raises CheckpointError, ConfigError, BrokerUnavailable before it serves."""
     stop = stop_requested()
     checkpoint = Checkpoint.open(config.checkpoint, ("context",), context_experts=config.experts)
-    redis = await connect(config.redis_url)
     device = resolve_device(config.device)
     turns = Turns(config.turns if device.type == "cpu" else None)
+    redis = await connect(config.redis_url)
     thread = EngineThread("context-engine", config.threads, pinned=turns.shared)
     try:
         place = resolve_dtype(config.dtype, checkpoint), device

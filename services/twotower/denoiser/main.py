@@ -40,9 +40,9 @@ async def run(config: DenoiserConfig) -> None:
     """Work until SIGTERM, then hand sessions back. Raises CheckpointError, ConfigError, BrokerUnavailable before it works."""
     stop = stop_requested()
     checkpoint = Checkpoint.open(config.checkpoint, ("denoiser",), context_experts=config.context_experts)
-    redis = await connect(config.redis_url)
     device = resolve_device(config.device)
     turns = Turns(config.turns if device.type == "cpu" else None)
+    redis = await connect(config.redis_url)
     thread = EngineThread("denoiser-engine", config.threads, pinned=turns.shared)
     try:
         place = resolve_dtype(config.dtype, checkpoint), device
