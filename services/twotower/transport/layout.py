@@ -99,7 +99,7 @@ def lay_out(tensors: Sequence[tuple[Key, Tensor]]) -> Layout:
 
 def pack(tensors: Sequence[tuple[Key, Tensor]], parts: Sequence[Part], buffer: Tensor) -> None:
     """Copy tensors to their places in `buffer` (bytes,) uint8, each once; from another device, all at once."""
-    source = tensors[0][1].device if tensors else buffer.device
+    source = device_of(tensors) if tensors else buffer.device
     there = buffer if source == buffer.device else torch.empty_like(buffer, device=source)
     for (_, tensor), part in zip(tensors, parts, strict=True):
         _view(there, part).copy_(tensor)
