@@ -142,18 +142,22 @@ class SessionStream:
         timeout = None if self._deadline is None else max(0.0, self._deadline - asyncio.get_running_loop().time())
         replica.in_flight += 1
         call = replica.stub.Open(request, timeout=timeout)
+        finish: FinishReason | None = None
         try:
             async for event in call:
                 if event.HasField("end"):
-                    yield FINISH_FROM_PB.get(event.end.finish_reason, FinishReason.LENGTH)
+                    finish = FINISH_FROM_PB.get(event.end.finish_reason, FinishReason.LENGTH)
                 else:
                     self._emitted.extend(event.block.token_ids)
                     yield event.block
         except grpc.aio.AioRpcError as rpc:
-            raise self._judge(replica, rpc) from None
+            if finish is None:
+                raise self._judge(replica, rpc) from None
         finally:
             replica.in_flight -= 1
             call.cancel()
+        if finish is not None:  # told when the call is over: cancelled while it ends, it would log an error in the context
+            yield finish
 
     def _judge(self, replica: ContextReplica, rpc: grpc.aio.AioRpcError) -> TwoTowerError | _LostError:
         error = error_from_rpc(rpc)
