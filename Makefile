@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PROTOS := $(wildcard proto/twotower/v1/*.proto)
-STUBS := services/twotower/v1
+PROTOS := $(wildcard proto/twotower/v1/*.proto proto/twotower/internal/v1/*.proto)
+STUBS := v1 internal/v1
 PROTOC = $(BIN)/python -m grpc_tools.protoc -Iproto --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy
 # Debian's python3 without python3-venv cannot put pip into a new environment; its own pip can.
 VENV_WITHOUT_ENSUREPIP = { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
@@ -55,8 +55,10 @@ proto: setup  ## Generate the committed gRPC stubs again
 proto-check: setup
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && \
 	$(PROTOC) --python_out=$$fresh --grpc_python_out=$$fresh --mypy_out=quiet:$$fresh $(PROTOS) && \
-	diff -r --exclude=__init__.py --exclude=__pycache__ $$fresh/twotower/v1 $(STUBS) || \
-	{ echo "the stubs in $(STUBS) are stale: run 'make proto' and commit" >&2; exit 1; }
+	for stubs in $(STUBS); do \
+	  diff -r --exclude=__init__.py --exclude=__pycache__ $$fresh/twotower/$$stubs services/twotower/$$stubs || \
+	  { echo "the stubs in services/twotower/$$stubs are stale: run 'make proto' and commit" >&2; exit 1; }; \
+	done
 
 clean:  ## Remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -13,6 +13,8 @@ TwoTowerError
 ├── Incompatible           two processes (or a frame and a config) do not fit each other
 ├── SessionNotFound        the session has ended, or never was
 ├── LeaseLost              another worker holds the session
+├── RequestFailed          the towers fail on this request, wherever it runs
+├── EngineStuck            a forward does not return: the process must end
 ├── LossNotFinite          training diverged; the last good state is kept
 └── NonFiniteLogits        the model produced NaN or infinity for this request
 """
@@ -76,6 +78,14 @@ class SessionNotFound(TwoTowerError):
 
 class LeaseLost(TwoTowerError):
     """The session was queued again since, or another worker is attached."""
+
+
+class RequestFailed(TwoTowerError):
+    """Forwards failed on this request alone, wherever it ran; it is not tried again."""
+
+
+class EngineStuck(TwoTowerError):
+    """A forward has not returned for too long; nothing but the end of the process helps."""
 
 
 class LossNotFinite(TwoTowerError):

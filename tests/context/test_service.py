@@ -20,7 +20,8 @@ from twotower.engine.local import LocalEngine
 from twotower.engine.refinement import Refinement
 from twotower.model.state import ContextState
 from twotower.request import GenerationParams, Mode, TokenLogprob
-from twotower.v1 import context_pb2, inference_pb2
+from twotower.internal.v1 import context_pb2
+from twotower.v1 import inference_pb2
 from twotower.wire.handshake import make_hello
 from twotower.wire.logprobs import logprobs_from_pb
 from twotower.wire.params import params_to_pb

@@ -19,7 +19,7 @@ from twotower.broker.ready_queue import ReadySession
 from twotower.engine.local import LocalEngine
 from twotower.request import GenerationParams
 from twotower.rpc.server import RpcServer
-from twotower.v1 import context_pb2, context_pb2_grpc
+from twotower.internal.v1 import context_pb2, context_pb2_grpc
 from twotower.wire.params import params_to_pb
 
 PARAMS = GenerationParams(max_tokens=60, gamma=0.3)

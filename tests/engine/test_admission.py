@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from twotower.engine.admission import Admission
 
 from tests.support.checkpoints import write_tiny_checkpoint
-from twotower.engine.admission import Admission
 from twotower.errors import InvalidArgument, Overloaded
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.pool import PAGE, PoolSize, StatePool

@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from twotower.v1.context_pb2 import OpenRequest
 
 from tests.support.gateways import gateway, replica
 from tests.support.scripted_context import ScriptedContext
@@ -26,7 +27,6 @@ from twotower.errors import (
 from twotower.events import Block, Finished
 from twotower.request import FinishReason, Mode
 from twotower.rpc.channel import open_channel
-from twotower.v1.context_pb2 import OpenRequest
 
 EOS = 2
 SCRIPT = list(range(10, 300))

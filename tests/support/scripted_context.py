@@ -8,7 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 from twotower.bench.simulated_context import FORWARDS, SimulatedContext, at_once
-from twotower.v1 import context_pb2
+from twotower.internal.v1 import context_pb2
 
 __all__ = ["FORWARDS", "ScriptedContext", "at_once"]
 

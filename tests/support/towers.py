@@ -19,13 +19,15 @@ from twotower.broker.ready_queue import ReadyQueue
 from twotower.context.loop import ContextLoop
 from twotower.context.prefixes import PrefixCache
 from twotower.context.service import ContextService
+from twotower.context.sessions import Sessions
 from twotower.denoiser.loop import DenoiserLoop
 from twotower.denoiser.worker import Worker
-from twotower.engine.admission import Admission
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.progress import Progress
 from twotower.engine.refinement import Refinement
 from twotower.engine.thread import EngineThread
+from twotower.internal.v1 import context_pb2, context_pb2_grpc
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.pool import PoolSize, StatePool, pages_for
 from twotower.model.weights import load_context_tower, load_denoiser_tower
@@ -34,9 +36,9 @@ from twotower.request import GenerationParams
 from twotower.rpc.channel import open_channel
 from twotower.rpc.server import RpcServer
 from twotower.tasks import end_tasks
+from twotower.tracing.recorder import NO_TRACER
 from twotower.transport.config import TransportConfig
 from twotower.transport.ends import ContextTransports, WorkerTransports
-from twotower.v1 import context_pb2, context_pb2_grpc
 from twotower.wire.params import params_to_pb
 
 CPU = torch.device("cpu")
@@ -48,8 +50,11 @@ class RunningWorker:
 
     worker: Worker
     loop: DenoiserLoop
+    pool: StatePool
     transports: WorkerTransports
+    thread: EngineThread
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    """The first is the engine's loop."""
 
     def slow_down(self) -> None:
         """So that no machine finishes 4,000 forwards before a short deadline."""
@@ -64,12 +69,10 @@ class RunningWorker:
     async def die(self) -> None:
         """Vanish without a word: connections cut, nothing handed back."""
         computing, *others = self.tasks
-        await end_tasks(*others)
-        await end_tasks(*self.worker._sessions)
-        await end_tasks(computing)
-        self.loop._thread.close()
-        for channel in self.worker._channels.values():
-            await channel.close(None)
+        await end_tasks(*others, *self.worker._running.values())
+        self.loop.inbox.put(None)
+        await asyncio.gather(computing, return_exceptions=True)
+        self.thread.close()
         self.transports.close()
 
 
@@ -77,9 +80,18 @@ class Towers:
     """One context, any number of workers."""
 
     def __init__(
-        self, checkpoint: Checkpoint, service: ContextService, server: RpcServer, redis: Redis, redis_url: str
+        self,
+        checkpoint: Checkpoint,
+        service: ContextService,
+        loop: ContextLoop,
+        pool: StatePool,
+        server: RpcServer,
+        redis: Redis,
+        redis_url: str,
     ) -> None:
         self.checkpoint = checkpoint
+        self.loop = loop
+        self.pool = pool
         self.service = service
         self.redis = redis
         self.redis_url = redis_url
@@ -91,11 +103,13 @@ class Towers:
     def start_worker(self, slots: int = 8, transport: str = "auto") -> RunningWorker:
         """One more."""
         engine = DenoiserEngine(load_denoiser_tower(self.checkpoint, torch.float32, CPU))
-        loop = DenoiserLoop(engine, EngineThread("denoiser"))
-        transports, pool = WorkerTransports(TransportConfig.of(transport), CPU), _pool(self.checkpoint, slots)
-        worker = Worker(self.checkpoint, loop, self.queue, f"worker-{len(self.workers)}", pool, transports)
-        running = RunningWorker(worker, loop, transports)
-        running.tasks = [asyncio.create_task(work) for work in (loop.run(), worker.pull(), worker.flush())]
+        pool, thread, progress = _pool(self.checkpoint, slots), EngineThread("denoiser"), Progress(30)
+        deliver = asyncio.get_running_loop().call_soon_threadsafe
+        loop = DenoiserLoop(engine, pool, lambda results: deliver(worker.take, results), progress=progress)
+        transports = WorkerTransports(TransportConfig.of(transport), CPU)
+        worker = Worker(self.checkpoint, loop, self.queue, f"worker-{len(self.workers)}", pool, transports, progress)
+        running = RunningWorker(worker, loop, pool, transports, thread)
+        running.tasks = [asyncio.create_task(work) for work in (thread.run(loop.run), worker.pull(), worker.flush())]
         self.workers.append(running)
         return running
 
@@ -123,27 +137,41 @@ def _pool(checkpoint: Checkpoint, slots: int) -> StatePool:
 
 @asynccontextmanager
 async def towers(
-    path: Path, max_sessions: int = 64, max_waiting: int = 0, transport: str = "auto", prefix_bytes: int = 1 << 24
+    path: Path,
+    max_sessions: int = 64,
+    max_waiting: int = 0,
+    transport: str = "auto",
+    prefix_bytes: int = 1 << 24,
+    silence_s: float = 5.0,
 ) -> AsyncIterator[Towers]:
     """A context that serves; everything is gone when left."""
     checkpoint = Checkpoint.open(path)
     async with embedded_redis() as server:
         redis = await connect(server.url)
         engine = ContextEngine(load_context_tower(checkpoint, torch.float32, CPU))
-        thread = EngineThread("context")
-        loop = ContextLoop(engine, thread, chunk=16, budget=64)
+        thread, pool, progress = EngineThread("context"), _pool(checkpoint, max_sessions), Progress(30)
+        prefixes = PrefixCache(ChainSpec(checkpoint.identity, "float32", 16), prefix_bytes, engine.decay_rates, None)
+        deliver = asyncio.get_running_loop().call_soon_threadsafe
+        loop = ContextLoop(
+            engine,
+            pool,
+            prefixes,
+            lambda results: deliver(sessions.take, results),
+            chunk=16,
+            budget=64,
+            max_waiting=max_waiting,
+            progress=progress,
+        )
+        sessions = Sessions(loop, ReadyQueue(redis, checkpoint.identity), None)
         rpc = RpcServer("127.0.0.1", 0)
-        admission = Admission(_pool(checkpoint, max_sessions), max_waiting)
         transports = ContextTransports(TransportConfig.of(transport), "127.0.0.1", CPU)
-        queue = ReadyQueue(redis, checkpoint.identity)
-        spec = ChainSpec(checkpoint.identity, "float32", 16)
-        prefixes = PrefixCache(spec, prefix_bytes, engine.decay_rates, thread, None)
-        service = ContextService(checkpoint, engine, loop, queue, admission, prefixes, transports)
+        service = ContextService(checkpoint, sessions, pool, transports, NO_TRACER, silence_s)
         context_pb2_grpc.add_ContextTowerServicer_to_server(service, rpc.server)
-        await rpc.start(["twotower.v1.ContextTower"])
-        service.address = rpc.address
-        tasks = [asyncio.create_task(loop.run()), asyncio.create_task(service.watch_queue())]
-        running = Towers(checkpoint, service, rpc, redis, server.url)
+        await rpc.start(["twotower.internal.v1.ContextTower"])
+        sessions.address = rpc.address
+        working = asyncio.create_task(thread.run(loop.run))
+        watching = asyncio.create_task(sessions.watch_queue())
+        running = Towers(checkpoint, service, loop, pool, rpc, redis, server.url)
         try:
             yield running
         finally:
@@ -151,7 +179,9 @@ async def towers(
                 await worker.die()
             await running.channel.close(None)
             await rpc.stop(0)
-            await end_tasks(*tasks)
+            await end_tasks(watching)
+            loop.inbox.put(None)
+            await asyncio.gather(working, return_exceptions=True)
             thread.close()
             transports.close()
             with contextlib.suppress(Exception):

@@ -15,7 +15,7 @@ from tests.support.transports import CONTEXT_ADDRESS, CPU, WORKER_PEER, sent
 from twotower.transport.config import TransportConfig
 from twotower.transport.dist import DistOutlet
 from twotower.transport.ends import ContextTransports, WorkerTransports
-from twotower.v1 import context_pb2
+from twotower.internal.v1 import context_pb2
 from twotower.wire.frames import Key
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from twotower.transport.config import TransportConfig
 from twotower.transport.ends import ContextTransports, WorkerTransports
 from twotower.transport.interface import Inlet, Outlet
-from twotower.v1 import context_pb2
+from twotower.internal.v1 import context_pb2
 from twotower.wire.frames import Key, Spec
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from twotower.transport import ends as ends_module
 from twotower.transport.config import CHOICES, Kind, TransportConfig
 from twotower.transport.ends import KIND_FROM_PB, ContextTransports, WorkerTransports
 from twotower.transport.group import NCCL
-from twotower.v1 import context_pb2
+from twotower.internal.v1 import context_pb2
 
 
 async def _chosen(context: str, worker: str, **changes: Any) -> Kind:

@@ -16,7 +16,7 @@ from tests.support.waiting import until
 from twotower.errors import Unavailable
 from twotower.transport.config import Kind, TransportConfig
 from twotower.transport.ends import ContextTransports, WorkerTransports
-from twotower.v1 import context_pb2
+from twotower.internal.v1 import context_pb2
 from twotower.wire.frames import Key, Spec
 
 BIG = [(Key("ssm", 0), torch.ones(20_000_000))]

@@ -21,7 +21,7 @@ from twotower.model.weights import load_context_tower
 from twotower.request import GenerationParams
 from twotower.transport.config import Kind, TransportConfig
 from twotower.transport.layout import ALIGNMENT
-from twotower.v1 import context_pb2
+from twotower.internal.v1 import context_pb2
 from twotower.wire.frames import Key, Spec
 from twotower.wire.state import delta_from, delta_spec, delta_tensors, fill_state, state_spec, state_tensors
 

@@ -14,7 +14,7 @@ from twotower.model.checkpoint import Checkpoint
 from twotower.model.state import ContextState
 from twotower.model.weights import load_context_tower
 from twotower.request import GenerationParams
-from twotower.v1 import tensor_pb2
+from twotower.internal.v1 import tensor_pb2
 from twotower.wire.frames import MESSAGE_BYTES, FrameAssembler, Key, Spec, to_frames
 from twotower.wire.handshake import check_hello, make_hello
 from twotower.wire.state import delta_from, delta_spec, delta_tensors, fill_state, state_spec, state_tensors

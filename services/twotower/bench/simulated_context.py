@@ -14,11 +14,12 @@ from typing import Any
 from twotower.broker.connection import connect
 from twotower.broker.heartbeat import heartbeat
 from twotower.broker.registry import Kind, Registry, Replica
+from twotower.internal.v1 import context_pb2, context_pb2_grpc
 from twotower.request import FinishReason, Mode, cut_block
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
 from twotower.tasks import until_stopped
-from twotower.v1 import context_pb2, context_pb2_grpc, inference_pb2
+from twotower.v1 import inference_pb2
 from twotower.wire.params import FINISH_TO_PB, params_from_pb
 
 FORWARDS = 3

@@ -1,6 +1,6 @@
 """How fast a state gets from one process to another, at the published model's size, over each transport.
 
-The context's end is a process of its own (`python -m twotower.bench.transport`): a gRPC server whose `Attach` sends a
+The context's end is a process of its own (`python -m twotower.bench.transport`): a gRPC server whose `Link` sends a
 snapshot or a delta whenever it is asked. This process is the worker's end, and holds the clock: from asking until all
 tensors are in tensors of its own.
 """
@@ -11,15 +11,17 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import grpc
 import torch
 from torch import Tensor
 
 from twotower.bench.sizes import REAL
+from twotower.internal.v1 import context_pb2_grpc, link_pb2
 from twotower.model.config import ModelConfig
 from twotower.rpc.channel import open_channel
 from twotower.rpc.server import RpcServer
@@ -27,7 +29,6 @@ from twotower.transport.config import Kind, TransportConfig
 from twotower.transport.ends import ContextTransports, WorkerTransports
 from twotower.transport.interface import Inlet
 from twotower.transport.layout import off_loop
-from twotower.v1 import context_pb2, context_pb2_grpc
 from twotower.wire.frames import Key, Spec, num_bytes
 from twotower.wire.state import delta_spec, state_spec
 
@@ -47,28 +48,27 @@ class Measured:
 
 
 class _Sender(context_pb2_grpc.ContextTowerServicer):
-    """Sends tensors of the real size when it is asked: `BlockDone.generated` is their number of tokens, 0 for a delta."""
+    """Sends tensors of the real size when it is asked: `Alive.forwards` is their number of tokens, 0 for a delta."""
 
     def __init__(self, transports: ContextTransports) -> None:
         self._transports = transports
 
-    async def Attach(
-        self, requests: AsyncIterator[context_pb2.WorkerMessage], context: Any
-    ) -> AsyncIterator[context_pb2.ContextMessage]:
+    async def Link(self, requests: AsyncIterator[link_pb2.WorkerMessage], context: Any) -> None:
         """Hello first, as in the service."""
-        hello = await anext(requests)
+        hello = await context.read()
         outlet, choice = self._transports.attach(hello.hello.transport, context.peer())
-        yield context_pb2.ContextMessage(attached=context_pb2.Attached(transport=choice))
+        await context.write(link_pb2.ContextMessage(welcome=link_pb2.Welcome(transport=choice)))
         held: dict[int, list[tuple[Key, Tensor]]] = {}
-        async for request in requests:
-            length = request.block_done.generated
+        while (request := await context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]  # absent from the stubs
+            length = request.alive.forwards
             if length not in held:
                 held[length] = [(key, torch.ones(each.shape, dtype=each.dtype)) for key, each in _spec(length).items()]
-            async with aclosing(outlet.send(held[length])) as messages:
-                async for message in messages:
-                    yield message
-            yield context_pb2.ContextMessage(refine=context_pb2.Refine())
+            await outlet.send(held[length], _header, context.write)
         await outlet.close()
+
+
+def _header(placed: link_pb2.Placed | None) -> link_pb2.ContextMessage:
+    return link_pb2.ContextMessage(state=link_pb2.State(tensors=placed))
 
 
 async def measure(kind: Kind, length: int, rounds: int) -> Measured:
@@ -78,10 +78,10 @@ async def measure(kind: Kind, length: int, rounds: int) -> Measured:
     try:
         async with _sender(kind) as address:
             channel = open_channel(address)
-            call: Any = context_pb2_grpc.ContextTowerStub(channel).Attach()
+            call: Any = context_pb2_grpc.ContextTowerStub(channel).Link()
             try:
-                await call.write(context_pb2.WorkerMessage(hello=context_pb2.Hello(transport=worker.offer)))
-                inlet = worker.attach((await call.read()).attached.transport, address)
+                await call.write(link_pb2.WorkerMessage(hello=link_pb2.Hello(transport=worker.offer)))
+                inlet = worker.attach((await call.read()).welcome.transport, address)
                 snapshot = await _seconds(call, inlet, length, rounds)
                 delta = await _seconds(call, inlet, 0, rounds)
             finally:
@@ -100,12 +100,12 @@ async def _seconds(call: Any, inlet: Inlet, length: int, rounds: int) -> float:
     times = []
     for _ in range(WARM_UP + rounds):
         start = time.perf_counter()
-        await call.write(context_pb2.WorkerMessage(block_done=context_pb2.BlockDone(generated=length)))
-        with inlet.expect(spec, CPU) as arrival:
-            while await arrival.add(await call.read()):
-                pass
-            tensors = await arrival.tensors()
-            await off_loop(arrival.size, CPU, lambda tensors=tensors: _copy(own, tensors))  # type: ignore[misc]
+        await call.write(link_pb2.WorkerMessage(alive=link_pb2.Alive(forwards=length)))
+        header = (await call.read()).state
+        placed = header.tensors if header.HasField("tensors") else None
+        received = await inlet.receive(placed, spec, CPU, call.read)
+        await off_loop(received.size, CPU, lambda tensors=received.tensors: _copy(own, tensors))  # type: ignore[misc]
+        received.release()
         times.append(time.perf_counter() - start)
     return median(times[WARM_UP:])
 
@@ -118,7 +118,7 @@ def _copy(own: Mapping[Key, Tensor], tensors: Mapping[Key, Tensor]) -> None:
 def _spec(length: int) -> Mapping[Key, Spec]:
     """Of a state of `length` tokens; of a block's delta for 0."""
     config = ModelConfig.from_dict(REAL)
-    return state_spec(config, torch.bfloat16, length) if length else delta_spec(config, torch.bfloat16, BLOCK)
+    return state_spec(config, torch.bfloat16, length) if length else delta_spec(config, torch.bfloat16, 1, BLOCK)
 
 
 @asynccontextmanager
@@ -141,7 +141,7 @@ async def _serve(kind: Kind) -> None:
     server = RpcServer("127.0.0.1", 0)
     transports = ContextTransports(TransportConfig(kind), "127.0.0.1", CPU)
     context_pb2_grpc.add_ContextTowerServicer_to_server(_Sender(transports), server.server)
-    await server.start(["twotower.v1.ContextTower"])
+    await server.start(["twotower.internal.v1.ContextTower"])
     print(server.address, flush=True)
     ended = asyncio.Event()
     asyncio.get_running_loop().add_reader(sys.stdin, ended.set)

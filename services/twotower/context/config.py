@@ -49,5 +49,9 @@ class ContextConfig:
     """Of Prometheus metrics over HTTP; 0: any free port, None: none."""
     trace: Path | None = None
     """Directory to record spans in."""
+    stall_s: float = 30.0
+    """A forward that has not returned for this long, and for far longer than any before, ends the process."""
+    silence_s: float = 5.0
+    """A worker that says nothing for this long loses its sessions."""
     drain_s: float = 30.0
     """How long running sessions may take after SIGTERM."""

@@ -1,289 +1,255 @@
-"""The context tower's engine loop: one iteration after the other, on a thread of its own."""
+"""The context tower's engine loop. It alone touches the tower, the states and their memory, in a thread of its own.
+
+receive what has come -> plan -> run -> deliver. States change hands while entries are received, that is between two
+iterations and nowhere else: no plan can name a slot that another session has by the time it runs.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any, NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
-from opentelemetry.trace import Tracer
+import torch
+from opentelemetry.trace import Span, Tracer
 
+from twotower.context.messages import (
+    CloseSession,
+    CommitBlocks,
+    Committed,
+    CopyState,
+    Entry,
+    OpenSession,
+    PrefixLoaded,
+    PrefixMet,
+    PrefixWanted,
+    Result,
+    SessionFailed,
+    SetPaused,
+    StateCopied,
+    StateSoonReady,
+    TokenDecoded,
+)
+from twotower.context.prefixes import Match, PrefixCache
+from twotower.context.resident import Resident
 from twotower.engine.context_engine import ContextEngine
-from twotower.engine.gathering import Gathering
-from twotower.engine.scheduler import ContextScheduler
-from twotower.engine.session import Session
-from twotower.engine.thread import EngineThread
-from twotower.engine.turns import Turns
-from twotower.errors import Unavailable
-from twotower.model.state import Delta
+from twotower.engine.inbox import Inbox
+from twotower.engine.isolation import Isolation
+from twotower.engine.pacing import Load, Pacing
+from twotower.engine.progress import Progress
+from twotower.engine.scheduler import Plan, plan
+from twotower.engine.waiting import WaitingLine
+from twotower.errors import Overloaded, TwoTowerError, Unavailable
+from twotower.model.pool import StatePool
 from twotower.tracing.recorder import NO_TRACER
+from twotower.wire.state import state_tensors
 
 log = logging.getLogger(__name__)
 
-GATHER_S = 0.02
-"""How long a commit waits, at most, for the other blocks that were finished in the same denoiser step."""
-MERGE_S = 0.5
-"""How long, at most, a few blocks wait on shared cores for more to be finished."""
-CREDIT_S = 1.0
-"""How long this tower may keep the cores that it shares with denoisers, whose batches are the fuller for it: the time that they
-have had since, and so, in the long run, no longer than they."""
-
-AfterChunk = Callable[[Session], None]
-"""Called on the engine's thread, each time a chunk of the session's prompt is read."""
-
-
-class Finish(NamedTuple):
-    """How a worker finished a block."""
-
-    worker_id: str
-    forward: int
-    """In which of its forwards."""
-    together: int
-    """Blocks that it finished in that one, and hands in one after the other."""
-
-
-class Commit(NamedTuple):
-    """What a commit came to."""
-
-    delta: Delta
-    number: int
-    together: int
-    """Sessions of the same worker that shared it."""
-
-
-class _Work:
-    """Something a session waits for."""
-
-    def __init__(
-        self,
-        session: Session,
-        block: list[int] | None = None,
-        after_chunk: AfterChunk | None = None,
-        before_last: Callable[[], None] | None = None,
-        worker_id: str = "",
-    ) -> None:
-        self.session = session
-        self.worker_id = worker_id
-        self.block = block
-        self.after_chunk = after_chunk
-        self.before_last = before_last
-        self.result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-    @property
-    def tokens(self) -> int:
-        """Tokens still to process."""
-        return len(self.block) if self.block is not None else self.session.prefill_left
-
-
-Outcome = tuple[_Work, Any]
+FAILED = "the context tower failed on this request"
 
 
 class ContextLoop:
-    """Turns the waits of many sessions into batched forwards. Nothing else touches the engine."""
+    """Prompts, commits and AR tokens of all sessions of this replica."""
 
     def __init__(
         self,
         engine: ContextEngine,
-        thread: EngineThread,
+        pool: StatePool,
+        prefixes: PrefixCache,
+        deliver: Callable[[Sequence[Result]], object],
         *,
         chunk: int,
         budget: int,
-        turns: Turns | None = None,
+        max_waiting: int,
+        progress: Progress,
+        pacing: Pacing | None = None,
         tracer: Tracer = NO_TRACER,
     ) -> None:
-        """chunk: prompt tokens of a forward; budget: tokens of an iteration; turns: on cores shared with other towers."""
-        self._engine = engine
-        self._chunk = chunk
-        self._thread = thread
-        self.tracer = tracer
-        self._scheduler: ContextScheduler[_Work] = ContextScheduler(budget, lambda work: work.tokens)
-        self._turns = turns or Turns(None)
-        self._credit_s = CREDIT_S
-        self._gave_turn = float("-inf")
-        """When others could have the cores again, by the event loop's clock."""
-        self._wake = asyncio.Event()
-        self._finished = Gathering(GATHER_S)
-        """By worker and forward: blocks that were finished together."""
-        self._commits = 0
-        self._refining = 0
-
-    @contextmanager
-    def refining(self) -> Iterator[None]:
-        """While a worker writes a block that this tower will have to commit."""
-        self._refining += 1
-        try:
-            yield
-        finally:
-            self._refining -= 1
-            self._wake.set()
-
-    async def prefill(
-        self, session: Session, after_chunk: AfterChunk | None = None, before_last: Callable[[], None] | None = None
-    ) -> None:
-        """Read the rest of the session's prompt. `before_last`: called in the event loop as the last chunk is begun."""
-        if not session.prefill_left:
-            if before_last is not None:
-                before_last()
-            return
-        work = _Work(session, after_chunk=after_chunk, before_last=before_last)
-        self._scheduler.add_prefill(work)
-        await self._wait(work)
-
-    def commit(self, session: Session, block: list[int], finish: Finish) -> Coroutine[Any, Any, Commit]:
-        """Extend the session's state by a finished block that has come. It is in line when this returns, awaited or not yet."""
-        work = _Work(session, block, worker_id=finish.worker_id)
-        self._scheduler.add_commit(work)
-        self.arrived(finish)
-        return self._wait(work)
-
-    def arrived(self, finish: Finish) -> None:
-        """A block has come, to be committed or not. The commits of those finished with it wait for one another."""
-        self._finished.arrive((finish.worker_id, finish.forward), finish.together)
-
-    async def decode(self, session: Session) -> int:
-        """The session's next AR token. Raises NonFiniteLogits."""
-        work = _Work(session)
-        self._scheduler.add_decode(work)
-        token: int = await self._wait(work)
-        return token
-
-    async def settle(self) -> None:
-        """Until the iteration under way, if any, is over: what it computes with may then be given to others."""
-        await self._thread.settle()
-
-    async def run(self) -> None:
-        """Until cancelled."""
-        while True:
-            await self._wake.wait()
-            await self._finished.complete()
-            await self._merge()
-            if not self._scheduler:
-                self._wake.clear()
-                continue
-            async with self._turn() as until:
-                while await self._iterate() and not self._few and asyncio.get_running_loop().time() < until:
-                    await self._finished.complete()
-
-    async def _iterate(self) -> bool:
-        """One iteration; whether the next one should follow at once, before denoisers that share the cores go on.
-
-        It should after commits and prompts, which give denoisers more to do at a time; AR tokens alternate with their steps.
+        """deliver: takes results, in this thread. chunk: prompt tokens of a session in a forward; budget: tokens of an
+        iteration; max_waiting: sessions that may wait for state memory.
         """
-        plan = self._scheduler.plan()
-        # A session may end at any await. Its slot can be another session's by the time its planned work would run,
-        # so each part of the plan is looked at again in the moment in which it is handed to the thread; a slot is
-        # given back only behind what the thread has begun (`settle`).
-        if commits := _wanted(plan.commits):
-            _deliver(await self._thread.run(self._commit, commits))
-        if decodes := _wanted(plan.decodes):
-            _deliver(await self._thread.run(self._decode, decodes))
-        for work, tokens in plan.prefills:
-            if not _wanted([work]):
-                continue
-            _deliver(await self._thread.run(self._prefill, work, tokens))
-            if self._scheduler.urgent:
-                break  # a worker or an AR client waits; what is left to read is planned again
-        return bool(plan.commits or plan.prefills)
+        self._engine, self._pool, self._prefixes, self._deliver = engine, pool, prefixes, deliver
+        self._chunk, self._budget, self._max_waiting = chunk, budget, max_waiting
+        self._progress, self._pacing, self.tracer = progress, pacing or Pacing(), tracer
+        self.inbox: Inbox[Entry | None] = Inbox()
+        """None ends the loop."""
+        self.refining = 0
+        """Sessions whose next block a denoiser writes; kept by who knows."""
+        self._waiting: WaitingLine[OpenSession] = WaitingLine()
+        self._residents: dict[str, Resident] = {}
+        self._isolation: Isolation[Resident] = Isolation("forward of the context tower", lambda resident: resident.name)
+        self._stopped = False
 
-    @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[float]:
-        """On shared cores, a turn; yields when it is to end, by the event loop's clock. One iteration is always due."""
-        clock = asyncio.get_running_loop().time
+    def run(self) -> None:
+        """Until None is received. Raises what a forward raised when session after session fails alone."""
         try:
-            if self._turns.shared:
-                await self._thread.run(self._turns.take)
-            began = clock()
-            self._credit_s = min(CREDIT_S, self._credit_s + began - self._gave_turn)
-            yield began + self._credit_s
-            self._gave_turn = clock()
-            self._credit_s -= self._gave_turn - began
+            ahead = self._plan()
+            while not self._stopped:
+                patience = self._pacing.patience(self._load(ahead))
+                if patience != 0:
+                    ahead = self._plan() if self._receive(patience) else ahead
+                    continue
+                self._pacing.begin()
+                ahead = self._plan() if self._receive(0) else ahead
+                self._run(ahead)
+                ahead = self._plan()
+                self._pacing.end(self._load(ahead))
         finally:
-            self._turns.give()
+            self._pacing.close()
 
     @property
-    def _few(self) -> bool:
-        """Whether, on shared cores, all that waits are a few blocks, and denoisers are at many more."""
-        waiting = self._scheduler.commits
-        return self._turns.shared and self._scheduler.only_commits and 2 * waiting < self._refining
+    def waiting(self) -> int:
+        """Sessions that wait for state memory."""
+        return len(self._waiting)
 
-    async def _merge(self) -> None:
-        """On shared cores, let sessions a few steps apart fall into step: both towers' batches are the fuller for it.
+    # receive
 
-        The denoisers have the cores meanwhile, so that nothing is lost but these blocks' time.
-        """
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(MERGE_S):
-                while self._few:
-                    self._wake.clear()
-                    await self._wake.wait()
-        self._wake.set()
+    def _receive(self, wait_s: float | None) -> bool:
+        """Take what has come; whether anything has."""
+        entries = self.inbox.take(wait_s)
+        for entry in entries:
+            match entry:
+                case None:
+                    self._stopped = True
+                case OpenSession():
+                    self._open(entry)
+                case CloseSession(session_id):
+                    self._close(session_id)
+                case CommitBlocks(blocks):
+                    for session_id, tokens in blocks:
+                        if (resident := self._residents.get(session_id)) is not None:
+                            resident.session.blocks.append(list(tokens))
+                case _ if (resident := self._residents.get(entry.session_id)) is None:
+                    pass  # it is over
+                case CopyState(_, lease):
+                    resident.copy_for = lease
+                case SetPaused(_, paused):
+                    resident.paused = paused
+                case PrefixLoaded(_, chunks, snapshot):
+                    resident.awaits_prefix = False
+                    if snapshot is not None:
+                        self._prefixes.restore(resident.session, resident.borders, Match(chunks, snapshot))
+        self._admit()
+        self._copy_states()
+        return bool(entries)
 
-    async def _wait(self, work: _Work) -> Any:
-        self._wake.set()
-        try:
-            return await work.result
-        finally:
-            self._scheduler.discard(work)
-
-    # On the engine's thread. A failure reaches those it concerns, and no one else.
-
-    def _commit(self, works: list[_Work]) -> list[Outcome]:
-        try:
-            with self.tracer.start_as_current_span("commit", attributes={"batch": len(works)}):
-                deltas = self._engine.commit([(work.session, work.block or []) for work in works])
-        except Exception as error:
-            return _all_failed(works, error)
-        self._commits += 1
-        together = Counter(work.worker_id for work in works)
-        commits = [Commit(delta, self._commits, together[work.worker_id]) for work, delta in zip(works, deltas, strict=True)]
-        return list(zip(works, commits, strict=True))
-
-    def _decode(self, works: list[_Work]) -> list[Outcome]:
-        try:
-            with self.tracer.start_as_current_span("decode", attributes={"batch": len(works)}):
-                tokens = self._engine.decode([work.session for work in works])
-        except Exception as error:
-            return _all_failed(works, error)
-        return list(zip(works, tokens, strict=True))
-
-    def _prefill(self, work: _Work, tokens: int) -> list[Outcome]:
-        """Read at least so many tokens, in chunks that begin at multiples of their size: a prompt's state has the same
-        bits however its chunks fall into iterations, and wherever a cached prefix ends."""
-        session, read = work.session, 0
-        try:
-            while read < tokens and session.prefill_left:
-                chunk = self._chunk - session.state.length % self._chunk
-                if session.prefill_left <= chunk and work.before_last is not None:
-                    work.result.get_loop().call_soon_threadsafe(work.before_last)
-                    work.before_last = None
-                with self.tracer.start_as_current_span("prefill", attributes={"tokens": min(chunk, session.prefill_left)}):
-                    read += self._engine.prefill(session, chunk)
-                if work.after_chunk is not None:
-                    work.after_chunk(session)
-        except Exception as error:
-            return _all_failed([work], error)
-        return [] if work.tokens else [(work, None)]
-
-
-def _wanted(works: list[_Work]) -> list[_Work]:
-    """Those whose sessions still wait for them."""
-    return [work for work in works if not work.result.done()]
-
-
-def _deliver(outcomes: list[Outcome]) -> None:
-    for work, result in outcomes:
-        if work.result.done():  # its session went away meanwhile
-            continue
-        if isinstance(result, Exception):
-            work.result.set_exception(result)
+    def _open(self, entry: OpenSession) -> None:
+        if len(self._waiting) >= self._max_waiting and (self._waiting or not self._fits(entry)):
+            error = Overloaded(f"all state memory is taken, and {len(self._waiting)} sessions wait for it already")
+            self._deliver([SessionFailed(entry.session_id, error)])
         else:
-            work.result.set_result(result)
+            self._waiting.add(entry.session_id, entry, entry.priority)
+            self._admit()
 
+    def _close(self, session_id: str) -> None:
+        self._waiting.leave(session_id)
+        if (resident := self._residents.pop(session_id, None)) is not None:
+            self._pool.release(resident.session.state)
 
-def _all_failed(works: list[_Work], error: Exception) -> list[Outcome]:
-    log.error("a forward of the context tower failed", exc_info=error)
-    return [(work, Unavailable("the context tower failed on this request")) for work in works]
+    def _fits(self, entry: OpenSession) -> bool:
+        return self._pool.fits(Resident.room_of(entry))
+
+    def _admit(self) -> None:
+        for entry in self._waiting.admit(self._fits):
+            state = self._pool.acquire(Resident.room_of(entry))
+            session = self._engine.open(entry.session_id, entry.tokens, entry.params, entry.generated, state)
+            borders, met = self._prefixes.begin(session)
+            self._residents[session.id] = resident = Resident(session, borders)
+            if met is not None:
+                self._deliver([PrefixMet(borders.links[: met.chunks], met.snapshot)])
+            elif borders.links and self._prefixes.shared:
+                resident.awaits_prefix = True
+                self._deliver([PrefixWanted(session.id, borders.links)])
+
+    def _copy_states(self) -> None:
+        for resident in self._residents.values():
+            if resident.copy_for is not None and resident.settled:
+                with torch.inference_mode():
+                    state, rates = resident.session.state, self._engine.decay_rates
+                    snapshot = {key: tensor.clone() for key, tensor in state_tensors(state, rates)}
+                lease, resident.copy_for = resident.copy_for, None
+                self._deliver([StateCopied(resident.name, lease, state.length, snapshot)])
+
+    # plan
+
+    def _plan(self) -> Plan[Resident]:
+        return plan(self._residents.values(), budget=self._budget, chunk=self._chunk)
+
+    def _load(self, ahead: Plan[Resident]) -> Load:
+        return Load(len(ahead.commits), len(ahead.decodes) + len(ahead.chunks), self.refining)
+
+    # run and deliver: a forward of each kind, and its results at once. A failure reaches those it concerns, and no one else.
+
+    def _run(self, ahead: Plan[Resident]) -> None:
+        by_size: dict[int, list[Resident]] = defaultdict(list)
+        for resident in sorted(ahead.commits, key=lambda resident: resident.session.state.slot):
+            by_size[len(resident.session.blocks[0])].append(resident)
+        for residents in by_size.values():
+            self._end(self._isolation.run(residents, self._commit))
+        if ahead.decodes:
+            self._end(self._isolation.run(ahead.decodes, self._decode))
+        if ahead.chunks:
+            self._read(ahead.chunks)
+        self._copy_states()
+
+    def _commit(self, residents: Sequence[Resident]) -> None:
+        """A block of each, all of one size."""
+        self._announce([resident for resident in residents if len(resident.session.blocks) == 1])
+        sessions = [resident.session for resident in residents]
+        with self._progress.forward(), self._span("commit", batch=len(sessions)):
+            deltas = self._engine.commit_together([(session, session.blocks[0]) for session in sessions])
+        for session in sessions:
+            session.blocks.popleft()
+        self._deliver([Committed([s.id for s in sessions], [s.state.length for s in sessions], deltas)])
+
+    def _decode(self, residents: Sequence[Resident]) -> None:
+        with self._progress.forward(), self._span("decode", batch=len(residents)):
+            drawn = self._engine.decode([resident.session for resident in residents])
+        results: list[Result] = []
+        for resident, token in zip(residents, drawn, strict=True):
+            if isinstance(token, int):
+                resident.session.emit([token])
+                results.append(TokenDecoded(resident.name, token, resident.session.logprobs))
+            else:
+                results.append(self._failed(resident, token))
+        self._deliver(results)
+
+    def _read(self, chunks: Sequence[tuple[Resident, int]]) -> None:
+        """A packed forward of prompts. One that fails is read from its beginning again, alone; failing alone, it ends."""
+        self._announce([r for r, tokens in chunks if tokens == r.prefill_left and not r.session.blocks])
+        try:
+            tokens = sum(count for _, count in chunks)
+            with self._progress.forward(), self._span("prefill", tokens=tokens, batch=len(chunks)):
+                self._engine.read([(resident.session, count) for resident, count in chunks])
+        except Exception as error:
+            if len(chunks) == 1:
+                ((resident, _),) = chunks
+                self._isolation.blame(resident, error)
+                self._end([(resident, error)])
+                return
+            log.warning("a prefill of %d prompts failed; each is read again, alone: %s", len(chunks), error)
+            for resident, _ in chunks:
+                resident.alone = True
+                self._engine.restart(resident.session)
+            return
+        self._isolation.clear()
+        for resident, _ in chunks:
+            self._prefixes.keep(resident.session, resident.borders)
+
+    def _announce(self, settling: Sequence[Resident]) -> None:
+        first = [resident for resident in settling if not resident.announced]
+        for resident in first:
+            resident.announced = True
+        self._deliver([StateSoonReady(resident.name) for resident in first])
+
+    def _end(self, failed: Sequence[tuple[Resident, Exception]]) -> None:
+        self._deliver([self._failed(resident, Unavailable(FAILED)) for resident, _ in failed])
+
+    def _failed(self, resident: Resident, error: TwoTowerError) -> SessionFailed:
+        self._close(resident.name)
+        return SessionFailed(resident.name, error)
+
+    def _span(self, name: str, **attributes: int) -> AbstractContextManager[Span]:
+        return self.tracer.start_as_current_span(name, attributes=attributes)

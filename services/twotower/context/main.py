@@ -19,11 +19,14 @@ from twotower.context.config import ContextConfig
 from twotower.context.loop import ContextLoop
 from twotower.context.prefixes import PrefixCache
 from twotower.context.service import ContextService
-from twotower.engine.admission import Admission
+from twotower.context.sessions import Sessions
 from twotower.engine.context_engine import ContextEngine
+from twotower.engine.pacing import ContextPacing, Pacing
+from twotower.engine.progress import Progress, ends_when_stuck
 from twotower.engine.thread import EngineThread
 from twotower.engine.turns import Turns
 from twotower.garbage import spare_what_is_loaded
+from twotower.internal.v1 import context_pb2, context_pb2_grpc
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.context_tower import ContextTower
 from twotower.model.memory import prefix_budget, state_budget
@@ -42,7 +45,6 @@ from twotower.tasks import end_tasks, until_stopped
 from twotower.tracing.recorder import recording
 from twotower.transport.config import TransportConfig
 from twotower.transport.ends import ContextTransports
-from twotower.v1 import context_pb2, context_pb2_grpc
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,11 @@ SERVICE_NAME = context_pb2.DESCRIPTOR.services_by_name["ContextTower"].full_name
 
 async def run(config: ContextConfig) -> None:
     """Serve until SIGTERM, then drain. Raises CheckpointError, ConfigError, BrokerUnavailable before it serves."""
+    with ends_when_stuck():
+        await _run(config)
+
+
+async def _run(config: ContextConfig) -> None:
     stop = stop_requested()
     checkpoint = Checkpoint.open(config.checkpoint, ("context",), context_experts=config.experts)
     device = resolve_device(config.device)
@@ -64,25 +71,32 @@ async def run(config: ContextConfig) -> None:
         await thread.run(_warm_up, engine)
         pool = StatePool(tower.config, tower.dtype, tower.device, _pool_size(config, checkpoint, tower))
         log.debug("state memory: %d slots, %d pages", pool.size.slots, pool.size.pages)
-        admission = Admission(pool, config.max_waiting)
         queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
-        async with _prefixes(config, checkpoint, engine, thread) as prefixes:
+        async with _prefixes(config, checkpoint, engine) as prefixes:
             with recording(config.trace, f"context-{os.getpid()}") as tracer:
+                event_loop, progress = asyncio.get_running_loop(), Progress(config.stall_s)
                 loop = ContextLoop(
                     engine,
-                    thread,
+                    pool,
+                    prefixes,
+                    lambda results: event_loop.call_soon_threadsafe(sessions.take, results),
                     chunk=config.prefill_chunk,
                     budget=config.prefill_budget,
-                    turns=turns,
+                    max_waiting=config.max_waiting,
+                    progress=progress,
+                    pacing=ContextPacing(turns) if turns.shared else Pacing(),
                     tracer=tracer,
                 )
+                sessions = Sessions(loop, queue, prefixes.redis)
                 transports = ContextTransports(TransportConfig.of(config.transport), config.host, tower.device)
-                service = ContextService(checkpoint, engine, loop, queue, admission, prefixes, transports)
+                service = ContextService(checkpoint, sessions, pool, transports, tracer, config.silence_s)
+                working = asyncio.create_task(thread.run(loop.run))
                 try:
-                    await _serve(config, service, loop, admission, prefixes, registry, stop)
+                    await _serve(config, service, pool, prefixes, registry, stop, working, progress)
                 finally:
-                    turns.close()
+                    loop.inbox.put(None)
                     transports.close()
+                await working
     finally:
         thread.close()
         turns.close()
@@ -92,17 +106,18 @@ async def run(config: ContextConfig) -> None:
 async def _serve(
     config: ContextConfig,
     service: ContextService,
-    loop: ContextLoop,
-    admission: Admission,
+    pool: StatePool,
     prefixes: PrefixCache,
     registry: Registry,
     stop: asyncio.Event,
+    working: asyncio.Task[None],
+    progress: Progress,
 ) -> None:
-    server = RpcServer(config.host, config.port)
+    server, sessions = RpcServer(config.host, config.port), service.sessions
     context_pb2_grpc.add_ContextTowerServicer_to_server(service, server.server)
     await server.start([SERVICE_NAME])
-    # Known once the port is bound; workers are told of it with every session.
-    service.address = address = config.advertise or server.address
+    # Known once the port is bound; every queued session names it.
+    sessions.address = address = config.advertise or server.address
 
     def describe() -> Replica:
         return Replica(
@@ -110,34 +125,36 @@ async def _serve(
             name=address,
             address=address,
             identity=prefixes.spec.identity,
-            load=len(service.sessions) + admission.waiting,
-            capacity=0 if service.draining else admission.pool.size.slots,
+            load=len(sessions),
+            capacity=0 if service.draining else pool.size.slots,
             dtype=prefixes.spec.dtype,
             chunk_tokens=prefixes.spec.chunk_tokens if prefixes.enabled else 0,
             prefixes=prefixes.announced(),
         )
 
     await registry.announce(describe())
-    tasks = [asyncio.create_task(work) for work in (loop.run(), service.watch_queue(), heartbeat(registry, describe))]
+    tasks = [asyncio.create_task(work) for work in (sessions.watch_queue(), heartbeat(registry, describe), progress.watch())]
     await server.set_serving(True)
     spare_what_is_loaded()
     print(f"ready grpc={server.address}", flush=True)
-    await until_stopped(stop, *tasks)
-    log.info("draining %d sessions", len(service.sessions))
-    service.draining = True
-    await server.set_serving(False)
-    with contextlib.suppress(Exception):
-        await registry.withdraw(describe())
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(service.sessions.empty.wait(), config.drain_s)
-    await server.stop(0.5)
-    await end_tasks(*tasks)
+    drain_s = 0.0
+    try:
+        await until_stopped(stop, working, *tasks)
+        drain_s = config.drain_s
+        log.info("draining %d sessions", len(sessions))
+    finally:  # a loop that has failed leaves sessions behind, which go on elsewhere as soon as they are let go
+        service.draining = True
+        await server.set_serving(False)
+        with contextlib.suppress(Exception):
+            await registry.withdraw(describe())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(sessions.empty.wait(), drain_s)
+        await server.stop(0.5 if drain_s else 0.0)
+        await end_tasks(*tasks)
 
 
 @asynccontextmanager
-async def _prefixes(
-    config: ContextConfig, checkpoint: Checkpoint, engine: ContextEngine, thread: EngineThread
-) -> AsyncIterator[PrefixCache]:
+async def _prefixes(config: ContextConfig, checkpoint: Checkpoint, engine: ContextEngine) -> AsyncIterator[PrefixCache]:
     """The prefix cache in both of its tiers, and its metrics."""
     tower = engine.tower
     budget = prefix_budget(config.prefix_memory, state_budget(config.state_memory, tower.device))
@@ -148,12 +165,13 @@ async def _prefixes(
         tier = None
         if redis is not None:
             tier = RedisTier(redis, spec, tower.config, tower.dtype, RedisTierConfig(max_bytes=in_redis), TierStats())
-        cache = PrefixCache(spec, budget, engine.decay_rates, thread, tier)
+        cache = PrefixCache(spec, budget, engine.decay_rates, tier)
         metrics = CollectorRegistry()
         PrefixMetrics(PrefixStats(cache.tiers), metrics)
         with _metrics(config, metrics):
             yield cache
-        await cache.close()
+        if tier is not None:
+            await tier.close()
     finally:
         if redis is not None:
             await redis.aclose()

@@ -10,11 +10,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
+from twotower.context.messages import Snapshot
 from twotower.engine.session import Session
-from twotower.engine.thread import EngineThread
 from twotower.model.state import ContextState
 from twotower.prefix.borders import Borders
 from twotower.prefix.chain import MAX_ANNOUNCED, ChainSpec, pack_links
@@ -29,9 +30,6 @@ SNAPSHOTS = 16
 
 MAX_MET = 65_536
 """Links that are remembered of prompts, with their states or without: 16 bytes each."""
-
-Snapshot = Mapping[Key, Tensor]
-"""As `state_tensors`, in tensors that nobody changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +49,26 @@ class PromptBorders:
         return 0 < chunks <= len(self.links) and (chunks == self.repeated or chunks % every == 0)
 
 
-class PrefixCache:
-    """What a context knows of prompts it has read. Its states are copied on the engine's thread."""
+class Match(NamedTuple):
+    """A cached beginning of a prompt."""
 
-    def __init__(
-        self, spec: ChainSpec, capacity: int, rates: Mapping[int, Tensor], thread: EngineThread, redis: RedisTier | None
-    ) -> None:
-        """capacity: bytes of states in this process's memory. rates: the tower's decay rates, by layer."""
+    chunks: int
+    snapshot: Snapshot
+
+
+class PrefixCache:
+    """What a context knows of prompts that it has read. Its loop's own, but for what says otherwise."""
+
+    def __init__(self, spec: ChainSpec, capacity: int, rates: Mapping[int, Tensor], redis: RedisTier | None) -> None:
+        """capacity: bytes of states in this process's memory. rates: the tower's decay rates, by layer.
+
+        redis: the tier that replicas share, which the service asks where `begin` finds nothing.
+        """
         self.spec = spec
+        self.redis = redis
         self._rates = rates
-        self._thread = thread
-        self._redis = redis
         self._lock = threading.Lock()
+        """Of the index, which the event loop reads for its announcements."""
         self._stats = TierStats()
         self._index: PrefixIndex[Snapshot] = PrefixIndex(capacity, spec.chunk_tokens, lambda entry: None, stats=self._stats)
         self._borders = Borders(MAX_MET)
@@ -70,51 +76,51 @@ class PrefixCache:
     @property
     def enabled(self) -> bool:
         """Whether anything is ever kept."""
-        return self._index.capacity > 0 or self._redis is not None
+        return self._index.capacity > 0 or self.redis is not None
+
+    @property
+    def shared(self) -> bool:
+        """Whether other replicas may have what this one has not."""
+        return self.redis is not None
 
     @property
     def tiers(self) -> dict[str, TierStats]:
         """What each tier counts, by its name."""
-        return {"device": self._stats} | ({"redis": self._redis.stats} if self._redis is not None else {})
+        return {"device": self._stats} | ({"redis": self.redis.stats} if self.redis is not None else {})
 
     def announced(self) -> str:
-        """For the registry: which prefixes are here."""
+        """For the registry: which prefixes are here. From any thread."""
         with self._lock:
             return pack_links(self._index.newest(MAX_ANNOUNCED))
 
-    async def restore(self, session: Session) -> PromptBorders:
-        """Take the session's empty state as far into its prompt as a cached one goes."""
+    def begin(self, session: Session) -> tuple[PromptBorders, Match | None]:
+        """Where the session's prompt can be cached, and the cached beginning that its empty state was filled with."""
         links = self.spec.chain(session.prompt[:-1]) if self.enabled else []
         borders = PromptBorders(links, self._borders.meet(links))
         if not links:
-            return borders
+            return borders, None
         with self._lock:
-            match = self._index.longest(links)
-        if match is not None:
-            await self._thread.run(self._fill, session.state, match.entry.value, match.chunks)
-            if self._redis is not None:  # it has been met again: others may meet it, too
-                self._redis.store_later(links[: match.chunks], match.chunks, match.entry.value)
-        elif self._redis is not None and (chunks := await self._redis.longest(links)):
-            tensors = await self._redis.load(links[:chunks], chunks)
-            if tensors is not None:
-                await self._thread.run(self._fill, session.state, tensors, chunks)
-                await self._thread.run(self._keep, session.state, links[chunks - 1], protected=True)
-        return borders
+            found = self._index.longest(links)
+        if found is None:
+            return borders, None
+        match = Match(found.chunks, found.entry.value)
+        self._fill(session.state, match)
+        return borders, match
+
+    def restore(self, session: Session, borders: PromptBorders, match: Match) -> None:
+        """Fill the session's empty state with what another replica had, and keep it here, too."""
+        self._fill(session.state, match)
+        self._keep(session.state, borders.links[match.chunks - 1], protected=True)
 
     def keep(self, session: Session, borders: PromptBorders) -> None:
-        """On the engine's thread, between chunks: keep the state, if this is a border to keep it at."""
+        """After a chunk: keep the state, if this is a border to keep it at."""
         chunks, rest = divmod(session.state.length, self.spec.chunk_tokens)
-        if rest == 0 and borders.keeps(chunks):
+        if rest == 0 and session.state.length <= len(session.prompt) and borders.keeps(chunks):
             self._keep(session.state, borders.links[chunks - 1], protected=chunks == borders.repeated)
 
-    async def close(self) -> None:
-        """End what is being written."""
-        if self._redis is not None:
-            await self._redis.close()
-
-    def _fill(self, state: ContextState, tensors: Snapshot, chunks: int) -> None:
+    def _fill(self, state: ContextState, match: Match) -> None:
         rates = {Key("a", layer): rate for layer, rate in self._rates.items()}
-        fill_state(state, {**tensors, **rates}, chunks * self.spec.chunk_tokens)
+        fill_state(state, {**match.snapshot, **rates}, match.chunks * self.spec.chunk_tokens)
 
     def _keep(self, state: ContextState, link: bytes, *, protected: bool) -> None:
         tensors = {key: tensor for key, tensor in state_tensors(state, self._rates) if key.name != "a"}

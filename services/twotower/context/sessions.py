@@ -1,103 +1,64 @@
-"""The sessions of one context replica: who waits for a worker, who is attached, what their gateways are to be told."""
+"""The sessions of one context replica: how they are opened, queued, held by workers, written, and ended.
+
+The states are the loop's; what is here decides who may write, and tells the loop and the workers. All of it runs in the
+event loop, and nothing is decided across an await without looking again.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterator, Sequence
-from typing import TypeVar
+import logging
+from collections import defaultdict
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any
 
-from twotower.broker.ready_queue import EntryId
-from twotower.engine.session import Session
-from twotower.errors import LeaseLost, SessionNotFound, TwoTowerError
-from twotower.request import FinishReason, Priority, TokenLogprob
+from twotower.broker.ready_queue import EntryId, ReadyQueue, ReadySession
+from twotower.context.link import WorkerLink
+from twotower.context.live import LiveSession
+from twotower.context.loop import ContextLoop
+from twotower.context.messages import (
+    CloseSession,
+    CommitBlocks,
+    Committed,
+    CopyState,
+    OpenSession,
+    PrefixLoaded,
+    PrefixMet,
+    PrefixWanted,
+    Result,
+    SessionFailed,
+    SetPaused,
+    StateCopied,
+    StateSoonReady,
+    TokenDecoded,
+)
+from twotower.errors import BrokerUnavailable, NonFiniteLogits, RequestFailed
+from twotower.internal.v1 import link_pb2
+from twotower.prefix.redis_tier import RedisTier
+from twotower.request import TokenLogprob
 
-T = TypeVar("T")
+log = logging.getLogger(__name__)
 
-MAX_UNREAD = 32
-"""Blocks, or AR tokens, that wait for a client who does not read them; then its session pauses."""
-
-Event = tuple[list[int], int, Sequence[TokenLogprob]] | FinishReason | TwoTowerError
-"""A block (shown tokens, forwards, logprobs if asked for), the end, or why it failed."""
-
-
-class LiveSession:
-    """A session and its two ends: a gateway that listens, and at most one worker."""
-
-    def __init__(self, session: Session, priority: Priority = Priority.NORMAL) -> None:
-        self.session = session
-        self.priority = priority
-        self.lease = 0
-        """Counts how often it was queued; a worker that comes with an older one is refused."""
-        self.queued = 0
-        """How often it was queued since its last block."""
-        self.entry_id: EntryId | None = None
-        """Its entry in the ready queue, while it waits there."""
-        self.worker_id: str | None = None
-        """The worker that is attached."""
-        self.waiting_since = 0.0
-        """When it was last queued, by the loop's clock."""
-        self.prefilled = asyncio.Event()
-        """The prompt is read; a worker may have been attached shortly before."""
-        self.commit: asyncio.Task[object] | None = None
-        """The last commit; the state must not be sent before it is over."""
-        self.decoding: asyncio.Task[None] | None = None
-        """In AR mode, what writes its tokens."""
-        self.reading = asyncio.Lock()
-        """Held while the state is sent; it must not be given to another session before that is over."""
-        self.ended = asyncio.Event()
-        """The gateway has been told, or has gone."""
-        self._failed = False
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self.read = asyncio.Event()
-        """Set while the gateway keeps up with what is generated."""
-        self.read.set()
-
-    def emit(self, tokens: list[int], forwards: int, logprobs: Sequence[TokenLogprob] = ()) -> bool:
-        """Take a finished block; True if the session goes on."""
-        self.queued = 0
-        shown = self.session.emit(tokens)
-        self._events.put_nowait((shown, forwards, logprobs[: len(shown)]))
-        if self._events.qsize() >= MAX_UNREAD:
-            self.read.clear()
-        if self.session.finish_reason is not None:
-            self._events.put_nowait(self.session.finish_reason)
-            return False
-        return True
-
-    @property
-    def over(self) -> bool:
-        """Nothing more is to be generated."""
-        return self.ended.is_set() or self._failed or self.session.finish_reason is not None
-
-    def fail(self, error: TwoTowerError) -> None:
-        """End the session with an error."""
-        self._failed = True
-        self._events.put_nowait(error)
-
-    async def next_event(self) -> Event:
-        """For the gateway, in order."""
-        event = await self._events.get()
-        if self._events.qsize() < MAX_UNREAD:
-            self.read.set()
-        return event
-
-    async def unless_ended(self, awaitable: Awaitable[T]) -> T | None:
-        """The result, or None if the session ends first."""
-        task = asyncio.ensure_future(awaitable)
-        ended = asyncio.ensure_future(self.ended.wait())
-        try:
-            await asyncio.wait((task, ended), return_when=asyncio.FIRST_COMPLETED)
-            return await task if task.done() else None
-        finally:
-            for leftover in (task, ended):
-                leftover.cancel()
+MAX_FAILURES = 4
+"""Failures in a row, without a block between them, that end a request, wherever they come from."""
+BROKER_WAIT_S = 30.0
+"""How long a session waits for a Redis that does not answer, before it fails."""
+BROKER_RETRY_S = 0.25
+LOST_ENTRY_S = 3.0
+"""A session that waits this long looks whether Redis still has its entry."""
 
 
-class SessionTable:
+class Sessions:
     """All live sessions, by id."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: ContextLoop, queue: ReadyQueue, redis: RedisTier | None) -> None:
+        self._loop = loop
+        self._queue = queue
+        self._redis = redis
         self._sessions: dict[str, LiveSession] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.address = ""
+        """Where workers reach this context."""
         self.empty = asyncio.Event()
         """Set while there is none."""
         self.empty.set()
@@ -108,27 +69,233 @@ class SessionTable:
     def __iter__(self) -> Iterator[LiveSession]:
         return iter(list(self._sessions.values()))
 
-    def add(self, session: Session, priority: Priority) -> LiveSession:
-        """Hold a session."""
-        live = self._sessions[session.id] = LiveSession(session, priority)
-        self.empty.clear()
-        return live
+    # Gateways
 
-    def remove(self, live: LiveSession) -> None:
-        """The session is over; whoever is attached is told."""
-        self._sessions.pop(live.session.id, None)
-        live.ended.set()
+    def open(self, live: LiveSession, tokens: Sequence[int]) -> None:
+        """Hold a session, and have its prompt read once there is room."""
+        self._sessions[live.id] = live
+        self.empty.clear()
+        self._loop.inbox.put(OpenSession(live.id, tokens, live.transcript.generated, live.params, live.priority))
+
+    def end(self, live: LiveSession) -> None:
+        """The session is over, or its gateway has gone. Safe to call again."""
+        live.over = True
+        if self._sessions.pop(live.id, None) is None:
+            return
+        self._let_go(live, link_pb2.END_REASON_OVER)
+        self._take_off(live)
+        self._loop.inbox.put(CloseSession(live.id))
         if not self._sessions:
             self.empty.set()
 
-    def claim(self, session_id: str, lease: int, worker_id: str) -> LiveSession:
-        """Attach a worker. Raises SessionNotFound, LeaseLost."""
-        live = self._sessions.get(session_id)
+    def has_read(self, live: LiveSession) -> None:
+        """The gateway has taken an event."""
+        if live.resume():
+            if live.ar:
+                self._loop.inbox.put(SetPaused(live.id, False))
+            elif live.link is None and live.entry_id is None:
+                self._enqueue(live)
+
+    # Workers
+
+    def attach(self, link: WorkerLink, ref: link_pb2.SessionRef) -> None:
+        """A worker wants a session that it pulled off the queue."""
+        live = self._sessions.get(ref.id)
+        if live is None or live.over:
+            link.end(ref, link_pb2.END_REASON_OVER)
+        elif live.link is not None or live.lease != ref.lease:
+            link.end(ref, link_pb2.END_REASON_LEASE_LOST)
+        else:
+            live.link = link
+            live.entry_id = None  # the worker takes it off the queue
+            link.held[live.id] = live
+            self._loop.inbox.put(CopyState(live.id, live.lease))
+
+    def blocks_done(
+        self, link: WorkerLink, blocks: Sequence[tuple[LiveSession, link_pb2.BlockDone, Sequence[TokenLogprob]]]
+    ) -> None:
+        """Take checked blocks that one denoiser forward finished: each is shown at once, and committed unless it is the last."""
+        commits: list[tuple[str, Sequence[int]]] = []
+        for live, block, logprobs in blocks:
+            self._set_writing(live, False)
+            live.emit(block.token_ids, block.forwards, logprobs)
+            if live.over:
+                self.end(live)
+            else:
+                commits.append((live.id, block.token_ids))
+        if commits:
+            self._loop.inbox.put(CommitBlocks(commits))
+
+    def detached(self, link: WorkerLink, detached: link_pb2.Detached) -> None:
+        """A worker lets go of a session."""
+        live = link.holds(detached.session)
         if live is None:
-            raise SessionNotFound(f"session {session_id} is over")
-        if live.worker_id is not None:
-            raise LeaseLost(f"session {session_id} is held by {live.worker_id}")
-        if live.lease != lease:
-            raise LeaseLost(f"session {session_id} has lease {live.lease}, not {lease}")
-        live.worker_id = worker_id
-        return live
+            return
+        self._forget(live)
+        if detached.reason == link_pb2.DETACH_REASON_NOT_FINITE:
+            live.fail(NonFiniteLogits(detached.detail))
+            self.end(live)
+        elif detached.reason == link_pb2.DETACH_REASON_HANDED_BACK:
+            self._enqueue(live)
+        else:
+            self._failed(live, detached.detail or "the denoiser failed on it")
+
+    def lost(self, link: WorkerLink, why: str) -> None:
+        """A worker has gone: its sessions go on elsewhere, from their last committed blocks."""
+        for live in list(link.held.values()):
+            self._forget(live)
+            self._failed(live, why)
+
+    # The loop
+
+    def take(self, results: Sequence[Result]) -> None:
+        """What the loop has delivered."""
+        for result in results:
+            if isinstance(result, Committed):
+                self._committed(result)
+            elif isinstance(result, PrefixMet):
+                if self._redis is not None:
+                    self._redis.store_later(result.links, len(result.links), result.snapshot)
+            elif (live := self._sessions.get(result.session_id)) is None:
+                continue  # it is over; the loop will hear, or has heard
+            elif isinstance(result, StateSoonReady):
+                if not live.ar:
+                    self._enqueue(live)
+            elif isinstance(result, TokenDecoded):
+                live.emit([result.token], 1, result.logprobs)
+                if live.paused:
+                    self._loop.inbox.put(SetPaused(live.id, True))
+            elif isinstance(result, StateCopied):
+                if live.link is not None and live.lease == result.lease:
+                    self._set_writing(live, True)
+                    live.link.send_state(live, result)
+            elif isinstance(result, PrefixWanted):
+                self._start(self._load_prefix(result))
+            elif isinstance(result, SessionFailed):
+                live.fail(result.error)
+                self.end(live)
+
+    def _committed(self, result: Committed) -> None:
+        """Send each worker its rows; whoever has no worker any more is queued already, or will be."""
+        rows: dict[WorkerLink, list[tuple[int, LiveSession, int]]] = defaultdict(list)
+        for row, (session_id, length) in enumerate(zip(result.session_ids, result.lengths, strict=True)):
+            live = self._sessions.get(session_id)
+            if live is None or live.link is None:
+                continue
+            if live.paused:  # a client that does not read must not keep a worker's slot
+                self._let_go(live, link_pb2.END_REASON_PAUSED)
+                continue
+            self._set_writing(live, True)
+            rows[live.link].append((row, live, length))
+        for link, own in rows.items():
+            link.send_committed(result.deltas, own)
+
+    # Who holds a session
+
+    def _forget(self, live: LiveSession) -> None:
+        self._set_writing(live, False)
+        if live.link is not None:
+            live.link.held.pop(live.id, None)
+            live.link = None
+
+    def _let_go(self, live: LiveSession, reason: link_pb2.EndReason.ValueType) -> None:
+        """Take a session away from its worker, if it has one."""
+        link = live.link
+        self._forget(live)
+        if link is not None:
+            link.end(link_pb2.SessionRef(id=live.id, lease=live.lease), reason)
+
+    def _set_writing(self, live: LiveSession, writing: bool) -> None:
+        self._loop.refining += writing - live.writing
+        live.writing = writing
+
+    def _failed(self, live: LiveSession, why: str) -> None:
+        """One failure more, of the request's one budget."""
+        live.failures += 1
+        if live.over:
+            return
+        if live.failures >= MAX_FAILURES:
+            live.fail(RequestFailed(f"the request failed {live.failures} times without a block between; the last time: {why}"))
+            self.end(live)
+            return
+        log.warning("session %s goes on elsewhere (failure %d): %s", live.id, live.failures, why)
+        if not live.paused:
+            self._enqueue(live)
+
+    # The ready queue
+
+    def _enqueue(self, live: LiveSession) -> None:
+        """Queue a session for any worker, under a new lease."""
+        live.lease += 1
+        live.entry_id = None
+        live.waiting_since = asyncio.get_running_loop().time()
+        self._start(self._push(live, live.lease))
+
+    async def _push(self, live: LiveSession, lease: int) -> None:
+        ready = ReadySession(live.id, lease, self.address, live.room)
+        clock = asyncio.get_running_loop().time
+        give_up = clock() + BROKER_WAIT_S
+        while not live.over and live.lease == lease and live.link is None:
+            try:
+                entry = await self._queue.push(ready, live.priority)
+            except BrokerUnavailable as error:
+                if clock() >= give_up:
+                    live.fail(error)
+                    self.end(live)
+                    return
+                await asyncio.sleep(BROKER_RETRY_S)
+                continue
+            if live.over or live.lease != lease:
+                await self._remove(entry)
+            elif live.link is None:  # else a worker was faster than Redis' answer, and takes it off
+                live.entry_id = entry
+            return
+
+    def _take_off(self, live: LiveSession) -> None:
+        entry, live.entry_id = live.entry_id, None
+        if entry is not None:
+            self._start(self._remove(entry))
+
+    async def _remove(self, entry: EntryId) -> None:
+        try:
+            await self._queue.done(entry)
+        except BrokerUnavailable:
+            log.warning("a finished session's queue entry stays in Redis until a worker drops it")
+
+    async def watch_queue(self) -> None:
+        """Until cancelled: queue again what Redis, or a worker that took it off and never came, has lost."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(LOST_ENTRY_S / 2)
+            for live in self:
+                entry = live.entry_id
+                if entry is None or clock() - live.waiting_since < LOST_ENTRY_S:
+                    continue
+                try:
+                    there = await self._queue.contains(entry)
+                except BrokerUnavailable:
+                    break  # the heartbeat logs it; the next round tries again
+                if not there and live.entry_id == entry and not live.over:
+                    live.entry_id = None
+                    self._failed(live, "its entry was lost from the queue")
+
+    # The prefix tier of all replicas
+
+    async def _load_prefix(self, wanted: PrefixWanted) -> None:
+        chunks, snapshot = 0, None
+        try:
+            if self._redis is not None and (chunks := await self._redis.longest(wanted.links)):
+                snapshot = await self._redis.load(wanted.links[:chunks], chunks)
+        finally:
+            self._loop.inbox.put(PrefixLoaded(wanted.session_id, chunks, snapshot))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run in the background, kept from being collected."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("work for a session failed", exc_info=error)

@@ -37,5 +37,7 @@ class DenoiserConfig:
     """Directory to record spans in."""
     transport: str = "auto"
     """How states come from contexts: auto, grpc, shm or dist."""
+    stall_s: float = 30.0
+    """A forward that has not returned for this long, and for far longer than any before, ends the process."""
     drain_s: float = 30.0
     """How long running sessions may take after SIGTERM."""

@@ -1,214 +1,208 @@
-"""The denoiser's engine loop: one forward after the other, for whatever blocks are under way."""
+"""The denoiser's engine loop. It alone touches the tower, the states and their memory, in a thread of its own.
+
+receive what has come -> plan -> run -> deliver. Sessions join and leave while entries are received, that is between two
+forwards and nowhere else.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections import Counter
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
 
 from opentelemetry.trace import Tracer
 from torch import Tensor
 
+from twotower.denoiser.messages import (
+    Begin,
+    BlocksFinished,
+    Entry,
+    Extend,
+    Held,
+    Leave,
+    Result,
+    SessionsFailed,
+    SlotsFree,
+    TensorsRead,
+)
 from twotower.engine.denoiser_engine import DenoiserEngine
-from twotower.engine.gathering import Gathering
+from twotower.engine.inbox import Inbox
+from twotower.engine.isolation import Isolation
+from twotower.engine.pacing import Load, Pacing
+from twotower.engine.progress import Progress
 from twotower.engine.refinement import Refinement
-from twotower.engine.thread import EngineThread
-from twotower.engine.turns import Turns
-from twotower.errors import TwoTowerError
-from twotower.model.state import ContextState, Extension, apply_all
+from twotower.errors import Incompatible
+from twotower.model.delta_batch import apply_batch
+from twotower.model.pool import StatePool
+from twotower.model.state import ContextState
+from twotower.request import GenerationParams
 from twotower.tracing.recorder import NO_TRACER
+from twotower.wire.state import delta_from, fill_state
 
 log = logging.getLogger(__name__)
 
-GATHER_S = 0.02
-"""How long a forward on shared cores waits, at most, for sessions that are on their way."""
-JOIN_PASSES = 4
-"""Passes of the event loop from an applied delta to the next block's place in the batch."""
-MAX_FAILURES = 3
-"""Forwards in a row that may fail."""
 
+class Resident:
+    """A session that has a slot here."""
 
-class Finish(NamedTuple):
-    """How a block was finished."""
-
-    forward: int
-    """In which of this worker's forwards."""
-    together: int
-    """Blocks of the same context's sessions that were finished in it."""
-
-
-class _Place(NamedTuple):
-    """A block's place in the batch."""
-
-    done: asyncio.Future[Finish]
-    context: str
-    """The address of its session's context."""
+    def __init__(self, begin: Begin, state: ContextState, rates: Mapping[int, Tensor], block: Refinement) -> None:
+        self.held, self.context, self.room = begin.held, begin.context, begin.room
+        self.params: GenerationParams = begin.params
+        self.state = state
+        self.rates = rates
+        """The context tower's decay rates, with which deltas are applied."""
+        self.block: Refinement | None = block
+        """Under way; None: it is handed in, and its delta has not come."""
 
 
 class DenoiserLoop:
-    """Blocks join and leave between forwards. Nothing else touches the engine."""
+    """One forward after the other, for whatever blocks are under way."""
 
     def __init__(
-        self, engine: DenoiserEngine, thread: EngineThread, tracer: Tracer = NO_TRACER, turns: Turns | None = None
+        self,
+        engine: DenoiserEngine,
+        pool: StatePool,
+        deliver: Callable[[Sequence[Result]], object],
+        *,
+        progress: Progress,
+        pacing: Pacing | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
-        """turns: on cores shared with other towers."""
-        self.engine = engine
-        self._thread = thread
-        self.tracer = tracer
-        self._turns = turns or Turns(None)
-        self._forwards = 0
-        self._blocks: dict[Refinement, _Place] = {}
-        self._applies: dict[asyncio.Future[None], Extension] = {}
+        """deliver: takes results, in this thread."""
+        self.engine, self._pool, self._deliver = engine, pool, deliver
+        self._progress, self._pacing, self.tracer = progress, pacing or Pacing(), tracer
+        self.inbox: Inbox[Entry | None] = Inbox()
+        """None ends the loop."""
+        self._residents: dict[Held, Resident] = {}
+        self._waiting: deque[Begin] = deque()
+        """States that have come, for which there is no room yet."""
+        self._extensions: list[Extend] = []
         self._rates: Mapping[int, Tensor] = {}
-        self._coming = Gathering(GATHER_S)
-        """Sessions whose states are on their way, and by context and commit, deltas of one commit."""
-        self._wake = asyncio.Event()
-        self._interrupted = False
-        """Read between forwards by the engine's thread, which else goes on with the same blocks."""
-        self._settling = 0
-        """How many wait for the engine's thread; it must not wait for a turn meanwhile."""
+        self._isolation: Isolation[Resident] = Isolation("forward of the denoiser", lambda r: r.held.session_id)
+        self._stopped = False
 
-    def expect(self, state: ContextState) -> None:
-        """A session attaches: its state is on its way."""
-        self._coming.expect(state)
-
-    def known_rates(self, rates: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-        """The same object for equal decay rates: contexts of one checkpoint have the same; sessions share operations."""
-        known = self._rates
-        if rates.keys() != known.keys() or not all(rate.equal(known[layer]) for layer, rate in rates.items()):
-            self._rates = {layer: rate.clone() for layer, rate in rates.items()}
-        return self._rates
-
-    def forget(self, state: ContextState) -> None:
-        """Its session has left."""
-        self._coming.forget(state)
-
-    async def refine(self, block: Refinement, context: str = "") -> Finish:
-        """Until the block is done. Cancelling it frees its place before the next forward. Raises NonFiniteLogits.
-
-        context: address of the session's context.
-        """
-        done: asyncio.Future[Finish] = asyncio.get_running_loop().create_future()
-        self._blocks[block] = _Place(done, context)
-        self._coming.arrive(block.state)
-        self._interrupt()
+    def run(self) -> None:
+        """Until None is received. Raises what a forward raised when session after session fails alone."""
         try:
-            return await done
-        finally:
-            if self._blocks.pop(block, None) is not None:
-                self._interrupted = True
-
-    async def apply(self, extension: Extension, commit: tuple[str, int], together: int) -> None:
-        """Extend a state by a committed block, before the next forward.
-
-        commit: of which context, and its number; together: how many sessions here are to be extended by it.
-        """
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._applies[done] = extension
-        if self._turns.shared:
-            self._coming.arrive(commit, together)
-        self._interrupt()
-        try:
-            await done
-        finally:
-            self._applies.pop(done, None)
-
-    async def settle(self) -> None:
-        """Until the forward under way, if any, is over: what it computes with may then be given to others."""
-        self._interrupted = True
-        self._settling += 1
-        try:
-            await self._thread.settle()
-        finally:
-            self._settling -= 1
-
-    def _interrupt(self) -> None:
-        self._interrupted = True
-        self._wake.set()
-
-    async def run(self) -> None:
-        """Until cancelled, or until forwards fail again and again: then the device is broken, and so is this process."""
-        failures = 0
-        try:
-            while True:
-                await self._wake.wait()
-                if not self._blocks and not self._applies:
-                    self._turns.give()
-                    self._wake.clear()
+            while not self._stopped:
+                patience = self._pacing.patience(self._load())
+                if patience != 0:
+                    self._receive(patience)
                     continue
-                if self._turns.shared:
-                    if not await self._thread.run(self._take_turn):
-                        continue
-                    await self._coming.complete()  # no context of this machine computes now: what they made is under way
-                if self._applies:
-                    await self._apply()
-                blocks = list(self._blocks)
-                if not blocks:
-                    continue
-                self._interrupted = bool(self._applies)
-                try:
-                    await self._thread.run(self._steps, blocks)
-                except Exception as error:
-                    log.error("a forward of the denoiser failed", exc_info=error)
-                    self._finish(blocks, TwoTowerError("the denoiser failed on this request"))
-                    failures += 1
-                    if failures == MAX_FAILURES:
-                        raise
-                    continue
-                failures = 0
-                self._finish([block for block in blocks if block.done], None)
+                self._pacing.begin()
+                self._receive(0)
+                self._run()
+                self._pacing.end(self._load())
         finally:
-            self._turns.give()
+            self._pacing.close()
 
-    async def _apply(self) -> None:
-        """Every delta that has come."""
-        applies = dict(self._applies)
-        self._applies.clear()
-        error: Exception | None = None
+    # receive
+
+    def _receive(self, wait_s: float | None) -> None:
+        for entry in self.inbox.take(wait_s):
+            match entry:
+                case None:
+                    self._stopped = True
+                case Begin():
+                    self._waiting.append(entry)
+                case Extend():
+                    self._extensions.append(entry)
+                case Leave(held):
+                    self._leave(held)
+
+    def _leave(self, leaving: Sequence[Held]) -> None:
+        for begin in [begin for begin in self._waiting if begin.held in leaving]:
+            self._waiting.remove(begin)
+            self._deliver([TensorsRead(begin.state)])
+        for held in leaving:
+            self._release(held)
+        self._deliver([SlotsFree(leaving)])
+
+    def _release(self, held: Held) -> None:
+        if (resident := self._residents.pop(held, None)) is not None:
+            self._pool.release(resident.state)
+
+    # plan
+
+    def _load(self) -> Load:
+        blocks = sum(resident.block is not None for resident in self._residents.values())
+        coming = bool(self._extensions) or bool(self._waiting and self._pool.fits(self._waiting[0].room))
+        return Load(others=blocks + coming)
+
+    # run and deliver. A failure reaches those it concerns, and no one else.
+
+    def _run(self) -> None:
+        extensions, self._extensions = self._extensions, []
+        for extend in extensions:
+            self._extend(extend)
+        while self._waiting and self._pool.fits(self._waiting[0].room):
+            self._begin(self._waiting.popleft())
+        by_size: dict[int, list[Resident]] = defaultdict(list)
+        for resident in sorted(self._residents.values(), key=lambda resident: resident.state.slot):
+            if resident.block is not None:
+                by_size[resident.params.block_size].append(resident)
+        for residents in by_size.values():
+            self._fail(self._isolation.run(residents, self._step))
+            self._hand_in(residents)
+
+    def _begin(self, begin: Begin) -> None:
+        """Give a session a slot, and put its state there."""
+        state = self._pool.acquire(begin.room)
+        self._rates = _same_if_equal(self._rates, fill_state(state, begin.state.tensors, begin.length))
+        block = self.engine.start(begin.params, state, begin.generated)
+        self._residents[begin.held] = Resident(begin, state, self._rates, block)
+        self._deliver([TensorsRead(begin.state)])
+
+    def _extend(self, extend: Extend) -> None:
+        """Apply a commit to the states of those who are still here."""
+        here = [(row, r) for row, meta in enumerate(extend.rows) if (r := self._residents.get(meta.held)) is not None]
         try:
-            await self._thread.run(self._extend, list(applies.values()))
-        except Exception as failure:
-            log.error("deltas could not be applied", exc_info=failure)
-            error = TwoTowerError("the denoiser failed on this request")
-        for done in applies:
-            if done.done():  # its session went away meanwhile
+            if here:
+                deltas = delta_from(extend.deltas.tensors, self.engine.tower.config, extend.block_size)
+                with self.tracer.start_as_current_span("apply", attributes={"batch": len(here)}):
+                    mine = deltas.select([row for row, _ in here])
+                    apply_batch([r.state for _, r in here], mine, here[0][1].rates, self.engine.tower.kernels)
+        except Exception as error:  # the states are lost, as nobody knows how far it came
+            log.error("a commit could not be applied to %d sessions", len(here), exc_info=error)
+            self._fail([(resident, error) for _, resident in here])
+            return
+        finally:
+            self._deliver([TensorsRead(extend.deltas)])
+        for row, resident in here:
+            length, generated = extend.rows[row].length, extend.rows[row].generated
+            if resident.state.length != length:
+                wrong = Incompatible(f"committed.length: {length}, the state here has {resident.state.length}")
+                self._fail([(resident, wrong)])
+            else:
+                resident.block = self.engine.start(resident.params, resident.state, generated)
+
+    def _step(self, residents: Sequence[Resident]) -> None:
+        with self._progress.forward(), self.tracer.start_as_current_span("step", attributes={"batch": len(residents)}):
+            self.engine.step([resident.block for resident in residents if resident.block is not None])
+
+    def _hand_in(self, worked: Sequence[Resident]) -> None:
+        """What a forward finished: one message for each context."""
+        finished: dict[str, list[tuple[Held, Refinement]]] = defaultdict(list)
+        for resident in worked:
+            block = resident.block
+            if block is None or not block.done or resident.held not in self._residents:
                 continue
-            if error is not None:
-                done.set_exception(error)
+            if block.error is not None:
+                self._fail([(resident, block.error)])
             else:
-                done.set_result(None)
-        for _ in range(JOIN_PASSES):
-            await asyncio.sleep(0)
+                finished[resident.context].append((resident.held, block))
+                resident.block = None
+        self._deliver([BlocksFinished(context, blocks) for context, blocks in finished.items()])
 
-    def _extend(self, extensions: list[Extension]) -> None:
-        with self.tracer.start_as_current_span("apply", attributes={"batch": len(extensions)}):
-            apply_all(extensions, self.engine.tower.kernels)
+    def _fail(self, failed: Sequence[tuple[Resident, Exception]]) -> None:
+        for resident, _ in failed:
+            self._release(resident.held)
+        if failed:
+            self._deliver([SessionsFailed([(resident.held, error) for resident, error in failed])])
 
-    def _steps(self, blocks: list[Refinement]) -> None:
-        """On the engine's thread: forwards of the same blocks, until one is done or something else waits."""
-        while True:
-            self._forwards += 1
-            with self.tracer.start_as_current_span("step", attributes={"batch": len(blocks)}):
-                self.engine.step(blocks)
-            self._turns.give()
-            if any(block.done for block in blocks):
-                return
-            if not self._take_turn() or self._interrupted:
-                return
 
-    def _take_turn(self) -> bool:
-        """On the engine's thread: False if someone waits for it to settle before there is a turn."""
-        return self._turns.take(unless=lambda: self._settling > 0)
-
-    def _finish(self, blocks: list[Refinement], error: Exception | None) -> None:
-        places = {block: place for block in blocks if (place := self._blocks.pop(block, None)) is not None}
-        present = {block: place for block, place in places.items() if not place.done.done()}  # others' sessions went away
-        together = Counter(place.context for block, place in present.items() if (error or block.error) is None)
-        for block, (done, context) in present.items():
-            failure = error or block.error
-            if failure is not None:
-                done.set_exception(failure)
-            else:
-                done.set_result(Finish(self._forwards, together[context]))
+def _same_if_equal(known: Mapping[int, Tensor], rates: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+    """The known decay rates where they are the same, as contexts of one checkpoint have: a commit's rows share operations."""
+    if rates.keys() == known.keys() and all(rate.equal(known[layer]) for layer, rate in rates.items()):
+        return known
+    return {layer: rate.clone() for layer, rate in rates.items()}

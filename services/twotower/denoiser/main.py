@@ -16,6 +16,8 @@ from twotower.denoiser.config import DenoiserConfig
 from twotower.denoiser.loop import DenoiserLoop
 from twotower.denoiser.worker import Worker
 from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.pacing import Pacing, SharedPacing
+from twotower.engine.progress import Progress, ends_when_stuck
 from twotower.engine.thread import EngineThread
 from twotower.engine.turns import Turns
 from twotower.garbage import spare_what_is_loaded
@@ -38,6 +40,11 @@ log = logging.getLogger(__name__)
 
 async def run(config: DenoiserConfig) -> None:
     """Work until SIGTERM, then hand sessions back. Raises CheckpointError, ConfigError, BrokerUnavailable before it works."""
+    with ends_when_stuck():
+        await _run(config)
+
+
+async def _run(config: DenoiserConfig) -> None:
     stop = stop_requested()
     checkpoint = Checkpoint.open(config.checkpoint, ("denoiser",), context_experts=config.context_experts)
     device = resolve_device(config.device)
@@ -54,13 +61,24 @@ async def run(config: DenoiserConfig) -> None:
         queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
         worker_id = f"{socket.gethostname()}-{os.getpid()}"
         with recording(config.trace, f"denoiser-{os.getpid()}") as tracer:
-            loop = DenoiserLoop(engine, thread, tracer, turns)
+            event_loop, progress = asyncio.get_running_loop(), Progress(config.stall_s)
+            loop = DenoiserLoop(
+                engine,
+                pool,
+                lambda results: event_loop.call_soon_threadsafe(worker.take, results),
+                progress=progress,
+                pacing=SharedPacing(turns) if turns.shared else Pacing(),
+                tracer=tracer,
+            )
             transports = WorkerTransports(TransportConfig.of(config.transport), tower.device)
-            worker = Worker(checkpoint, loop, queue, worker_id, pool, transports)
+            worker = Worker(checkpoint, loop, queue, worker_id, pool, transports, progress, tracer)
+            working = asyncio.create_task(thread.run(loop.run))
             try:
-                await _work(config, checkpoint, loop, worker, registry, stop)
+                await _work(config, checkpoint, worker, registry, stop, working, progress)
             finally:
+                loop.inbox.put(None)
                 transports.close()
+            await working
     finally:
         thread.close()
         turns.close()
@@ -70,10 +88,11 @@ async def run(config: DenoiserConfig) -> None:
 async def _work(
     config: DenoiserConfig,
     checkpoint: Checkpoint,
-    loop: DenoiserLoop,
     worker: Worker,
     registry: Registry,
     stop: asyncio.Event,
+    working: asyncio.Task[None],
+    progress: Progress,
 ) -> None:
     server = RpcServer(config.host, config.port)
     await server.start([])
@@ -89,25 +108,23 @@ async def _work(
         )
 
     await registry.announce(describe())
-    running = asyncio.create_task(loop.run())
-    pulling, flushing, beating = (
-        asyncio.create_task(work) for work in (worker.pull(), worker.flush(), heartbeat(registry, describe))
+    pulling, *others = (
+        asyncio.create_task(work) for work in (worker.pull(), worker.flush(), heartbeat(registry, describe), progress.watch())
     )
     await server.set_serving(True)
     spare_what_is_loaded()
     print(f"ready grpc={server.address}", flush=True)
     drain_s = 0.0
     try:
-        await until_stopped(stop, running, pulling, flushing, beating)
+        await until_stopped(stop, working, pulling, *others)
         drain_s = config.drain_s
         log.info("draining %d sessions", worker.load)
     finally:  # a loop that has failed leaves sessions behind, which the context gives to others as soon as they are let go
         await server.set_serving(False)
-        await end_tasks(pulling, flushing, beating)
+        await end_tasks(pulling, *others)
         with contextlib.suppress(Exception):
             await registry.withdraw(describe())
         await worker.drain(drain_s)
-        await end_tasks(running)
         await server.stop(0.5)
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 
-import grpc
+import torch
+from opentelemetry.trace import Tracer
 
 from twotower.broker.ready_queue import EntryId, ReadyQueue, ReadySession
-from twotower.denoiser.attachment import Attachment
+from twotower.denoiser.link import ContextLink
 from twotower.denoiser.loop import DenoiserLoop
-from twotower.engine.admission import Admission
-from twotower.errors import BrokerUnavailable, TwoTowerError
+from twotower.denoiser.messages import BlocksFinished, Held, Leave, Result, SessionsFailed, SlotsFree, TensorsRead
+from twotower.engine.progress import Progress
+from twotower.errors import BrokerUnavailable
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.pool import StatePool
-from twotower.model.state import ContextState
-from twotower.rpc.channel import open_channel
-from twotower.rpc.errors import error_from_rpc
 from twotower.tasks import end_tasks
+from twotower.tracing.recorder import NO_TRACER
 from twotower.transport.ends import WorkerTransports
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ BROKER_RETRY_S = 1.0
 
 
 class Worker:
-    """As many sessions at a time as its pool has slots, from any context replica."""
+    """As many sessions at a time as its pool has slots, from any context replica. Used in the event loop only."""
 
     def __init__(
         self,
@@ -39,56 +40,47 @@ class Worker:
         worker_id: str,
         pool: StatePool,
         transports: WorkerTransports,
+        progress: Progress,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
-        self._checkpoint = checkpoint
-        self._loop = loop
-        self._queue = queue
+        self.loop = loop
         self.id = worker_id
         """Its name in the queue and the registry."""
-        self._transports = transports
+        self.transports = transports
+        self.progress = progress
         self.slots = pool.size.slots
-        """Sessions it takes at once."""
-        self._admission = Admission(pool, max_waiting=self.slots)
-        self._free = asyncio.Semaphore(self.slots)
-        self._sessions: set[asyncio.Task[None]] = set()
-        self._channels: dict[str, grpc.aio.Channel] = {}
-        self._drain = asyncio.Event()
+        """Sessions that it takes at once."""
+        self.identity, self.config = checkpoint.identity, checkpoint.config
+        self.dtype: torch.dtype = pool.dtype
+        self.device: torch.device = pool.device
+        self._pool = pool
+        self._queue = queue
+        self._tracer = tracer
+        self._held: dict[Held, str] = {}
+        """The sessions that have, or will have, a slot here, and the addresses of their contexts."""
+        self._links: dict[str, ContextLink] = {}
+        self._running: dict[ContextLink, asyncio.Task[None]] = {}
+        self._freed = asyncio.Event()
+        self._draining = False
 
     @property
     def load(self) -> int:
         """Sessions here."""
-        return len(self._sessions)
+        return len(self._held)
 
     async def pull(self) -> None:
-        """Until cancelled: take sessions off the queue, as many as fit."""
+        """Until cancelled: take sessions off the queue, as many as there are free slots."""
         while True:
-            await self._free.acquire()
-            self._free.release()
+            while self.load >= self.slots:
+                self._freed.clear()
+                await self._freed.wait()
             try:
                 entries = await self._queue.pull(self.id, self.slots - self.load, PULL_WAIT_S)
             except BrokerUnavailable:
                 await asyncio.sleep(BROKER_RETRY_S)  # the heartbeat logs it
                 continue
             for entry_id, ready in entries:
-                await self._free.acquire()
-                task = asyncio.create_task(self._serve(entry_id, ready))
-                self._sessions.add(task)
-                task.add_done_callback(self._leave)
-
-    async def drain(self, timeout_s: float) -> None:
-        """Hand every session back at its next block border. `pull` must have ended."""
-        self._drain.set()
-        if self._sessions:
-            await asyncio.wait(self._sessions, timeout=timeout_s)
-        await end_tasks(*self._sessions)
-        with contextlib.suppress(BrokerUnavailable):
-            await self._queue.flush()
-        for channel in self._channels.values():
-            await channel.close(None)
-
-    def _leave(self, task: asyncio.Task[None]) -> None:
-        self._sessions.discard(task)
-        self._free.release()
+                self._attach(entry_id, ready)
 
     async def flush(self) -> None:
         """Until cancelled: see that what is done leaves the queue even while this worker, being full, does not pull."""
@@ -97,40 +89,75 @@ class Worker:
             with contextlib.suppress(BrokerUnavailable):
                 await self._queue.flush()
 
-    async def _serve(self, entry_id: EntryId, ready: ReadySession) -> None:
-        try:
-            state = await self._admission.acquire(ready.tokens)
-        except TwoTowerError as error:  # the context will see that its entry is gone, and queue it for others
-            log.error("session %s does not fit this worker: %s", ready.session_id, error)
-            self._queue.done_soon(entry_id)
-            return
-        try:
-            await self._attach(entry_id, ready, state)
-        finally:
-            await self._loop.settle()
-            self._admission.release(state)
+    async def drain(self, timeout_s: float) -> None:
+        """Hand every session back at its next block border, and close all links. `pull` must have ended."""
+        self._draining = True
+        for link in self._links.values():
+            link.hand_back()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._held:
+                    self._freed.clear()
+                    await self._freed.wait()
+        for link in self._links.values():
+            link.close()
+        if self._running:
+            await asyncio.wait(self._running.values(), timeout=min(timeout_s, 1.0))
+        await end_tasks(*self._running.values())
+        with contextlib.suppress(BrokerUnavailable):
+            await self._queue.flush()
 
-    async def _attach(self, entry_id: EntryId, ready: ReadySession, state: ContextState) -> None:
-        channel = self._channels.get(ready.context_address)
-        if channel is None:
-            channel = self._channels[ready.context_address] = open_channel(ready.context_address)
-        attached = asyncio.Event()
-        acknowledge = asyncio.create_task(self._acknowledge(entry_id, attached))
-        try:
-            attachment = Attachment(self._checkpoint, self._loop, self.id, state, self._transports)
-            await attachment.run(channel, ready, attached, self._drain)
-        except grpc.aio.AioRpcError as rpc:
-            # The session is the context's to queue again, or the gateway's to open elsewhere.
-            log.warning("session %s left: %s", ready.session_id, error_from_rpc(rpc))
-        except TwoTowerError as error:
-            log.error("session %s left: %s", ready.session_id, error)
-        except Exception:
-            log.exception("session %s left", ready.session_id)
-        finally:
-            attached.set()
-            await acknowledge
+    def leave(self, held: Sequence[Held]) -> None:
+        """Sessions are not this worker's any more: their slots become free between two forwards."""
+        if held:
+            self.loop.inbox.put(Leave(held))
 
-    async def _acknowledge(self, entry_id: EntryId, attached: asyncio.Event) -> None:
-        """Take the entry off the queue once its fate is known: attached, or refused."""
-        await attached.wait()
+    def take(self, results: Sequence[Result]) -> None:
+        """What the loop has delivered."""
+        for result in results:
+            if isinstance(result, BlocksFinished):
+                if (link := self._links.get(result.context)) is not None:
+                    link.hand_in(result)
+                    if self._draining:
+                        link.hand_back()
+            elif isinstance(result, TensorsRead):
+                result.received.release()
+            elif isinstance(result, SlotsFree):
+                self._free(result.held)
+            elif isinstance(result, SessionsFailed):
+                for held, error in result.sessions:
+                    if (link := self._links.get(self._held.get(held, ""))) is not None:
+                        link.fail(held, error)
+                self._free([held for held, _ in result.sessions])
+
+    def _attach(self, entry_id: EntryId, ready: ReadySession) -> None:
+        # Whatever comes of it, the entry has done its part: a session that is lost now is queued again by its context.
         self._queue.done_soon(entry_id)
+        held = Held(ready.session_id, ready.lease)
+        if not self._pool.ever_fits(ready.tokens):
+            log.error("session %s does not fit this worker: it needs room for %d tokens", ready.session_id, ready.tokens)
+            return
+        if held in self._held:
+            return  # delivered twice
+        self._held[held] = ready.context_address
+        self._link_to(ready.context_address).attach(held, ready)
+
+    def _link_to(self, address: str) -> ContextLink:
+        link = self._links.get(address)
+        if link is None or link.closed:
+            link = self._links[address] = ContextLink(self, address, self._tracer)
+            self._running[link] = task = asyncio.create_task(link.run())
+            task.add_done_callback(lambda _: self._ended(link, address))
+        return link
+
+    def _ended(self, link: ContextLink, address: str) -> None:
+        task = self._running.pop(link)
+        if self._links.get(address) is link:
+            del self._links[address]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the link to context %s failed", address, exc_info=error)
+
+    def _free(self, held: Sequence[Held]) -> None:
+        for one in held:
+            self._held.pop(one, None)
+        self._freed.set()

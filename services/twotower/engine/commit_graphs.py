@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from twotower.engine.graphs import Graphs, batch_bucket, scratch_ints, state_ints, state_views, token_bucket
-from twotower.model.context_tower import Changes, ContextTower, deltas_of
+from twotower.model.context_tower import Changes, ContextTower
+from twotower.model.delta_batch import DeltaBatch
 from twotower.model.pool import StatePool
 from twotower.model.rows import PagedRows
-from twotower.model.state import ContextState, Delta, KVDelta
+from twotower.model.state import ContextState, KVDelta
 from twotower_kernels.block import ScanFactors
 
 
@@ -37,8 +38,8 @@ class CommitGraphs:
     @torch.inference_mode()
     def commit(
         self, pool: StatePool, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool
-    ) -> tuple[list[Delta], Tensor | None]:
-        """As `ContextTower.commit`: tokens (B, L) int64 on the host, states of `pool`. What is returned is the caller's own."""
+    ) -> tuple[DeltaBatch, Tensor | None]:
+        """As `ContextEngine.extend`: tokens (B, L) int64 on the host, states of `pool`. What is returned is the caller's own."""
         count, length = tokens.shape
         longest = token_bucket(max(state.length for state in states) + length)  # pages of the block itself, too
 
@@ -57,7 +58,7 @@ class CommitGraphs:
             state.length += length
         # The next replay overwrites all of it, while a delta may still be on its way to a worker.
         own = [packed[:count].clone() for packed in out.packed]
-        return deltas_of(length, _unpack(out.changes, own), count), None if out.logits is None else out.logits[:count].clone()
+        return DeltaBatch(length, _unpack(out.changes, own)), None if out.logits is None else out.logits[:count].clone()
 
 
 def _tensors(change: ScanFactors | KVDelta) -> Iterator[Tensor]:

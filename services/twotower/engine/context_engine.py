@@ -15,6 +15,8 @@ from twotower.engine.sampling import filters, uniforms
 from twotower.engine.session import Session
 from twotower.errors import NonFiniteLogits
 from twotower.model.context_tower import ContextTower
+from twotower.model.delta_batch import DeltaBatch
+from twotower.model.rows import rows_of
 from twotower.model.state import ContextState, Delta
 from twotower.request import GenerationParams, Mode
 from twotower_kernels.unmask import draw
@@ -33,35 +35,58 @@ class ContextEngine:
     def open(
         self,
         session_id: str,
-        prompt: list[int],
+        tokens: Sequence[int],
         params: GenerationParams,
         generated: int = 0,
         state: ContextState | None = None,
     ) -> Session:
-        """A session that has read nothing yet. state: an empty one of a pool; None: one of its own, which grows."""
-        return Session(session_id, prompt, params, state or self.tower.new_state(), generated)
+        """A session that has read nothing yet; tokens and generated as `Session` takes them.
+
+        state: an empty one of a pool; None: one of its own, which grows.
+        """
+        return Session(session_id, tokens, params, state or self.tower.new_state(), generated)
 
     def prefill(self, session: Session, budget: int) -> int:
         """Read up to `budget` more tokens of the prompt; returns how many."""
-        start = session.state.length
-        chunk = session.prompt[start : start + min(budget, session.prefill_left)]
-        last = start + len(chunk) == len(session.prompt)
-        tokens = torch.tensor(chunk, dtype=torch.int64, device=self.tower.device)
-        session.logits = self.tower.prefill(tokens, session.state, need_logits=last and session.params.mode is Mode.AR)
-        return len(chunk)
+        tokens = min(budget, session.prefill_left)
+        self.read([(session, tokens)])
+        return tokens
 
-    def commit(self, work: Sequence[tuple[Session, list[int]]]) -> list[Delta]:
-        """Extend each session's state by its finished block; blocks of one size share a forward."""
-        deltas: list[Delta | None] = [None] * len(work)
+    def read(self, chunks: Sequence[tuple[Session, int]]) -> None:
+        """Read the next tokens of each session's prompt, as many as are said, in one forward.
+
+        When it raises, the states of all these sessions are lost: see `restart`.
+        """
+        for session, count in chunks:
+            start = session.state.length
+            chunk = session.prompt[start : start + count]
+            last = start + count == len(session.prompt)
+            tokens = torch.tensor(chunk, dtype=torch.int64, device=self.tower.device)
+            need_logits = last and session.params.mode is Mode.AR
+            session.logits = self.tower.prefill(tokens, session.state, need_logits=need_logits)
+
+    @staticmethod
+    def restart(session: Session) -> None:
+        """Let a session whose prompt is not read to its end begin again, in the same place."""
+        session.state.length = 0
+        session.logits = None
+
+    def commit(self, work: Sequence[tuple[Session, Sequence[int]]]) -> list[Delta]:
+        """Extend each session's state by its finished block; returns each one's delta."""
         by_size: dict[int, list[int]] = defaultdict(list)
-        for i, (_, block) in enumerate(work):
-            by_size[len(block)].append(i)
+        for row, (_, block) in enumerate(work):
+            by_size[len(block)].append(row)
+        deltas: dict[int, Delta] = {}
         for rows in by_size.values():
-            rows.sort(key=lambda i: work[i][0].state.slot)
-            tokens = torch.tensor([work[i][1] for i in rows], dtype=torch.int64)
-            for i, delta in zip(rows, self.extend(tokens, [work[i][0].state for i in rows])[0], strict=True):
-                deltas[i] = delta
-        return [delta for delta in deltas if delta is not None]
+            rows.sort(key=lambda row: work[row][0].state.slot)
+            batch = self.commit_together([work[row] for row in rows])
+            deltas |= {row: batch.row(i) for i, row in enumerate(rows)}
+        return [deltas[row] for row in range(len(work))]
+
+    def commit_together(self, work: Sequence[tuple[Session, Sequence[int]]]) -> DeltaBatch:
+        """As `commit`, for blocks of one size: one forward, whose deltas stay together. Fastest in the order of slots."""
+        tokens = torch.tensor([list(block) for _, block in work], dtype=torch.int64)
+        return self.extend(tokens, [session.state for session, _ in work])[0]
 
     def decode(self, sessions: Sequence[Session]) -> list[int | NonFiniteLogits]:
         """The next AR token of each prefilled session: drawn, not yet emitted. One forward for all that need one.
@@ -74,21 +99,33 @@ class ContextEngine:
             _, logits = self.extend(tokens, [session.state for session in behind], need_logits=True)
             assert logits is not None
             for session, row in zip(behind, logits, strict=True):
-                session.logits = row
+                session.logits, session.pending = row, None
         drawn = self._draw(sessions)
         for session, token in zip(sessions, drawn, strict=True):
             session.pending = token if isinstance(token, int) else None
         return drawn
 
+    @torch.inference_mode()
     def extend(
         self, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool = False
-    ) -> tuple[list[Delta], Tensor | None]:
-        """`ContextTower.commit` of tokens (B, L) on the host, as a replay where that is possible."""
+    ) -> tuple[DeltaBatch, Tensor | None]:
+        """Extend each state by its row of tokens (B, L), on the host, in one forward; as a replay where that is possible.
+
+        Returns what changed, and the logits of the last position (B, vocab) fp32 where needed.
+        """
         for state in states:
             state.begin()
         if self._graphs is not None and (pool := common_pool(self.tower, states)) is not None:
             return self._graphs.commit(pool, tokens, states, need_logits=need_logits)
-        return self.tower.commit(tokens.to(self.tower.device), states, need_logits=need_logits)
+        tokens, length = tokens.to(self.tower.device), tokens.shape[1]
+        if self.tower.compiled and len(states) == 1:
+            (delta,), logits = self.tower.commit(tokens, states, need_logits=need_logits)
+            return DeltaBatch.of(delta), logits
+        rows = rows_of(states, self.tower.kernels)
+        h, changes = self.tower.forward_rows(tokens, rows, prefill=False, need_hidden=need_logits)
+        for state in states:
+            state.length += length
+        return DeltaBatch(length, changes), self.tower.logits(h) if need_logits else None
 
     @torch.inference_mode()
     def _draw(self, sessions: Sequence[Session]) -> list[int | NonFiniteLogits]:

@@ -48,10 +48,6 @@ class EngineThread:
         """The result of `work`, which begins when all that came before it has ended."""
         return await asyncio.wrap_future(self._executor.submit(work, *args, **kwargs))
 
-    async def settle(self) -> None:
-        """Until what was begun has ended: what it computed with may then be given to others."""
-        await self.run(_nothing)
-
     def close(self) -> None:
         """Begin nothing more."""
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -63,7 +59,3 @@ def _use_threads(count: int, pinned: bool = False) -> None:
     torch.get_num_threads()  # a thread takes the number that was set last, by any, when it first asks: now, and not later
     if pinned and not pin(count):
         log.debug("threads are not kept to CPUs of their own")
-
-
-def _nothing() -> None:
-    pass

@@ -15,8 +15,9 @@ from pathlib import Path
 from twotower.errors import ConfigError
 
 POLL_S = 0.0002
-PATIENCE_S = 10.0
-"""The longest wait. Who holds on for longer is stuck, or very slow; going on beside it is right, and only slower."""
+PATIENCE_S = 3.0
+"""The longest wait. Who holds on for longer is stuck, or very slow; going on beside it is right, and only slower. Nobody
+waits again before the turn has been free once."""
 _NEXT, _CORES = 0, 1
 
 
@@ -33,6 +34,7 @@ class Turns:
         """path: a file that all these towers name; None: the cores are this tower's alone. Raises ConfigError."""
         self._sleep, self._clock = sleep, clock
         self._held = False
+        self._patience_s = PATIENCE_S
         try:
             self._file = None if path is None else os.open(path, os.O_RDWR)
         except OSError as error:
@@ -43,20 +45,17 @@ class Turns:
         """Whether there may be others."""
         return self._file is not None
 
-    def take(self, unless: Callable[[], bool] = lambda: False) -> bool:
-        """Wait for a turn, unless this process has one. False without a turn: `unless` became true while it waited."""
+    def take(self) -> None:
+        """Wait for a turn, unless this process has one."""
         if self._file is None or self._held:
-            return True
-        give_up = self._clock() + PATIENCE_S
+            return
+        give_up = self._clock() + self._patience_s
         for byte in (_NEXT, _CORES):
-            while not self._lock(byte) and self._clock() < give_up:
-                if unless():
-                    self._unlock(_NEXT)
-                    return False
+            while not (locked := self._lock(byte)) and self._clock() < give_up:
                 self._sleep(POLL_S)
+        self._patience_s = PATIENCE_S if locked else 0.0
         self._unlock(_NEXT)
         self._held = True
-        return True
 
     def give(self) -> None:
         """Let others have theirs."""

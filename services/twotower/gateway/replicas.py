@@ -14,9 +14,9 @@ import grpc
 from twotower.broker.registry import Kind, Replica
 from twotower.errors import BrokerUnavailable
 from twotower.gateway.prefixes import PromptChains, SentPrefixes
+from twotower.internal.v1 import context_pb2_grpc
 from twotower.prefix.chain import ChainSpec, unpack_links
 from twotower.rpc.channel import open_channel
-from twotower.v1 import context_pb2_grpc
 
 log = logging.getLogger(__name__)
 

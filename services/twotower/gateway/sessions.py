@@ -10,19 +10,21 @@ from dataclasses import dataclass
 
 import grpc
 
-from twotower.errors import BrokerUnavailable, DeadlineExceeded, Overloaded, TwoTowerError, Unavailable
+from twotower.errors import BrokerUnavailable, DeadlineExceeded, Overloaded, RequestFailed, TwoTowerError, Unavailable
 from twotower.gateway.prefixes import PromptChains
 from twotower.gateway.replicas import ContextReplica, ReplicaPool
+from twotower.internal.v1 import context_pb2
 from twotower.request import FinishReason, GenerationParams, Priority
 from twotower.rpc.errors import error_from_rpc, raised_by_peer
-from twotower.v1 import context_pb2, inference_pb2
+from twotower.v1 import inference_pb2
 from twotower.wire.params import FINISH_FROM_PB, PRIORITY_TO_PB, params_to_pb
 
 log = logging.getLogger(__name__)
 
 SessionEvent = context_pb2.SessionBlock | FinishReason
 
-MAX_REOPENS = 3
+MAX_FAILURES = 4
+"""Failures in a row, without a block between them, that end a request; the contexts count on from these."""
 BACKOFF_S = 0.1
 
 LOST_CODES = frozenset(
@@ -70,11 +72,12 @@ class SessionStream:
         self._on_open = on_open
         self._on_reopen = on_reopen
         self._emitted: list[int] = []
+        self._failures = 0
+        """Since the last block."""
         self._full: set[ContextReplica] = set()
 
     async def events(self) -> AsyncGenerator[SessionEvent, None]:
         """Blocks, then why the session ended. Closing this generator ends the session. Raises TwoTowerError."""
-        reopens = 0
         clock = asyncio.get_running_loop().time
         give_up = 0.0
         while True:
@@ -97,17 +100,18 @@ class SessionStream:
                     continue
                 log.info("request %s: %s; trying another context", self._job.request_id, error)
             except _LostError as lost:
-                reopens += 1
+                self._failures += 1
                 self._full.clear()  # that was when the session was opened
                 if (reason := self._complete()) is not None:  # only the word that it is over was lost
                     yield reason
                     return
-                if reopens > MAX_REOPENS:
-                    raise Unavailable(f"the context failed {reopens} times in this request; the last time: {lost}") from None
+                if self._failures >= MAX_FAILURES:
+                    times = f"{self._failures} times without a block between"
+                    raise RequestFailed(f"the request failed {times}; the last time: {lost}") from None
                 log.warning("request %s: context %s was lost (%s)", self._job.request_id, replica.address, lost)
                 self._on_reopen()
                 give_up = clock() + self._wait_s
-                await self._sleep(BACKOFF_S * 2 ** (reopens - 1))
+                await self._sleep(BACKOFF_S * 2 ** (self._failures - 1))
 
     async def _replica(self) -> ContextReplica:
         clock = asyncio.get_running_loop().time
@@ -138,6 +142,7 @@ class SessionStream:
             generated=len(self._emitted),
             params=params_to_pb(job.params),
             priority=PRIORITY_TO_PB[job.priority],
+            failures=self._failures,
         )
         timeout = None if self._deadline is None else max(0.0, self._deadline - asyncio.get_running_loop().time())
         replica.in_flight += 1
@@ -149,6 +154,7 @@ class SessionStream:
                     finish = FINISH_FROM_PB.get(event.end.finish_reason, FinishReason.LENGTH)
                 else:
                     self._emitted.extend(event.block.token_ids)
+                    self._failures = 0
                     yield event.block
         except grpc.aio.AioRpcError as rpc:
             if finish is None:

@@ -13,8 +13,8 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from twotower.errors import Incompatible
+from twotower.internal.v1 import tensor_pb2
 from twotower.model.config import ModelConfig
-from twotower.v1 import tensor_pb2
 from twotower.wire.frames import FrameAssembler, Key, Spec, to_frames
 from twotower.wire.state import state_spec
 

@@ -10,24 +10,24 @@ from pathlib import Path
 import torch
 
 from twotower.errors import ConfigError, Incompatible
+from twotower.internal.v1 import link_pb2
 from twotower.transport.config import Kind, TransportConfig
 from twotower.transport.frames import FrameInlet, FrameOutlet
 from twotower.transport.group import GLOO, NCCL, backends
 from twotower.transport.inbox import SegmentInbox
 from twotower.transport.interface import Inlet, Outlet
-from twotower.transport.pairs import ContextPairs, WorkerPairs
+from twotower.transport.pairs import ContextPairs, join
 from twotower.transport.segments import SegmentPool
 from twotower.transport.shm import ShmInlet, ShmOutlet
-from twotower.v1 import context_pb2
 
 KIND_TO_PB = {
-    Kind.GRPC: context_pb2.TRANSPORT_GRPC,
-    Kind.SHM: context_pb2.TRANSPORT_SHM,
-    Kind.DIST: context_pb2.TRANSPORT_DIST,
+    Kind.GRPC: link_pb2.TRANSPORT_GRPC,
+    Kind.SHM: link_pb2.TRANSPORT_SHM,
+    Kind.DIST: link_pb2.TRANSPORT_DIST,
 }
 KIND_FROM_PB = {value: key for key, value in KIND_TO_PB.items()}
 
-Chosen = tuple[Outlet, context_pb2.TransportChoice]
+Chosen = tuple[Outlet, link_pb2.TransportChoice]
 
 
 class ContextTransports:
@@ -42,7 +42,7 @@ class ContextTransports:
         self._segments = SegmentPool(config.shm_bytes)
         self._pairs = ContextPairs(host, device, config)
 
-    def attach(self, offer: context_pb2.TransportOffer, grpc_peer: str) -> Chosen:
+    def attach(self, offer: link_pb2.TransportOffer, grpc_peer: str) -> Chosen:
         """The best transport that both can use, or the one that either insists on. Raises Incompatible, naming the field.
 
         `grpc_peer`: gRPC's name for the worker's address.
@@ -66,10 +66,10 @@ class ContextTransports:
         self._segments.close()
         self._pairs.close()
 
-    def _try(self, kind: Kind, backend: str, offer: context_pb2.TransportOffer, grpc_peer: str) -> Chosen | str:
+    def _try(self, kind: Kind, backend: str, offer: link_pb2.TransportOffer, grpc_peer: str) -> Chosen | str:
         """An outlet, or why there can be none: what differs, by its field."""
         if kind is Kind.GRPC:
-            return FrameOutlet(), context_pb2.TransportChoice(kind=context_pb2.TRANSPORT_GRPC)
+            return FrameOutlet(), link_pb2.TransportChoice(kind=link_pb2.TRANSPORT_GRPC)
         if kind is Kind.SHM:
             if not shm_possible():
                 return "transport.kinds: the context's system has no shared memory for shm"
@@ -80,7 +80,7 @@ class ContextTransports:
             segments = self._segments.connect(offer.shm_socket)
             if segments is None:
                 return f"transport.shm_socket: the worker's socket {offer.shm_socket!r} cannot be reached"
-            return ShmOutlet(segments), context_pb2.TransportChoice(kind=context_pb2.TRANSPORT_SHM)
+            return ShmOutlet(segments), link_pb2.TransportChoice(kind=link_pb2.TRANSPORT_SHM)
         if backend not in self._backends or backend not in offer.backends:
             theirs, ours = ", ".join(offer.backends), ", ".join(self._backends)
             return f"transport.backends: {backend} is not on both sides (worker: {theirs}; context: {ours})"
@@ -99,8 +99,8 @@ class WorkerTransports:
         check_possible(config, device)
         kinds = [kind for kind in Kind if config.kind in (None, kind) and _possible(kind, device)]
         self._inbox = SegmentInbox() if Kind.SHM in kinds else None
-        self._pairs = WorkerPairs(device, config)
-        self.offer = context_pb2.TransportOffer(
+        self._config, self._device = config, device
+        self.offer = link_pb2.TransportOffer(
             kinds=[KIND_TO_PB[kind] for kind in kinds],
             peer=uuid.uuid4().hex,
             host=host_token() if self._inbox else "",
@@ -110,21 +110,20 @@ class WorkerTransports:
         )
         """For `Hello`."""
 
-    def attach(self, choice: context_pb2.TransportChoice, context_address: str) -> Inlet:
+    def attach(self, choice: link_pb2.TransportChoice, context_address: str) -> Inlet:
         """The inlet for the transport that the context at `context_address` chose. Raises Incompatible."""
-        if choice.kind not in (*self.offer.kinds, context_pb2.TRANSPORT_UNSPECIFIED):
+        if choice.kind not in (*self.offer.kinds, link_pb2.TRANSPORT_UNSPECIFIED):
             raise Incompatible(f"transport.kind: the context chose {choice.kind}, which this worker did not offer")
-        if choice.kind == context_pb2.TRANSPORT_SHM and self._inbox is not None:
+        if choice.kind == link_pb2.TRANSPORT_SHM and self._inbox is not None:
             return ShmInlet(self._inbox)
-        if choice.kind == context_pb2.TRANSPORT_DIST:
-            return self._pairs.attach(choice, context_address)
+        if choice.kind == link_pb2.TRANSPORT_DIST:
+            return join(choice, context_address, self._device, self._config)
         return FrameInlet()
 
     def close(self) -> None:
         """Give back all memory and connections."""
         if self._inbox is not None:
             self._inbox.close()
-        self._pairs.close()
 
 
 def check_possible(config: TransportConfig, device: torch.device) -> None:

@@ -1,16 +1,16 @@
-"""The `grpc` transport: everything in frames on the attach stream. It works everywhere, and stands in for the others."""
+"""The `grpc` transport: everything in frames on the link's stream. It works everywhere, and stands in for the others."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from twotower.errors import Incompatible
+from twotower.internal.v1 import link_pb2
 from twotower.transport.config import Kind
-from twotower.transport.interface import Inlet, Outlet, listed
+from twotower.transport.interface import Header, Inlet, Outlet, Write
 from twotower.transport.layout import device_of, off_loop
-from twotower.v1 import context_pb2
 from twotower.wire.frames import Key, to_frames
 
 
@@ -19,13 +19,13 @@ class FrameOutlet(Outlet):
 
     kind = Kind.GRPC
 
-    async def send(self, tensors: Iterable[tuple[Key, Tensor]]) -> AsyncGenerator[context_pb2.ContextMessage]:
+    async def send(self, tensors: Sequence[tuple[Key, Tensor]], header: Header, write: Write) -> None:
         """See `Outlet`."""
-        known = await listed(tensors)
-        size = sum(tensor.nbytes for _, tensor in known)
-        frames = to_frames(known)
-        while (batch := await off_loop(size, device_of(known), lambda: next(frames, None))) is not None:
-            yield context_pb2.ContextMessage(frames=batch)
+        await write(header(None))
+        size = sum(tensor.nbytes for _, tensor in tensors)
+        frames = to_frames(tensors)
+        while (batch := await off_loop(size, device_of(tensors), lambda: next(frames, None))) is not None:
+            await write(link_pb2.ContextMessage(frames=batch))
 
     async def close(self) -> None:
         """Nothing is held."""
@@ -36,11 +36,11 @@ class FrameInlet(Inlet):
 
     kind = Kind.GRPC
 
-    async def fetch(self, placed: context_pb2.Placed) -> Tensor:
+    async def fetch(self, placed: link_pb2.Placed) -> Tensor:
         """Always raises Incompatible."""
-        raise Incompatible("placed: this attachment's transport is grpc, which takes frames only")
+        raise Incompatible("tensors: this link's transport is grpc, which takes frames only")
 
-    def release(self, placed: context_pb2.Placed) -> None:
+    def release(self, placed: link_pb2.Placed) -> None:
         """Nothing is held."""
 
     async def close(self) -> None:

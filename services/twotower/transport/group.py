@@ -97,6 +97,8 @@ class Group:
         self.device = meeting.device if meeting.backend == NCCL else torch.device("cpu")
         """Where its buffers lie."""
         self.broken = False
+        self.failed = False
+        """Whether it broke by itself, rather than being closed."""
         self._timeout = timedelta(seconds=meeting.timeout_s)
         self._thread = ThreadPoolExecutor(1, f"group-{meeting.name}")
         self._spare: list[Tensor] = []
@@ -140,6 +142,7 @@ class Group:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except RuntimeError as error:  # of torch: a timeout, a connection that broke; of the executor: it is closed
+            self.failed = self.failed or not self.broken
             self.close()
             reason = str(error).partition("\n")[0]
             raise Unavailable(f"process group {self.name} broke: {reason}") from None

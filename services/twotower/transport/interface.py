@@ -1,114 +1,99 @@
-"""What every transport offers: a context's end that sends, a worker's end that receives."""
+"""What every transport offers: a context's end that sends, and a worker's end that receives, one of each for a link."""
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from types import TracebackType
-from typing import Self
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from twotower.errors import Incompatible
+from twotower.internal.v1 import link_pb2
 from twotower.transport.config import Kind
-from twotower.transport.layout import Part, check_placed, layout_of, off_loop, unpack
-from twotower.v1 import context_pb2
+from twotower.transport.layout import check_placed, layout_of, off_loop, unpack
 from twotower.wire.frames import FrameAssembler, Key, Spec
+
+Header = Callable[[link_pb2.Placed | None], link_pb2.ContextMessage]
+"""Makes the message that tensors belong to, from where they lie; None: in the frames behind it."""
+Write = Callable[[link_pb2.ContextMessage], Awaitable[None]]
+"""Writes to the link's stream."""
+ReadFrames = Callable[[], Awaitable[link_pb2.ContextMessage | None]]
+"""Reads from the link's stream; None at its end."""
 
 
 class Outlet(ABC):
-    """A context's end of one attachment."""
+    """A context's end. One transfer at a time."""
 
     kind: Kind
 
     @abstractmethod
-    def send(self, tensors: Iterable[tuple[Key, Tensor]]) -> AsyncGenerator[context_pb2.ContextMessage]:
-        """Send tensors, as far as this is not done beside the stream; yields what is to be written to it, in order.
+    async def send(self, tensors: Sequence[tuple[Key, Tensor]], header: Header, write: Write) -> None:
+        """Write the header, and send the tensors behind or beside it.
 
-        The tensors must not change until it is exhausted. An iterator is run in a thread, as its tensors may be
-        gathered from pages. Close what is returned (`aclosing`) if it is left before its end.
-        Raises Unavailable when the worker cannot be reached any more.
+        The tensors must not change meanwhile. Raises Unavailable when the worker cannot be reached any more.
         """
 
     @abstractmethod
     async def close(self) -> None:
-        """The attachment is over. What the worker may still be reading is never written again."""
+        """The link is over. What the worker may still be reading is never written again."""
 
 
-async def listed(tensors: Iterable[tuple[Key, Tensor]]) -> list[tuple[Key, Tensor]]:
-    """A list as it is; an iterator's tensors, which may be made while it runs, from a thread."""
-    return tensors if isinstance(tensors, list) else await asyncio.to_thread(list, tensors)
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One transfer's tensors, good until they are released."""
+
+    tensors: Mapping[Key, Tensor]
+    size: int
+    """Bytes of all tensors."""
+    release: Callable[[], None]
+    """Call it once, in the event loop, when nobody reads the tensors any more."""
 
 
 class Inlet(ABC):
-    """A worker's end of one attachment."""
+    """A worker's end. One transfer at a time, in the order of their headers."""
 
     kind: Kind
 
     @abstractmethod
-    async def fetch(self, placed: context_pb2.Placed) -> Tensor:
-        """The bytes that `placed` tells of, (length,) uint8. Raises Incompatible, Unavailable."""
+    async def fetch(self, placed: link_pb2.Placed) -> Tensor:
+        """The bytes at that place, (length,) uint8. Raises Incompatible, Unavailable."""
 
     @abstractmethod
-    def release(self, placed: context_pb2.Placed) -> None:
+    def release(self, placed: link_pb2.Placed) -> None:
         """The bytes have been read, and may be written again."""
 
     @abstractmethod
     async def close(self) -> None:
-        """The attachment is over."""
+        """The link is over."""
 
-    def expect(self, expected: Mapping[Key, Spec], device: torch.device) -> Arrival:
-        """Get ready for one state, or one delta."""
-        return Arrival(self, expected, device)
+    async def receive(
+        self, placed: link_pb2.Placed | None, expected: Mapping[Key, Spec], device: torch.device, read: ReadFrames
+    ) -> Received:
+        """The tensors that a header announced, on `device`; on the CPU they are views of what came.
+
+        placed: where they lie; None: in frames, which `read` gets. Raises Incompatible, naming what does not fit, and
+        Unavailable when the other end has gone.
+        """
+        layout = layout_of(tuple(expected.items()))
+        if placed is None:
+            frames = FrameAssembler(expected)
+            while not frames.complete:
+                message = await read()
+                if message is None or not message.HasField("frames"):
+                    raise Incompatible("frames: the transfer ends before all tensors have come")
+                frames.add(message.frames)
+            size = 0 if device.type == "cpu" else layout.size
+            return Received(await off_loop(size, device, lambda: frames.finish(device)), layout.size, _nothing)
+        parts = check_placed(placed, expected, layout)
+        buffer = await self.fetch(placed)
+        if buffer.device.type == device.type:
+            return Received(unpack(parts, buffer), layout.size, lambda: self.release(placed))
+        copy = await off_loop(layout.size, device, lambda: buffer.to(device))
+        self.release(placed)
+        return Received(unpack(parts, copy), layout.size, _nothing)
 
 
-class Arrival:
-    """One state or delta on its way to a worker, by whatever transport, checked against what is expected.
-
-    Use it as a context manager: the tensors are good until it is left.
-    """
-
-    def __init__(self, inlet: Inlet, expected: Mapping[Key, Spec], device: torch.device) -> None:
-        self._inlet = inlet
-        self._expected = expected
-        self._device = device
-        self._layout = layout_of(tuple(expected.items()))
-        self.size = self._layout.size
-        """Bytes of all tensors."""
-        self._frames = FrameAssembler(expected)
-        self._placed: context_pb2.Placed | None = None
-        self._parts: Sequence[Part] = []
-        self._buffer = torch.empty(0)
-
-    async def add(self, message: context_pb2.ContextMessage) -> bool:
-        """Take a message; False if it is about something else. Raises Incompatible, Unavailable."""
-        if message.HasField("frames"):
-            self._frames.add(message.frames)
-            return True
-        if not message.HasField("placed"):
-            return False
-        if self._placed is not None:
-            raise Incompatible("placed: sent twice")
-        self._parts = check_placed(message.placed, self._expected, self._layout)
-        self._buffer = await self._inlet.fetch(message.placed)
-        self._placed = message.placed
-        return True
-
-    async def tensors(self) -> dict[Key, Tensor]:
-        """All of them, on the device; on the CPU they are views. Raises Incompatible if one is missing."""
-        if self._placed is None:
-            size = 0 if self._device.type == "cpu" else self.size
-            return await off_loop(size, self._device, lambda: self._frames.finish(self._device))
-        if self._buffer.device.type != self._device.type:
-            self._buffer = await off_loop(self.size, self._device, lambda: self._buffer.to(self._device))
-        return unpack(self._parts, self._buffer)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # After an error someone may still be reading; then the context drops the memory when it sees the end.
-        if kind is None and self._placed is not None:
-            self._inlet.release(self._placed)
+def _nothing() -> None:
+    """Nothing is held."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from twotower.errors import Incompatible
-from twotower.v1 import context_pb2, tensor_pb2
+from twotower.internal.v1 import link_pb2, tensor_pb2
 from twotower.wire.frames import DTYPE_TO_PB, Key, Spec, check_frame, describe, num_bytes
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
 
 class Layout:
-    """Places for a set of tensors, and the message that tells of them: made once, and used for every block."""
+    """Places for a set of tensors, and the message that describes them: made once, and used for every block."""
 
     def __init__(self, specs: Sequence[tuple[Key, Spec]]) -> None:
         parts, offset = [], 0
@@ -45,7 +45,7 @@ class Layout:
         """Bytes of the buffer."""
         self.size = sum(num_bytes(spec) for _, spec in specs)
         """Bytes of all tensors."""
-        self._placed = context_pb2.Placed(
+        self._placed = link_pb2.Placed(
             length=offset,
             tensors=[
                 tensor_pb2.Frame(name=key.name, layer=key.layer, dtype=DTYPE_TO_PB[spec.dtype], shape=spec.shape, offset=offset)
@@ -53,13 +53,14 @@ class Layout:
             ],
         )
 
-    def message(self, place: int) -> context_pb2.ContextMessage:
-        """Tells the worker that the tensors lie at `place`."""
-        message = context_pb2.ContextMessage(placed=self._placed)
-        message.placed.place = place
-        return message
+    def placed(self, place: int) -> link_pb2.Placed:
+        """The tensors at `place`, for the worker."""
+        placed = link_pb2.Placed()
+        placed.CopyFrom(self._placed)
+        placed.place = place
+        return placed
 
-    def is_told_by(self, placed: context_pb2.Placed) -> bool:
+    def is_that_of(self, placed: link_pb2.Placed) -> bool:
         """Whether `placed` says just this."""
         return bool(placed.length == self.length and placed.tensors == self._placed.tensors)
 
@@ -112,13 +113,13 @@ def unpack(parts: Sequence[Part], buffer: Tensor) -> dict[Key, Tensor]:
     return {part.key: _view(buffer, part) for part in parts}
 
 
-def check_placed(placed: context_pb2.Placed, expected: Mapping[Key, Spec], usual: Layout) -> Sequence[Part]:
+def check_placed(placed: link_pb2.Placed, expected: Mapping[Key, Spec], usual: Layout) -> Sequence[Part]:
     """The places of exactly the expected tensors, as a rule in the `usual` layout. Raises Incompatible, naming what differs."""
-    if usual.is_told_by(placed):
+    if usual.is_that_of(placed):
         return usual.parts
     most = sum(_padded(num_bytes(spec)) for spec in expected.values())
     if not 0 <= placed.length <= most:
-        raise Incompatible(f"placed.length: {placed.length}, expected at most {most}")
+        raise Incompatible(f"tensors.length: {placed.length}, expected at most {most}")
     parts: dict[Key, Part] = {}
     for frame in placed.tensors:
         key = Key(frame.name, frame.layer)

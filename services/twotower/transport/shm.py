@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from twotower.errors import Incompatible
+from twotower.internal.v1 import link_pb2
 from twotower.transport.config import Kind
 from twotower.transport.frames import FrameOutlet
 from twotower.transport.inbox import SegmentInbox
-from twotower.transport.interface import Inlet, Outlet, listed
+from twotower.transport.interface import Header, Inlet, Outlet, Write
 from twotower.transport.layout import device_of, lay_out, off_loop, pack
 from twotower.transport.segments import PeerSegments
-from twotower.v1 import context_pb2
 from twotower.wire.frames import Key
 
 
@@ -26,17 +26,16 @@ class ShmOutlet(Outlet):
         self._segments = segments
         self._frames = FrameOutlet()
 
-    async def send(self, tensors: Iterable[tuple[Key, Tensor]]) -> AsyncGenerator[context_pb2.ContextMessage]:
+    async def send(self, tensors: Sequence[tuple[Key, Tensor]], header: Header, write: Write) -> None:
         """See `Outlet`."""
-        known = await listed(tensors)
-        layout = lay_out(known)
+        layout = lay_out(tensors)
         segment = self._segments.lease(layout.length, self)
         if segment is None:
-            async for message in self._frames.send(known):
-                yield message
+            await self._frames.send(tensors, header, write)
             return
-        await off_loop(layout.length, device_of(known), lambda: pack(known, layout.parts, segment.bytes[: layout.length]))
-        yield layout.message(segment.number)
+        piece = segment.bytes[: layout.length]
+        await off_loop(layout.length, device_of(tensors), lambda: pack(tensors, layout.parts, piece))
+        await write(header(layout.placed(segment.number)))
 
     async def close(self) -> None:
         """See `Outlet`."""
@@ -51,16 +50,16 @@ class ShmInlet(Inlet):
     def __init__(self, inbox: SegmentInbox) -> None:
         self._inbox = inbox
 
-    async def fetch(self, placed: context_pb2.Placed) -> Tensor:
+    async def fetch(self, placed: link_pb2.Placed) -> Tensor:
         """See `Inlet`. No byte is moved."""
         segment = self._inbox.segment(placed.place)
         if placed.length > segment.numel():
-            raise Incompatible(f"placed.length: {placed.length} in a segment of {segment.numel()} bytes")
+            raise Incompatible(f"tensors.length: {placed.length} in a segment of {segment.numel()} bytes")
         return segment[: placed.length]
 
-    def release(self, placed: context_pb2.Placed) -> None:
+    def release(self, placed: link_pb2.Placed) -> None:
         """See `Inlet`."""
         self._inbox.give_back(placed.place)
 
     async def close(self) -> None:
-        """Segments belong to the process, not to the attachment."""
+        """Segments belong to the process, not to the link."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from twotower.errors import Incompatible
-from twotower.v1 import tensor_pb2
+from twotower.internal.v1 import tensor_pb2
 
 MESSAGE_BYTES = 2 * 1024 * 1024
 """Payload of one message. gRPC was seen fastest at this size."""
@@ -58,6 +58,12 @@ class FrameAssembler:
     def __init__(self, expected: Mapping[Key, Spec]) -> None:
         self._expected = expected
         self._buffers: dict[Key, bytearray] = {}
+        self._missing = sum(max(num_bytes(spec), 1) for spec in expected.values())
+
+    @property
+    def complete(self) -> bool:
+        """Whether all tensors are here, to the last byte."""
+        return self._missing == 0
 
     def add(self, batch: tensor_pb2.FrameBatch) -> None:
         """Take a message. Raises Incompatible."""
@@ -65,10 +71,14 @@ class FrameAssembler:
             key = Key(frame.name, frame.layer)
             spec = check_frame(frame, self._expected)
             where = describe(key)
+            here = len(self._buffers.get(key, b""))
+            if frame.offset != here:
+                raise Incompatible(f"{where}: offset {frame.offset}, expected {here}")
+            if key in self._buffers and not frame.data:
+                raise Incompatible(f"{where}: a piece without data")
             buffer = self._buffers.setdefault(key, bytearray())
-            if frame.offset != len(buffer):
-                raise Incompatible(f"{where}: offset {frame.offset}, expected {len(buffer)}")
             buffer += frame.data
+            self._missing -= max(len(frame.data), 1)
             if len(buffer) > num_bytes(spec):
                 raise Incompatible(f"{where}: data of more than {num_bytes(spec)} bytes")
 

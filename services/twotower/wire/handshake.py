@@ -5,34 +5,30 @@ from __future__ import annotations
 import torch
 
 from twotower.errors import Incompatible
-from twotower.v1 import context_pb2
+from twotower.internal.v1 import link_pb2
 from twotower.wire.frames import DTYPE_TO_PB
 
-SCHEMA_VERSION = 5
-"""Version of the attach protocol: messages, names and layout of frames."""
+SCHEMA_VERSION = 6
+"""Version of the link's protocol: messages, names and layout of frames."""
 
 
 def make_hello(
     identity: str,
     dtype: torch.dtype,
     worker_id: str,
-    session_id: str,
-    lease: int,
-    transport: context_pb2.TransportOffer | None = None,
-) -> context_pb2.Hello:
+    transport: link_pb2.TransportOffer | None = None,
+) -> link_pb2.Hello:
     """A worker's first message. Without a transport, tensors come by gRPC."""
-    return context_pb2.Hello(
+    return link_pb2.Hello(
         schema_version=SCHEMA_VERSION,
         checkpoint_id=identity,
         dtype=DTYPE_TO_PB[dtype],
         worker_id=worker_id,
-        session_id=session_id,
-        lease=lease,
         transport=transport,
     )
 
 
-def check_hello(hello: context_pb2.Hello, identity: str, dtype: torch.dtype) -> None:
+def check_hello(hello: link_pb2.Hello, identity: str, dtype: torch.dtype) -> None:
     """Raise Incompatible, naming the field, if this worker cannot work with this context."""
     for field, theirs, ours in (
         ("schema_version", hello.schema_version, SCHEMA_VERSION),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from twotower.internal.v1 import link_pb2
 from twotower.request import FinishReason, GenerationParams, Mode, Priority
-from twotower.v1 import context_pb2, inference_pb2
+from twotower.v1 import inference_pb2
 
 MODE_TO_PB = {Mode.DIFFUSION: inference_pb2.MODE_DIFFUSION, Mode.AR: inference_pb2.MODE_AR}
 MODE_FROM_PB = {value: key for key, value in MODE_TO_PB.items()}
@@ -23,9 +24,9 @@ PRIORITY_FROM_PB = {value: key for key, value in PRIORITY_TO_PB.items()}
 NO_LOGPROBS = -1
 
 
-def params_to_pb(params: GenerationParams) -> context_pb2.Params:
+def params_to_pb(params: GenerationParams) -> link_pb2.Params:
     """For the wire. Mock-AR never leaves a process."""
-    return context_pb2.Params(
+    return link_pb2.Params(
         mode=MODE_TO_PB[params.mode],
         max_tokens=params.max_tokens,
         block_size=params.block_size,
@@ -40,7 +41,7 @@ def params_to_pb(params: GenerationParams) -> context_pb2.Params:
     )
 
 
-def params_from_pb(message: context_pb2.Params) -> GenerationParams:
+def params_from_pb(message: link_pb2.Params) -> GenerationParams:
     """From the wire; unchecked (see `check_request`)."""
     return GenerationParams(
         mode=MODE_FROM_PB.get(message.mode, Mode.DIFFUSION),

@@ -2,7 +2,8 @@
 
 Of a conv tail only the K - 1 columns travel that the next position reads; the oldest is zero on the worker.
 State, per layer: Mamba ``conv ssm`` and ``a`` (the context tower's decay rates, needed to apply deltas),
-attention ``k v``. Delta, per layer: Mamba ``x b dt conv``, attention ``k v`` of the committed tokens.
+attention ``k v``. Deltas of a commit, per layer, with the rows' axis in front: Mamba ``x b dt conv``, attention ``k v`` of the
+committed tokens.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twotower.model.config import ATTENTION, MAMBA, ModelConfig
-from twotower.model.state import ContextState, Delta, KVDelta, MambaDelta
+from twotower.model.delta_batch import DeltaBatch
+from twotower.model.state import ContextState, KVDelta
 from twotower.wire.frames import Key, Spec
+from twotower_kernels.block import ScanFactors
 
 
 def state_tensors(state: ContextState, decay_rates: Mapping[int, Tensor]) -> Iterator[tuple[Key, Tensor]]:
@@ -53,36 +56,36 @@ def fill_state(state: ContextState, tensors: Mapping[Key, Tensor], length: int) 
     return {i: tensors[Key("a", i)] for i in state.mamba}
 
 
-def delta_tensors(delta: Delta) -> Iterator[tuple[Key, Tensor]]:
-    """All tensors of a delta, in the order of `delta_spec`."""
-    for i, change in delta.layers.items():
-        if isinstance(change, MambaDelta):
-            yield Key("x", i), change.x
-            yield Key("b", i), change.b
-            yield Key("dt", i), change.dt
-            yield Key("conv", i), change.conv[:, 1:]
-    for i, change in delta.layers.items():
+def delta_tensors(deltas: DeltaBatch) -> list[tuple[Key, Tensor]]:
+    """All tensors of a commit's deltas, in the order of `delta_spec`."""
+    tensors: list[tuple[Key, Tensor]] = []
+    for i, change in deltas.layers.items():
+        if isinstance(change, ScanFactors):
+            tensors += [(Key("x", i), change.x), (Key("b", i), change.b), (Key("dt", i), change.dt)]
+            tensors.append((Key("conv", i), change.conv[:, :, 1:]))
+    for i, change in deltas.layers.items():
         if isinstance(change, KVDelta):
-            yield Key("k", i), change.k
-            yield Key("v", i), change.v
+            tensors += [(Key("k", i), change.k), (Key("v", i), change.v)]
+    return tensors
 
 
-@lru_cache(maxsize=64)
-def delta_spec(config: ModelConfig, dtype: torch.dtype, length: int) -> Mapping[Key, Spec]:
-    """What a delta of `length` tokens consists of."""
+@lru_cache(maxsize=256)
+def delta_spec(config: ModelConfig, dtype: torch.dtype, rows: int, length: int) -> Mapping[Key, Spec]:
+    """What the deltas of `rows` sessions consist of, `length` tokens each."""
     spec: dict[Key, Spec] = {}
     for i in config.layers_of(MAMBA):
-        spec[Key("x", i)] = Spec(dtype, (length, config.mamba_num_heads, config.mamba_head_dim))
-        spec[Key("b", i)] = Spec(dtype, (length, config.n_groups, config.ssm_state_size))
-        spec[Key("dt", i)] = Spec(torch.float32, (length, config.mamba_num_heads))
-        spec[Key("conv", i)] = Spec(dtype, (config.conv_dim, config.conv_kernel - 1))
-    return spec | _kv_spec(config, dtype, length)
+        spec[Key("x", i)] = Spec(dtype, (rows, length, config.mamba_num_heads, config.mamba_head_dim))
+        spec[Key("b", i)] = Spec(dtype, (rows, length, config.n_groups, config.ssm_state_size))
+        spec[Key("dt", i)] = Spec(torch.float32, (rows, length, config.mamba_num_heads))
+        spec[Key("conv", i)] = Spec(dtype, (rows, config.conv_dim, config.conv_kernel - 1))
+    shape = (rows, config.num_key_value_heads, length, config.head_dim)
+    return spec | {Key(name, i): Spec(dtype, shape) for i in config.layers_of(ATTENTION) for name in ("k", "v")}
 
 
-def delta_from(tensors: Mapping[Key, Tensor], config: ModelConfig, length: int) -> Delta:
-    """The delta, from tensors that fit `delta_spec`."""
-    layers: dict[int, MambaDelta | KVDelta] = {
-        i: MambaDelta(
+def delta_from(tensors: Mapping[Key, Tensor], config: ModelConfig, length: int) -> DeltaBatch:
+    """The deltas, from tensors that fit `delta_spec`."""
+    layers: dict[int, ScanFactors | KVDelta] = {
+        i: ScanFactors(
             x=tensors[Key("x", i)],
             b=tensors[Key("b", i)],
             dt=tensors[Key("dt", i)],
@@ -91,11 +94,11 @@ def delta_from(tensors: Mapping[Key, Tensor], config: ModelConfig, length: int) 
         for i in config.layers_of(MAMBA)
     }
     layers |= {i: KVDelta(tensors[Key("k", i)], tensors[Key("v", i)]) for i in config.layers_of(ATTENTION)}
-    return Delta(length, layers)
+    return DeltaBatch(length, layers)
 
 
 def _whole_tail(columns: Tensor) -> Tensor:
-    """(conv_dim, K - 1) -> (conv_dim, K)."""
+    """(..., K - 1) -> (..., K)."""
     return F.pad(columns, (1, 0))
 
 

@@ -3,7 +3,8 @@
 import grpc
 import warnings
 
-from twotower.v1 import context_pb2 as twotower_dot_v1_dot_context__pb2
+from twotower.internal.v1 import context_pb2 as twotower_dot_internal_dot_v1_dot_context__pb2
+from twotower.internal.v1 import link_pb2 as twotower_dot_internal_dot_v1_dot_link__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +19,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in twotower/v1/context_pb2_grpc.py depends on'
+        + ' but the generated code in twotower/internal/v1/context_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,14 +37,14 @@ class ContextTowerStub:
             channel: A grpc.Channel.
         """
         self.Open = channel.unary_stream(
-                '/twotower.v1.ContextTower/Open',
-                request_serializer=twotower_dot_v1_dot_context__pb2.OpenRequest.SerializeToString,
-                response_deserializer=twotower_dot_v1_dot_context__pb2.SessionEvent.FromString,
+                '/twotower.internal.v1.ContextTower/Open',
+                request_serializer=twotower_dot_internal_dot_v1_dot_context__pb2.OpenRequest.SerializeToString,
+                response_deserializer=twotower_dot_internal_dot_v1_dot_context__pb2.SessionEvent.FromString,
                 _registered_method=True)
-        self.Attach = channel.stream_stream(
-                '/twotower.v1.ContextTower/Attach',
-                request_serializer=twotower_dot_v1_dot_context__pb2.WorkerMessage.SerializeToString,
-                response_deserializer=twotower_dot_v1_dot_context__pb2.ContextMessage.FromString,
+        self.Link = channel.stream_stream(
+                '/twotower.internal.v1.ContextTower/Link',
+                request_serializer=twotower_dot_internal_dot_v1_dot_link__pb2.WorkerMessage.SerializeToString,
+                response_deserializer=twotower_dot_internal_dot_v1_dot_link__pb2.ContextMessage.FromString,
                 _registered_method=True)
 
 
@@ -58,10 +59,9 @@ class ContextTowerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Attach(self, request_iterator, context):
-        """One session's work, from attach to detach. The worker speaks first, with Hello.
-        FAILED_PRECONDITION: the pair does not fit (the message names the field), NOT_FOUND: no such
-        session, ABORTED: another worker holds it.
+    def Link(self, request_iterator, context):
+        """All the sessions that one worker has of this context, for as long as both live. The worker speaks first, with
+        Hello. FAILED_PRECONDITION: the pair does not fit; the message names the field.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,19 +72,19 @@ def add_ContextTowerServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Open': grpc.unary_stream_rpc_method_handler(
                     servicer.Open,
-                    request_deserializer=twotower_dot_v1_dot_context__pb2.OpenRequest.FromString,
-                    response_serializer=twotower_dot_v1_dot_context__pb2.SessionEvent.SerializeToString,
+                    request_deserializer=twotower_dot_internal_dot_v1_dot_context__pb2.OpenRequest.FromString,
+                    response_serializer=twotower_dot_internal_dot_v1_dot_context__pb2.SessionEvent.SerializeToString,
             ),
-            'Attach': grpc.stream_stream_rpc_method_handler(
-                    servicer.Attach,
-                    request_deserializer=twotower_dot_v1_dot_context__pb2.WorkerMessage.FromString,
-                    response_serializer=twotower_dot_v1_dot_context__pb2.ContextMessage.SerializeToString,
+            'Link': grpc.stream_stream_rpc_method_handler(
+                    servicer.Link,
+                    request_deserializer=twotower_dot_internal_dot_v1_dot_link__pb2.WorkerMessage.FromString,
+                    response_serializer=twotower_dot_internal_dot_v1_dot_link__pb2.ContextMessage.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'twotower.v1.ContextTower', rpc_method_handlers)
+            'twotower.internal.v1.ContextTower', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('twotower.v1.ContextTower', rpc_method_handlers)
+    server.add_registered_method_handlers('twotower.internal.v1.ContextTower', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -106,9 +106,9 @@ class ContextTower:
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/twotower.v1.ContextTower/Open',
-            twotower_dot_v1_dot_context__pb2.OpenRequest.SerializeToString,
-            twotower_dot_v1_dot_context__pb2.SessionEvent.FromString,
+            '/twotower.internal.v1.ContextTower/Open',
+            twotower_dot_internal_dot_v1_dot_context__pb2.OpenRequest.SerializeToString,
+            twotower_dot_internal_dot_v1_dot_context__pb2.SessionEvent.FromString,
             options,
             channel_credentials,
             insecure,
@@ -120,7 +120,7 @@ class ContextTower:
             _registered_method=True)
 
     @staticmethod
-    def Attach(request_iterator,
+    def Link(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -133,9 +133,9 @@ class ContextTower:
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/twotower.v1.ContextTower/Attach',
-            twotower_dot_v1_dot_context__pb2.WorkerMessage.SerializeToString,
-            twotower_dot_v1_dot_context__pb2.ContextMessage.FromString,
+            '/twotower.internal.v1.ContextTower/Link',
+            twotower_dot_internal_dot_v1_dot_link__pb2.WorkerMessage.SerializeToString,
+            twotower_dot_internal_dot_v1_dot_link__pb2.ContextMessage.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,106 @@
+"""A session as the context's services see it: a gateway that listens, and at most one worker that writes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from twotower.broker.ready_queue import EntryId
+from twotower.engine.session import Transcript, room_for
+from twotower.errors import TwoTowerError
+from twotower.request import FinishReason, GenerationParams, Mode, Priority, TokenLogprob
+
+if TYPE_CHECKING:
+    from twotower.context.link import WorkerLink
+
+MAX_UNREAD = 32
+"""Blocks, or AR tokens, that wait for a client who does not read them; then its session pauses."""
+RESUME_UNREAD = 16
+"""A session that paused goes on when no more than these are unread."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShownBlock:
+    """A block, or an AR token, as the gateway shows it."""
+
+    tokens: Sequence[int]
+    forwards: int
+    logprobs: Sequence[TokenLogprob]
+    """One for each token, if asked for."""
+
+
+Event = ShownBlock | FinishReason | TwoTowerError
+"""A block, the end, or why the session failed."""
+
+
+class LiveSession:
+    """What is known of a session outside of the loop that has its state. Used in the event loop only."""
+
+    def __init__(
+        self,
+        session_id: str,
+        tokens: int,
+        params: GenerationParams,
+        priority: Priority = Priority.NORMAL,
+        *,
+        generated: int = 0,
+        failures: int = 0,
+    ) -> None:
+        """tokens: how many are known, of which the last `generated` were written elsewhere."""
+        self.id = session_id
+        self.params = params
+        self.priority = priority
+        self.room = room_for(tokens, generated, params)
+        """Tokens that its state must have room for."""
+        self.transcript = Transcript(params, generated)
+        self.failures = failures
+        """What the request has met since its last block, on whatever replica or worker."""
+        self.lease = 0
+        """Counts how often it was queued. What comes with another one, from whomever, is dropped."""
+        self.entry_id: EntryId | None = None
+        """Its entry in the ready queue, while it waits there."""
+        self.waiting_since = 0.0
+        """When it was last queued, by the event loop's clock."""
+        self.link: WorkerLink | None = None
+        """The worker that holds it."""
+        self.writing = False
+        """That worker writes its next block."""
+        self.paused = False
+        """Its client does not read."""
+        self.over = False
+        """Nothing more is to be generated, or nobody would read it."""
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    @property
+    def ar(self) -> bool:
+        """Whether the context writes it alone."""
+        return self.params.mode is Mode.AR
+
+    def emit(self, tokens: Sequence[int], forwards: int, logprobs: Sequence[TokenLogprob] = ()) -> None:
+        """Take a finished block; when it was the last, the session is `over`."""
+        self.failures = 0
+        shown = self.transcript.emit(tokens)
+        self._events.put_nowait(ShownBlock(shown, forwards, logprobs[: len(shown)]))
+        self.paused = self.paused or self._events.qsize() >= MAX_UNREAD
+        if self.transcript.finish_reason is not None:
+            self._events.put_nowait(self.transcript.finish_reason)
+            self.over = True
+
+    def fail(self, error: TwoTowerError) -> None:
+        """End the session with an error, unless it is over."""
+        if not self.over:
+            self._events.put_nowait(error)
+            self.over = True
+
+    async def next_event(self) -> Event:
+        """For the gateway, in order."""
+        return await self._events.get()
+
+    def resume(self) -> bool:
+        """Whether the session was paused, and goes on now that its client reads."""
+        if self.paused and self._events.qsize() <= RESUME_UNREAD:
+            self.paused = False
+            return not self.over
+        return False

@@ -1,0 +1,139 @@
+"""What goes into the context's loop, and what comes out of it. Sessions are named by their ids.
+
+Entries are taken between two iterations. Results are delivered in batches, in the event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from twotower.errors import TwoTowerError
+from twotower.model.delta_batch import DeltaBatch
+from twotower.request import GenerationParams, Priority, TokenLogprob
+from twotower.wire.frames import Key
+
+Snapshot = Mapping[Key, Tensor]
+"""A state as named tensors (see `wire.state`) that nobody writes to."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSession:
+    """A session waits for state memory, and then for its prompt to be read."""
+
+    session_id: str
+    tokens: Sequence[int]
+    """All that are known; the last `generated` were written elsewhere."""
+    generated: int
+    params: GenerationParams
+    priority: Priority
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSession:
+    """Nobody waits for the session any more: its place becomes free."""
+
+    session_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class CommitBlocks:
+    """Blocks that one denoiser forward finished, and that are to become part of their sessions' states."""
+
+    blocks: Sequence[tuple[str, Sequence[int]]]
+    """Each with its session."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyState:
+    """A worker needs the state, once nothing is left to be done to it."""
+
+    session_id: str
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetPaused:
+    """The client does not read (or does again) what an AR session writes."""
+
+    session_id: str
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixLoaded:
+    """What the tier that replicas share had for a `PrefixWanted`."""
+
+    session_id: str
+    chunks: int
+    snapshot: Snapshot | None
+    """None: nothing."""
+
+
+Entry = OpenSession | CloseSession | CommitBlocks | CopyState | SetPaused | PrefixLoaded
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixWanted:
+    """This process has no beginning of the session's prompt; another one may have. Its reading waits for the answer."""
+
+    session_id: str
+    links: Sequence[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMet:
+    """A cached beginning was met again: other replicas may meet it, too."""
+
+    links: Sequence[bytes]
+    """Of all its chunks."""
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class StateSoonReady:
+    """The forward that is about to run completes the session's state for the first time: a worker may be found meanwhile."""
+
+    session_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What one commit forward did: a row for each session."""
+
+    session_ids: Sequence[str]
+    lengths: Sequence[int]
+    """Tokens that each state holds now."""
+    deltas: DeltaBatch
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDecoded:
+    """An AR session's next token."""
+
+    session_id: str
+    token: int
+    logprobs: Sequence[TokenLogprob]
+
+
+@dataclass(frozen=True, slots=True)
+class StateCopied:
+    """The answer to `CopyState`."""
+
+    session_id: str
+    lease: int
+    length: int
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFailed:
+    """The session cannot go on here; its place is free."""
+
+    session_id: str
+    error: TwoTowerError
+
+
+Result = PrefixWanted | PrefixMet | StateSoonReady | Committed | TokenDecoded | StateCopied | SessionFailed

@@ -1,0 +1,69 @@
+"""A session that holds state memory of the context, as its loop plans it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from twotower.context.messages import OpenSession
+from twotower.context.prefixes import PromptBorders
+from twotower.engine.session import Session, room_for
+from twotower.request import Mode
+
+
+class Resident:
+    """A session, and what keeps the loop from going on with it. Implements `engine.scheduler.Schedulable`."""
+
+    def __init__(self, session: Session, borders: PromptBorders) -> None:
+        self.session = session
+        self.borders = borders
+        """Where its prompt can be cached."""
+        self.awaits_prefix = False
+        """Another replica is being asked for the beginning of its prompt."""
+        self.paused = False
+        """Its client does not read."""
+        self.alone = False
+        """See `Schedulable`."""
+        self.announced = False
+        """`StateSoonReady` has been delivered."""
+        self.copy_for: int | None = None
+        """The lease of a worker that waits for a copy of the state."""
+
+    @staticmethod
+    def room_of(entry: OpenSession) -> int:
+        """Tokens that its state must have room for."""
+        return room_for(len(entry.tokens), entry.generated, entry.params)
+
+    @property
+    def name(self) -> str:
+        """The session's id."""
+        return self.session.id
+
+    @property
+    def over(self) -> bool:
+        """In AR mode, the last token is written. Otherwise a session is closed when it is over."""
+        return self.session.finish_reason is not None
+
+    @property
+    def position(self) -> int:
+        """See `Schedulable`."""
+        return self.session.state.length
+
+    @property
+    def prefill_left(self) -> int:
+        """See `Schedulable`."""
+        return 0 if self.awaits_prefix else self.session.prefill_left
+
+    @property
+    def block(self) -> Sequence[int] | None:
+        """See `Schedulable`."""
+        return self.session.blocks[0] if self.session.blocks and not self.session.prefill_left else None
+
+    @property
+    def decodes(self) -> bool:
+        """See `Schedulable`."""
+        return self.session.params.mode is Mode.AR and not self.session.prefill_left and not self.paused
+
+    @property
+    def settled(self) -> bool:
+        """The state holds all that is written."""
+        return not self.session.prefill_left and not self.session.blocks

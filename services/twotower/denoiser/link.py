@@ -1,0 +1,223 @@
+"""A worker's end of the link to one context: one stream for all the sessions that it holds of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from opentelemetry.trace import Span, Tracer
+
+from twotower.broker.ready_queue import ReadySession
+from twotower.denoiser.messages import Begin, BlocksFinished, Extend, Held, Row
+from twotower.errors import Incompatible, NonFiniteLogits, TwoTowerError
+from twotower.internal.v1 import context_pb2_grpc, link_pb2
+from twotower.rpc.channel import open_channel
+from twotower.rpc.errors import error_from_rpc
+from twotower.tasks import end_tasks
+from twotower.tracing.recorder import transfer
+from twotower.transport.interface import Inlet
+from twotower.wire.handshake import make_hello
+from twotower.wire.logprobs import logprobs_to_pb
+from twotower.wire.params import params_from_pb
+from twotower.wire.state import delta_spec, state_spec
+
+if TYPE_CHECKING:
+    from twotower.denoiser.worker import Worker
+
+log = logging.getLogger(__name__)
+
+HANDED_BACK = "handed back at a block border"
+
+
+@dataclass(slots=True)
+class _Session:
+    """A session that this worker holds of the context."""
+
+    ready: ReadySession
+    awaited: Span
+    """From the attachment to its state, or from a finished block to its delta."""
+    refining: bool = False
+    """Its block is under way here; not: its state or a delta is on its way."""
+
+
+class ContextLink:
+    """Opened for the first session of a context that is pulled, and kept until either end goes."""
+
+    def __init__(self, worker: Worker, address: str, tracer: Tracer) -> None:
+        self._worker, self._address, self._tracer = worker, address, tracer
+        self._outgoing: asyncio.Queue[link_pb2.WorkerMessage | None] = asyncio.Queue()
+        """None: no more will be sent."""
+        self._sessions: dict[Held, _Session] = {}
+        self._sent = 0.0
+        """When something was last sent."""
+        self.closed = False
+
+    # What Worker asks for. Nothing here waits.
+
+    def attach(self, held: Held, ready: ReadySession) -> None:
+        """Ask for a session that was pulled off the queue."""
+        self._sessions[held] = _Session(ready, transfer(self._tracer, "receive state", held.session_id))
+        self._put(link_pb2.WorkerMessage(attach=link_pb2.Attach(sessions=[_ref(held)])))
+
+    def hand_in(self, finished: BlocksFinished) -> None:
+        """Send the blocks that one forward finished, as far as their sessions are still here."""
+        done = link_pb2.BlocksDone()
+        for held, block in finished.blocks:
+            session = self._sessions.get(held)
+            if session is None:
+                continue
+            session.refining = False
+            session.awaited = transfer(self._tracer, "await delta", held.session_id)
+            done.blocks.add(
+                session=_ref(held),
+                generated=block.generated,
+                token_ids=block.tokens.tolist(),
+                forwards=block.forwards,
+                logprobs=logprobs_to_pb(block.logprobs),
+            )
+        if done.blocks:
+            self._put(link_pb2.WorkerMessage(done=done))
+
+    def hand_back(self) -> None:
+        """Let go of every session whose block is not under way here: the context has all that it needs."""
+        held = [held for held, session in self._sessions.items() if not session.refining]
+        self._detach([(one, link_pb2.DETACH_REASON_HANDED_BACK, HANDED_BACK) for one in held])
+        self._worker.leave(held)
+
+    def fail(self, held: Held, error: Exception) -> None:
+        """A session cannot go on here; its slot is free."""
+        if isinstance(error, NonFiniteLogits):
+            self._detach([(held, link_pb2.DETACH_REASON_NOT_FINITE, str(error))])
+        else:
+            self._detach([(held, link_pb2.DETACH_REASON_FAILED, "the denoiser failed on this request")])
+
+    def close(self) -> None:
+        """End the stream once everything is sent."""
+        self._outgoing.put_nowait(None)
+
+    def _detach(self, leaving: Iterable[tuple[Held, link_pb2.DetachReason.ValueType, str]]) -> None:
+        detach = link_pb2.Detach()
+        for held, reason, detail in leaving:
+            if self._sessions.pop(held, None) is not None:
+                detach.sessions.add(session=_ref(held), reason=reason, detail=detail)
+        if detach.sessions:
+            self._put(link_pb2.WorkerMessage(detach=detach))
+
+    def _put(self, message: link_pb2.WorkerMessage) -> None:
+        self._sent = asyncio.get_running_loop().time()
+        self._outgoing.put_nowait(message)
+
+    # The stream
+
+    async def run(self) -> None:
+        """Until the link ends, however it ends; its sessions have left then."""
+        channel = open_channel(self._address)
+        call: Any = context_pb2_grpc.ContextTowerStub(channel).Link()
+        try:
+            await self._run(call)
+        except grpc.aio.AioRpcError as rpc:
+            log.warning("the link to context %s broke: %s", self._address, error_from_rpc(rpc))
+        except TwoTowerError as error:
+            log.error("the link to context %s is given up: %s", self._address, error)
+        finally:
+            self.closed = True
+            call.cancel()  # no effect on a call that is over
+            await channel.close(None)
+            held = list(self._sessions)
+            self._sessions.clear()
+            self._worker.leave(held)
+
+    async def _run(self, call: Any) -> None:
+        hello = make_hello(self._worker.identity, self._worker.dtype, self._worker.id, self._worker.transports.offer)
+        await call.write(link_pb2.WorkerMessage(hello=hello))
+        first = await _read(call)
+        if first is None or not first.HasField("welcome"):
+            raise Incompatible("message: expected welcome")
+        inlet = self._worker.transports.attach(first.welcome.transport, self._address)
+        alive = asyncio.create_task(self._say_alive(first.welcome.silence_s / 4))
+        sending = asyncio.create_task(self._send(call))
+        try:
+            await self._receive(call, inlet)
+        finally:
+            await end_tasks(alive, sending)
+            await inlet.close()
+
+    async def _send(self, call: Any) -> None:
+        while (message := await self._outgoing.get()) is not None:
+            await call.write(message)
+        await call.done_writing()
+
+    async def _say_alive(self, every_s: float) -> None:
+        """While the engine makes progress: a worker that hangs is silent, and loses its sessions."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(every_s)
+            progress = self._worker.progress
+            if not progress.overdue_s and clock() - self._sent >= every_s:
+                self._put(link_pb2.WorkerMessage(alive=link_pb2.Alive(forwards=progress.forwards)))
+
+    async def _receive(self, call: Any, inlet: Inlet) -> None:
+        while (message := await _read(call)) is not None:
+            match message.WhichOneof("message"):
+                case "state":
+                    await self._take_state(call, inlet, message.state)
+                case "committed":
+                    await self._take_committed(call, inlet, message.committed)
+                case "ended":
+                    held = [_held(ended.session) for ended in message.ended.sessions]
+                    here = [one for one in held if self._sessions.pop(one, None) is not None]
+                    self._worker.leave(here)
+                case other:
+                    raise Incompatible(f"message: {other or 'an empty one'} is not expected here")
+
+    async def _take_state(self, call: Any, inlet: Inlet, state: link_pb2.State) -> None:
+        held, device = _held(state.session), self._worker.device
+        placed = state.tensors if state.HasField("tensors") else None
+        expected = state_spec(self._worker.config, self._worker.dtype, state.length)
+        received = await inlet.receive(placed, expected, device, lambda: _read(call))
+        session = self._sessions.get(held)
+        if session is None:  # it has left
+            received.release()
+            return
+        params = params_from_pb(state.params)
+        if state.length + params.block_size > session.ready.tokens:
+            raise Incompatible(f"state.length: {state.length} tokens and a block, where {session.ready.tokens} were announced")
+        session.awaited.set_attribute("bytes", received.size)
+        session.awaited.end()
+        session.refining = True
+        begin = Begin(held, self._address, params, session.ready.tokens, state.length, state.generated, received)
+        self._worker.loop.inbox.put(begin)
+
+    async def _take_committed(self, call: Any, inlet: Inlet, committed: link_pb2.BlocksCommitted) -> None:
+        placed = committed.tensors if committed.HasField("tensors") else None
+        size, rows = committed.block_size, committed.rows
+        if any(row.kept != size for row in rows):
+            raise Incompatible("committed.kept: blocks of which a part is kept are not expected here")
+        expected = delta_spec(self._worker.config, self._worker.dtype, len(rows), size)
+        received = await inlet.receive(placed, expected, self._worker.device, lambda: _read(call))
+        for row in rows:
+            session = self._sessions.get(_held(row.session))
+            if session is not None:
+                session.awaited.set_attribute("bytes", received.size // len(rows))
+                session.awaited.end()
+                session.refining = True
+        own = [Row(_held(row.session), row.length, row.generated) for row in rows]
+        self._worker.loop.inbox.put(Extend(own, size, received))
+
+
+async def _read(call: Any) -> link_pb2.ContextMessage | None:
+    """The next message, or None at the end of the call. Raises grpc.aio.AioRpcError."""
+    message = await call.read()
+    return None if message is grpc.aio.EOF else message  # type: ignore[attr-defined]  # absent from the stubs
+
+
+def _ref(held: Held) -> link_pb2.SessionRef:
+    return link_pb2.SessionRef(id=held.session_id, lease=held.lease)
+
+
+def _held(ref: link_pb2.SessionRef) -> Held:
+    return Held(ref.id, ref.lease)
