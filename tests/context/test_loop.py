@@ -1,140 +1,291 @@
-"""The context's loop alone: whose commits share a forward."""
+"""The context's loop alone, an iteration at a time: what shares a forward, and whose state it is at each border."""
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import pytest
+import torch
 
 from tests.support.checkpoints import write_tiny_checkpoint
-from twotower.context.loop import Commit, ContextLoop, Finish
-from twotower.engine.local import LocalEngine
+from tests.support.loops import CHUNK, TinyTowers
+from twotower.context.loop import ContextLoop
+from twotower.context.messages import (
+    CloseSession,
+    CommitBlocks,
+    Committed,
+    CopyState,
+    OpenSession,
+    Result,
+    SessionFailed,
+    SetPaused,
+    StateCopied,
+    StateSoonReady,
+    TokenDecoded,
+)
+from twotower.engine.context_engine import ContextEngine
+from twotower.engine.isolation import MAX_FAILURES
 from twotower.engine.session import Session
-from twotower.engine.thread import EngineThread
-from twotower.engine.turns import Turns
-from twotower.model.state import Delta
-from twotower.request import GenerationParams
+from twotower.errors import Overloaded, Unavailable
+from twotower.model.state import ContextState
+from twotower.request import GenerationParams, Mode, Priority
+from twotower.wire.state import state_tensors
+
+R = TypeVar("R", bound=Result)
 
 BLOCK = list(range(5, 21))
+PARAMS = GenerationParams(max_tokens=64)
+PROMPT = [(7 * i) % 90 + 4 for i in range(40)]
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> LocalEngine:
-    return LocalEngine(write_tiny_checkpoint(tmp_path_factory.mktemp("tiny")), threads=1)
+def towers(tmp_path_factory: pytest.TempPathFactory) -> TinyTowers:
+    return TinyTowers(write_tiny_checkpoint(tmp_path_factory.mktemp("tiny")))
 
 
-class _Loop:
-    def __init__(self, engine: LocalEngine, turns: Turns | None = None) -> None:
-        self.engine = engine
-        self.loop = ContextLoop(engine.context, EngineThread("test"), chunk=32, budget=64, turns=turns)
-        self.running = asyncio.create_task(self.loop.run())
+class _Context:
+    def __init__(self, towers: TinyTowers, *, slots: int = 8, **options: Any) -> None:
+        self.results: list[Result] = []
+        self.pool = towers.pool(slots)
+        self.loop: ContextLoop = towers.context_loop(self.results.extend, self.pool, **options)
 
-    def commit(self, finish: Finish) -> asyncio.Task[Commit]:
-        session = self.engine.context.open("test", [5, 6, 7], GenerationParams())
-        self.engine.context.prefill(session, 3)
-        return asyncio.create_task(self.loop.commit(session, BLOCK, finish))
+    def open(self, name: str, tokens: Sequence[int] = PROMPT, params: GenerationParams = PARAMS, generated: int = 0) -> None:
+        self.loop.inbox.put(OpenSession(name, tokens, generated, params, Priority.NORMAL))
 
-    async def stop(self) -> None:
-        self.running.cancel()
-        await asyncio.gather(self.running, return_exceptions=True)
+    def until_idle(self) -> None:
+        for _ in range(200):
+            before = len(self.results)
+            self.loop.iterate()
+            if not self.loop._ahead and len(self.results) == before:
+                return
+        raise AssertionError("the loop does not come to rest")
 
+    def take(self, kind: type[R]) -> list[R]:
+        """Results of a kind that have come since the last call."""
+        own = [result for result in self.results if isinstance(result, kind)]
+        self.results = [result for result in self.results if not isinstance(result, kind)]
+        self.loop._deliver = self.results.extend
+        return own
 
-@pytest.fixture
-async def alone(engine: LocalEngine) -> AsyncIterator[_Loop]:
-    loop = _Loop(engine)
-    yield loop
-    await loop.stop()
-
-
-@pytest.fixture
-async def shared(engine: LocalEngine, tmp_path: Path) -> AsyncIterator[_Loop]:
-    """On cores that denoisers use, too."""
-    (tmp_path / "turns").touch()
-    turns = Turns(tmp_path / "turns")
-    loop = _Loop(engine, turns)
-    yield loop
-    await loop.stop()
-    turns.close()
+    def state(self, name: str) -> ContextState:
+        return self.loop._residents[name].session.state
 
 
-async def test_blocks_of_one_forward_are_committed_together(alone: _Loop) -> None:
-    first = alone.commit(Finish("a", 7, 3))
-    await asyncio.sleep(0.002)
-    assert not first.done()
-    second, other = alone.commit(Finish("a", 7, 3)), alone.commit(Finish("b", 7, 1))
-    alone.loop.arrived(Finish("a", 7, 3))  # the third block is its session's last
-    results = [await asyncio.wait_for(task, 30) for task in (first, second, other)]
-    assert len({result.number for result in results}) == 1
-    assert [result.together for result in results] == [2, 2, 1]
+def _same_bits(context: _Context, name: str, session: Session) -> bool:
+    rates = context.loop._engine.decay_rates
+    theirs = dict(state_tensors(session.state, rates))
+    return all(torch.equal(tensor, theirs[key]) for key, tensor in state_tensors(context.state(name), rates))
 
 
-async def test_a_worker_that_died_between_two_blocks_is_not_waited_for(alone: _Loop) -> None:
-    result = await asyncio.wait_for(alone.commit(Finish("a", 1, 2)), 30)
-    assert result.together == 1
+def _close(context: _Context, name: str, session: Session) -> bool:
+    """Equal but for what plain torch rounds otherwise in another batch."""
+    rates = context.loop._engine.decay_rates
+    theirs = dict(state_tensors(session.state, rates))
+    ours = dict(state_tensors(context.state(name), rates))
+    return all(torch.allclose(tensor, theirs[key], rtol=1e-4, atol=1e-5) for key, tensor in ours.items())
 
 
-async def test_on_shared_cores_a_few_blocks_wait_for_more(shared: _Loop) -> None:
-    async with AsyncExitStack() as stack:
-        refining = [stack.enter_context(shared.loop.refining()) for _ in range(3)]
-        assert len(refining) == 3
-        first = shared.commit(Finish("a", 1, 1))
-        await asyncio.sleep(0.05)
-        assert not first.done()
-        second = shared.commit(Finish("a", 2, 1))
-        results = [await asyncio.wait_for(task, 30) for task in (first, second)]
-    assert results[0].number == results[1].number
+def test_blocks_of_one_message_share_a_forward(towers: TinyTowers) -> None:
+    context = _Context(towers)
+    for name in "abc":
+        context.open(name)
+    context.until_idle()
+    context.take(Committed)
+    context.loop.inbox.put(CommitBlocks([(name, BLOCK) for name in "abc"]))
+    context.loop.iterate()
+    (committed,) = context.take(Committed)
+    assert sorted(committed.session_ids) == ["a", "b", "c"]
+    assert list(committed.lengths) == [len(PROMPT) + 16] * 3
+    assert committed.deltas.length == 16
 
 
-async def test_on_cores_of_its_own_nothing_waits(alone: _Loop) -> None:
-    with alone.loop.refining(), alone.loop.refining(), alone.loop.refining():
-        await asyncio.wait_for(alone.commit(Finish("a", 1, 1)), 30)
+def test_what_a_session_has_read_and_written_is_what_it_is_alone(towers: TinyTowers) -> None:
+    context = _Context(towers)
+    prompts = {name: PROMPT[i:] for i, name in enumerate("abcd")}
+    for name, prompt in prompts.items():
+        context.open(name, prompt)
+    context.until_idle()
+    context.loop.inbox.put(CommitBlocks([(name, BLOCK[::-1]) for name in "bd"]))
+    context.until_idle()
+    engine = ContextEngine(towers.context)
+    for name, prompt in prompts.items():
+        alone = engine.open(name, prompt, PARAMS)
+        while alone.prefill_left:
+            engine.prefill(alone, CHUNK)
+        if name in "bd":
+            engine.commit([(alone, BLOCK[::-1])])
+        assert context.state(name).length == alone.state.length
+        assert _close(context, name, alone)
 
 
-async def test_a_block_waits_for_others_within_bounds(shared: _Loop) -> None:
-    """Denoisers that never finish hold up nobody for ever."""
-    with shared.loop.refining(), shared.loop.refining(), shared.loop.refining():
-        await asyncio.wait_for(shared.commit(Finish("a", 1, 1)), 30)
+def test_what_was_written_elsewhere_is_taken_in_as_it_was_written(towers: TinyTowers) -> None:
+    """The same bits as where it was written: not those of a longer prompt."""
+    context, engine = _Context(towers), ContextEngine(towers.context)
+    context.open("moved", [*PROMPT, *BLOCK, *BLOCK[::-1]], generated=32)
+    context.until_idle()
+    alone = engine.open("alone", PROMPT, PARAMS)
+    while alone.prefill_left:
+        engine.prefill(alone, CHUNK)
+    for block in (BLOCK, BLOCK[::-1]):
+        engine.commit([(alone, block)])
+    assert _same_bits(context, "moved", alone)
+    assert len(context.take(StateSoonReady)) == 1
 
 
-async def test_prompts_are_not_held_up_by_blocks_that_wait(shared: _Loop) -> None:
-    session: Session = shared.engine.context.open("test", [5] * 100, GenerationParams())
-    with shared.loop.refining(), shared.loop.refining(), shared.loop.refining():
-        waiting = shared.commit(Finish("a", 1, 1))
-        await asyncio.wait_for(shared.loop.prefill(session), 30)
-        await asyncio.wait_for(waiting, 30)
-    assert session.prefill_left == 0
+def test_an_ar_session_goes_on_elsewhere_with_the_same_bits(towers: TinyTowers) -> None:
+    params = GenerationParams(mode=Mode.AR, max_tokens=12, temperature=0.9, seed=3)
+    first, second = _Context(towers), _Context(towers)
+    first.open("whole", params=params)
+    first.until_idle()
+    tokens = [result.token for result in first.take(TokenDecoded)]
+    assert len(tokens) == 12
+    second.open("moved", [*PROMPT, *tokens[:5]], params, generated=5)
+    second.until_idle()
+    assert [result.token for result in second.take(TokenDecoded)] == tokens[5:]
+    for name, tensor in dict(state_tensors(first.state("whole"), {0: torch.ones(1)} | first.loop._engine.decay_rates)).items():
+        assert torch.equal(tensor, dict(state_tensors(second.state("moved"), second.loop._engine.decay_rates))[name])
 
 
-async def test_work_planned_for_a_session_that_leaves_is_not_run(alone: _Loop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its slot may be another session's by then: what it reads would become part of that one's state."""
-    engine = alone.engine.context
-    began, go = threading.Event(), threading.Event()
-    read: list[str] = []
-    prefill, commit = engine.prefill, engine.commit
+def test_a_paused_ar_session_writes_nothing(towers: TinyTowers) -> None:
+    context = _Context(towers)
+    context.open("a", params=GenerationParams(mode=Mode.AR, max_tokens=30))
+    while len([r for r in context.results if isinstance(r, TokenDecoded)]) < 3:
+        context.loop.iterate()
+    context.loop.inbox.put(SetPaused("a", True))
+    context.until_idle()
+    written = len(context.take(TokenDecoded))
+    context.loop.inbox.put(SetPaused("a", False))
+    context.until_idle()
+    assert written + len(context.take(TokenDecoded)) == 30
 
-    def slow_commit(work: Sequence[tuple[Session, list[int]]]) -> list[Delta]:
-        began.set()
-        assert go.wait(30)
+
+def test_a_slot_is_never_read_or_written_for_a_session_that_has_left(
+    towers: TinyTowers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that can be planned for a session is planned; it leaves, and another one has its place at once."""
+    context = _Context(towers, slots=2)
+    other = [(11 * i + 5) % 90 + 4 for i in range(40)]
+    for leaves in range(1, 6):  # after so many iterations
+        context.open("leaves", PROMPT)
+        context.open("stays", other)
+        for _ in range(leaves):
+            context.loop.iterate()
+        if leaves > 2:
+            context.loop.inbox.put(CommitBlocks([("leaves", BLOCK)]), CopyState("leaves", 1))
+        context.loop.inbox.put(CloseSession("leaves"))
+        context.open("next", other[::-1])
+        context.loop.inbox.put(CommitBlocks([("leaves", BLOCK)]), CopyState("leaves", 1))
+        context.take(StateCopied)
+        context.until_idle()
+        assert not context.take(StateCopied)
+        engine = ContextEngine(towers.context)
+        for name, prompt in (("stays", other), ("next", other[::-1])):
+            alone = engine.open(name, prompt, PARAMS)
+            while alone.prefill_left:
+                engine.prefill(alone, CHUNK)
+            assert _close(context, name, alone)
+        context.loop.inbox.put(CloseSession("stays"), CloseSession("next"), CloseSession("leaves"))
+        context.until_idle()
+        assert context.pool.used_slots == context.pool.used_pages == 0
+
+
+def test_a_state_is_copied_when_nothing_is_left_to_do_to_it(towers: TinyTowers) -> None:
+    context = _Context(towers)
+    context.open("a")
+    context.loop.inbox.put(CopyState("a", 7))
+    context.loop.iterate()
+    assert not context.take(StateCopied)
+    context.until_idle()
+    (copied,) = context.take(StateCopied)
+    assert (copied.lease, copied.length) == (7, len(PROMPT))
+    context.loop.inbox.put(CommitBlocks([("a", BLOCK)]), CopyState("a", 8))
+    context.until_idle()
+    (copied,) = context.take(StateCopied)
+    assert copied.length == len(PROMPT) + 16
+    before = {key: tensor.clone() for key, tensor in copied.snapshot.items()}
+    context.loop.inbox.put(CommitBlocks([("a", BLOCK)]))
+    context.until_idle()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in copied.snapshot.items())
+
+
+def test_who_does_not_fit_waits_within_bounds(towers: TinyTowers) -> None:
+    context = _Context(towers, slots=1, max_waiting=1)
+    for name in "abc":
+        context.open(name)
+    context.until_idle()
+    (refused,) = context.take(SessionFailed)
+    assert refused.session_id == "c"
+    assert isinstance(refused.error, Overloaded)
+    assert context.loop.waiting == 1
+    context.loop.inbox.put(CloseSession("a"))
+    context.until_idle()
+    assert list(context.loop._residents) == ["b"]
+
+
+@pytest.mark.parametrize("bad", ["a", "c"])
+def test_only_the_session_that_fails_alone_fails(towers: TinyTowers, bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, engine = _Context(towers), ContextEngine(towers.context)
+    commit = context.loop._engine.commit_together
+
+    def poisoned(work: Sequence[tuple[Session, Sequence[int]]]) -> Any:
+        if any(session.id == bad for session, _ in work):
+            raise RuntimeError("device-side assert")
         return commit(work)
 
-    def noted_prefill(session: Session, budget: int) -> int:
-        read.append(session.id)
-        return prefill(session, budget)
+    monkeypatch.setattr(context.loop._engine, "commit_together", poisoned)
+    for name in "abcde":
+        context.open(name)
+    context.until_idle()
+    context.loop.inbox.put(CommitBlocks([(name, BLOCK) for name in "abcde"]))
+    context.until_idle()
+    (failed,) = context.take(SessionFailed)
+    assert failed.session_id == bad
+    assert isinstance(failed.error, Unavailable)
+    assert context.pool.used_slots == 4
+    alone = engine.open("alone", PROMPT, PARAMS)
+    while alone.prefill_left:
+        engine.prefill(alone, CHUNK)
+    engine.commit([(alone, BLOCK)])
+    assert all(_close(context, name, alone) for name in "abcde" if name != bad)
 
-    committing = alone.commit(Finish("a", 1, 1))
-    monkeypatch.setattr(engine, "commit", slow_commit)
-    monkeypatch.setattr(engine, "prefill", noted_prefill)
-    leaving, staying = (engine.open(name, [5] * 20, GenerationParams()) for name in ("leaves", "stays"))
-    leaves, stays = (asyncio.create_task(alone.loop.prefill(session)) for session in (leaving, staying))
-    while not began.is_set():
-        await asyncio.sleep(0.001)
-    leaves.cancel()
-    await asyncio.gather(leaves, return_exceptions=True)
-    go.set()
-    await asyncio.wait_for(asyncio.gather(committing, stays), 30)
-    assert set(read) == {"stays"}
-    assert leaving.state.length == 0
+
+def test_a_prompt_that_fails_is_found_among_those_read_with_it(towers: TinyTowers, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, engine = _Context(towers), ContextEngine(towers.context)
+    read, times = context.loop._engine.read, 0
+
+    def poisoned(chunks: Sequence[tuple[Session, int]]) -> None:
+        nonlocal times
+        if any(session.id == "b" and session.state.length >= CHUNK for session, _ in chunks):
+            times += 1
+            for session, _ in chunks:
+                for layer in session.state.mamba.values():
+                    layer.ssm.add_(1.0)  # as a forward that fails half-way leaves it
+            raise RuntimeError("out of memory")
+        read(chunks)
+
+    for name in "abc":
+        context.open(name)
+    monkeypatch.setattr(context.loop._engine, "read", poisoned)
+    context.until_idle()
+    (failed,) = context.take(SessionFailed)
+    assert failed.session_id == "b"
+    assert times == 2
+    alone = engine.open("alone", PROMPT, PARAMS)
+    while alone.prefill_left:
+        engine.prefill(alone, CHUNK)
+    assert _close(context, "a", alone)
+    assert _close(context, "c", alone)
+
+
+def test_a_device_that_fails_session_after_session_ends_the_loop(towers: TinyTowers, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = _Context(towers)
+
+    def broken(chunks: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(context.loop._engine, "read", broken)
+    for i in range(MAX_FAILURES):
+        context.open(str(i))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        context.until_idle()

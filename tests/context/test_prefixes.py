@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,26 +14,21 @@ import torch
 from redis.asyncio import Redis
 
 from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.loops import CHUNK, TinyTowers
 from tests.support.redis_server import embedded_redis
 from tests.support.towers import towers
 from tests.support.waiting import until
 from twotower.broker.connection import connect
-from twotower.context.loop import ContextLoop
-from twotower.context.prefixes import SNAPSHOTS, PrefixCache, PromptBorders
-from twotower.engine.context_engine import ContextEngine
+from twotower.context.messages import OpenSession, PrefixLoaded, PrefixMet, PrefixWanted, Result
+from twotower.context.prefixes import SNAPSHOTS, PromptBorders
 from twotower.engine.local import LocalEngine
 from twotower.engine.session import Session
-from twotower.engine.thread import EngineThread
-from twotower.model.checkpoint import Checkpoint
 from twotower.model.state import ContextState
-from twotower.model.weights import load_context_tower
 from twotower.prefix.chain import ChainSpec
 from twotower.prefix.redis_tier import RedisTier, RedisTierConfig
 from twotower.prefix.stats import TierStats
-from twotower.request import GenerationParams
-from twotower.tasks import end_tasks
+from twotower.request import GenerationParams, Priority
 
-CHUNK = 16
 SYSTEM = [random.Random(0).randrange(4, 90) for _ in range(100)]
 
 
@@ -42,37 +38,47 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Reader:
-    """A context without its services."""
+    """A context without its services: its loop, and what `Sessions` does for prefixes."""
 
-    def __init__(self, engine: ContextEngine, loop: ContextLoop, cache: PrefixCache) -> None:
-        self.engine, self.loop, self.cache = engine, loop, cache
+    def __init__(self, towers: TinyTowers, capacity: int, redis: RedisTier | None) -> None:
+        self.results: list[Result] = []
+        self.redis = redis
+        self.pool = towers.pool(40)
+        self.loop = towers.context_loop(self.results.extend, self.pool, prefix_bytes=capacity, redis=redis, budget=40)
+        self.cache = self.loop._prefixes
+        self.engine = self.loop._engine
+        self._names = itertools.count()
 
     async def read(self, prompt: list[int]) -> tuple[Session, int]:
         """The session, and how many tokens of its prompt came from the cache."""
-        session = self.engine.open("test", prompt, GenerationParams())
-        borders = await self.cache.restore(session)
-        cached = session.state.length
-        await self.loop.prefill(session, lambda session: self.cache.keep(session, borders))
-        return session, cached
+        name, cached = str(next(self._names)), None
+        self.loop.inbox.put(OpenSession(name, prompt, 0, GenerationParams(max_tokens=40), Priority.NORMAL))
+        while cached is None or self.loop._ahead:
+            self.loop.iterate() if cached is not None else self.loop._receive(0)
+            for result in self.results:
+                if isinstance(result, PrefixWanted):
+                    assert self.redis is not None
+                    chunks = await self.redis.longest(result.links)
+                    snapshot = await self.redis.load(result.links[:chunks], chunks) if chunks else None
+                    self.loop.inbox.put(PrefixLoaded(name, chunks, snapshot))
+                elif isinstance(result, PrefixMet) and self.redis is not None:
+                    self.redis.store_later(result.links, len(result.links), result.snapshot)
+            self.results.clear()
+            resident = self.loop._residents[name]
+            if cached is None and not resident.awaits_prefix:
+                cached = resident.session.state.length
+        return resident.session, cached
 
 
 @asynccontextmanager
 async def reader(path: Path, capacity: int = 1 << 24, redis: Redis | None = None) -> AsyncIterator[Reader]:
-    checkpoint = Checkpoint.open(path)
-    engine = ContextEngine(load_context_tower(checkpoint, torch.float32, torch.device("cpu")))
-    thread = EngineThread("test")
-    loop = ContextLoop(engine, thread, chunk=CHUNK, budget=40)  # an iteration ends within a chunk
-    spec = ChainSpec(checkpoint.identity, "float32", CHUNK)
-    tower = engine.tower
-    tier = RedisTier(redis, spec, tower.config, tower.dtype, RedisTierConfig(), TierStats()) if redis is not None else None
-    cache = PrefixCache(spec, capacity, engine.decay_rates, thread, tier)
-    running = asyncio.create_task(loop.run())
-    try:
-        yield Reader(engine, loop, cache)
-    finally:
-        await cache.close()
-        await end_tasks(running)
-        thread.close()
+    towers = TinyTowers(path)
+    spec, tower, tier = ChainSpec(towers.checkpoint.identity, "float32", CHUNK), towers.context, None
+    if redis is not None:
+        tier = RedisTier(redis, spec, tower.config, tower.dtype, RedisTierConfig(), TierStats())
+    yield Reader(towers, capacity, tier)
+    if tier is not None:
+        await tier.close()
 
 
 def _same(a: ContextState, b: ContextState) -> bool:

@@ -17,9 +17,9 @@ from tests.support.towers import RunningWorker, Towers, towers
 from tests.support.waiting import until
 from twotower.broker.ready_queue import ReadySession
 from twotower.engine.local import LocalEngine
+from twotower.internal.v1 import context_pb2_grpc, link_pb2
 from twotower.request import GenerationParams
 from twotower.rpc.server import RpcServer
-from twotower.internal.v1 import context_pb2, context_pb2_grpc
 from twotower.wire.params import params_to_pb
 
 PARAMS = GenerationParams(max_tokens=60, gamma=0.3)
@@ -58,7 +58,7 @@ async def test_no_more_sessions_than_slots(stack: Towers, local: LocalEngine) ->
 
     def watch(*args: Any) -> Any:
         nonlocal most
-        most = max(most, worker.worker.load, sum(live.worker_id is not None for live in stack.service.sessions))
+        most = max(most, worker.worker.load, sum(live.link is not None for live in stack.service.sessions))
         return start(*args)
 
     worker.loop.engine.start = watch  # type: ignore[method-assign]
@@ -70,7 +70,7 @@ async def test_no_more_sessions_than_slots(stack: Towers, local: LocalEngine) ->
 
 async def test_entries_that_lead_nowhere(stack: Towers, local: LocalEngine) -> None:
     """A session that is over, a context that is gone: taken off, and the next one is served."""
-    for address in (stack.service.address, "127.0.0.1:1"):
+    for address in (stack.service.sessions.address, "127.0.0.1:1"):
         await stack.queue.push(ReadySession("nobody", 1, address, 64))
     worker = stack.start_worker(slots=1)
     await _still_works(stack, worker, local)
@@ -84,49 +84,56 @@ async def test_a_drain_without_sessions_is_over_at_once(stack: Towers) -> None:
 
 
 class WrongContext(context_pb2_grpc.ContextTowerServicer):
-    """Answers every attach with the same messages, then waits."""
+    """Answers every link with the same messages, then waits. `SESSION` stands for the session that is asked for."""
 
-    def __init__(self, messages: list[context_pb2.ContextMessage]) -> None:
+    def __init__(self, messages: list[link_pb2.ContextMessage]) -> None:
         self._messages = messages
 
-    async def Attach(self, requests: Any, context: Any) -> AsyncIterator[context_pb2.ContextMessage]:
+    async def Link(self, requests: Any, context: Any) -> None:
+        await context.read()
         for message in self._messages:
-            yield message
+            await context.write(message)
         await asyncio.Event().wait()
 
 
 @asynccontextmanager
-async def _wrong_context(messages: list[context_pb2.ContextMessage]) -> AsyncIterator[str]:
+async def _wrong_context(messages: list[link_pb2.ContextMessage]) -> AsyncIterator[str]:
     server = RpcServer("127.0.0.1", 0)
     context_pb2_grpc.add_ContextTowerServicer_to_server(WrongContext(messages), server.server)
-    await server.start(["twotower.v1.ContextTower"])
+    await server.start(["twotower.internal.v1.ContextTower"])
     yield server.address
     await server.stop(0)
 
 
-def _frame(**fields: Any) -> context_pb2.ContextMessage:
-    return context_pb2.ContextMessage(frames={"frames": [{"name": "conv", "layer": 0, **fields}]})
+def _frame(**fields: Any) -> link_pb2.ContextMessage:
+    return link_pb2.ContextMessage(frames={"frames": [{"name": "conv", "layer": 0, **fields}]})
 
 
-ATTACHED = context_pb2.ContextMessage(attached=context_pb2.Attached(params=params_to_pb(PARAMS), length=1))
-REFINE = context_pb2.ContextMessage(refine=context_pb2.Refine(generated=0, length=1))
+WELCOME = link_pb2.ContextMessage(welcome=link_pb2.Welcome(silence_s=5))
+SESSION = link_pb2.SessionRef(id="odd", lease=1)
+STATE = link_pb2.ContextMessage(state=link_pb2.State(session=SESSION, params=params_to_pb(PARAMS), length=1))
+ROW = link_pb2.CommittedBlock(session=SESSION, kept=3, length=17, generated=16)
+PART = link_pb2.ContextMessage(committed=link_pb2.BlocksCommitted(rows=[ROW], block_size=16))
 
 
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
-        ([REFINE], "expected attached"),
-        ([ATTACHED, REFINE], "frame 'conv' of layer 0: missing"),
-        ([ATTACHED, _frame(dtype=2, shape=[1])], "frame 'conv' of layer 0: dtype"),
-        ([ATTACHED, _frame(dtype=1, shape=[1])], "frame 'conv' of layer 0: shape"),
-        ([ATTACHED, _frame(name="weights")], "frame 'weights' of layer 0: not expected"),
-        ([ATTACHED, ATTACHED], "expected tensors, refine or end"),
+        ([STATE], "expected welcome"),
+        ([WELCOME, STATE, STATE], "the transfer ends before all tensors have come"),
+        ([WELCOME, STATE, _frame(dtype=2, shape=[1])], "frame 'conv' of layer 0: dtype"),
+        ([WELCOME, STATE, _frame(dtype=1, shape=[1])], "frame 'conv' of layer 0: shape"),
+        ([WELCOME, STATE, _frame(name="weights")], "frame 'weights' of layer 0: not expected"),
+        ([WELCOME, WELCOME], "welcome is not expected here"),
+        ([WELCOME, _frame(dtype=1, shape=[1])], "frames is not expected here"),
+        ([WELCOME, PART], "committed.kept"),
+        ([WELCOME, link_pb2.ContextMessage()], "an empty one is not expected here"),
     ],
 )
 async def test_a_context_that_speaks_nonsense(
     stack: Towers,
     local: LocalEngine,
-    messages: list[context_pb2.ContextMessage],
+    messages: list[link_pb2.ContextMessage],
     said: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -134,5 +141,17 @@ async def test_a_context_that_speaks_nonsense(
     worker = stack.start_worker(slots=1)
     async with _wrong_context(messages) as address:
         await stack.queue.push(ReadySession("odd", 1, address, 64))
-        await until(lambda: any("session odd left: " in record.message and said in record.message for record in caplog.records))
+        await until(lambda: any(f"context {address} is given up" in r.message and said in r.message for r in caplog.records))
         await _still_works(stack, worker, local)
+
+
+async def test_links_come_and_go_with_their_contexts(stack: Towers, local: LocalEngine) -> None:
+    """Nothing grows with the contexts that a worker has ever seen."""
+    worker = stack.start_worker(slots=2)
+    for _ in range(5):
+        async with _wrong_context([WELCOME]) as address:
+            await stack.queue.push(ReadySession("odd", 1, address, 64))
+            await until(lambda: worker.worker.load == 1)
+        await until(lambda: worker.worker.load == 0 and not worker.worker._links)
+    await _still_works(stack, worker, local)
+    assert list(worker.worker._links) == [stack.service.sessions.address]

@@ -109,17 +109,6 @@ def test_the_turn_of_a_dead_process_ends(path: Path) -> None:
     turns.close()
 
 
-def test_who_has_better_to_do_waits_no_more(path: Path) -> None:
-    turns = Turns(path)
-    with _holder(path) as child:
-        assert not turns.take(unless=lambda: True)
-        _say(child, "give")
-        assert child.stdout is not None
-        assert child.stdout.readline() == "done\n"
-        assert turns.take(unless=lambda: True)  # without waiting
-    turns.close()
-
-
 def test_who_never_gives_is_not_waited_for_for_ever(path: Path) -> None:
     now = 0.0
 
@@ -131,6 +120,15 @@ def test_who_never_gives_is_not_waited_for_for_ever(path: Path) -> None:
     with _holder(path):
         turns.take()
         assert PATIENCE_S <= now < 1.1 * PATIENCE_S
+        turns.give()
+        turns.take()  # whoever is stuck is not waited for again
+        assert now < 1.2 * PATIENCE_S
+        turns.give()
+    turns.take()
+    turns.give()
+    with _holder(path):  # but whoever has come since is
+        turns.take()
+        assert now >= 2 * PATIENCE_S
         turns.give()
     turns.close()
 

@@ -49,7 +49,7 @@ REAL: dict[str, Any] = {
 
 def delta_bytes(block: int = 16) -> int:
     """What a worker is sent after a block: all frames, with their headers."""
-    return _framed(delta_spec(ModelConfig.from_dict(REAL), torch.bfloat16, block))
+    return _framed(delta_spec(ModelConfig.from_dict(REAL), torch.bfloat16, 1, block))
 
 
 def snapshot_bytes(length: int = 1024) -> int:

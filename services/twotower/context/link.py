@@ -157,18 +157,19 @@ class WorkerLink:
 
     async def _watch(self) -> None:
         clock = asyncio.get_running_loop().time
-        while (quiet := clock() - self._heard) < self._silence_s:
+        while True:
+            quiet = clock() - self._heard
+            if quiet >= self._silence_s:
+                log.warning("worker %s is silent, and loses its %d sessions", self.worker_id, len(self.held))
+                raise LeaseLost(f"worker {self.worker_id} was silent for {quiet:.1f} s")
             await asyncio.sleep(self._silence_s - quiet + 0.01)
-        log.warning("worker %s has been silent for %.1f s, and loses its %d sessions", self.worker_id, quiet, len(self.held))
-        raise LeaseLost(f"worker {self.worker_id} was silent for {quiet:.1f} s")
 
     def _take_blocks(self, blocks: Sequence[link_pb2.BlockDone]) -> None:
-        taken = []
-        for block in blocks:
-            live = self.holds(block.session)
-            if live is not None:
-                taken.append((live, block, self._checked(live, block)))
-        self._sessions.blocks_done(self, taken)
+        if len({block.session.id for block in blocks}) < len(blocks):
+            raise Incompatible("done.blocks: two blocks of one session")
+        held = [(live, block) for block in blocks if (live := self.holds(block.session)) is not None]
+        taken = [(live, block, self._checked(live, block)) for live, block in held]
+        self._sessions.blocks_done(taken)
 
     def _checked(self, live: LiveSession, block: link_pb2.BlockDone) -> Sequence[TokenLogprob]:
         """The block's logprobs, if asked for. Raises Incompatible if it is not the block that is due."""

@@ -80,24 +80,29 @@ class ContextLoop:
         self._waiting: WaitingLine[OpenSession] = WaitingLine()
         self._residents: dict[str, Resident] = {}
         self._isolation: Isolation[Resident] = Isolation("forward of the context tower", lambda resident: resident.name)
+        self._ahead: Plan[Resident] = Plan()
+        """What the next iteration would run; made anew whenever something has come or gone."""
         self._stopped = False
 
     def run(self) -> None:
         """Until None is received. Raises what a forward raised when session after session fails alone."""
         try:
-            ahead = self._plan()
             while not self._stopped:
-                patience = self._pacing.patience(self._load(ahead))
-                if patience != 0:
-                    ahead = self._plan() if self._receive(patience) else ahead
-                    continue
-                self._pacing.begin()
-                ahead = self._plan() if self._receive(0) else ahead
-                self._run(ahead)
-                ahead = self._plan()
-                self._pacing.end(self._load(ahead))
+                self.iterate()
         finally:
             self._pacing.close()
+
+    def iterate(self) -> None:
+        """Receive, plan, run, deliver; or wait, where nothing is to be done yet."""
+        patience = self._pacing.patience(self._load())
+        if patience != 0:
+            self._receive(patience)
+            return
+        self._pacing.begin()
+        self._receive(0)
+        self._run(self._ahead)
+        self._ahead = self._plan()
+        self._pacing.end(self._load())
 
     @property
     def waiting(self) -> int:
@@ -106,8 +111,7 @@ class ContextLoop:
 
     # receive
 
-    def _receive(self, wait_s: float | None) -> bool:
-        """Take what has come; whether anything has."""
+    def _receive(self, wait_s: float | None) -> None:
         entries = self.inbox.take(wait_s)
         for entry in entries:
             match entry:
@@ -133,7 +137,8 @@ class ContextLoop:
                         self._prefixes.restore(resident.session, resident.borders, Match(chunks, snapshot))
         self._admit()
         self._copy_states()
-        return bool(entries)
+        if entries:
+            self._ahead = self._plan()
 
     def _open(self, entry: OpenSession) -> None:
         if len(self._waiting) >= self._max_waiting and (self._waiting or not self._fits(entry)):
@@ -177,7 +182,8 @@ class ContextLoop:
     def _plan(self) -> Plan[Resident]:
         return plan(self._residents.values(), budget=self._budget, chunk=self._chunk)
 
-    def _load(self, ahead: Plan[Resident]) -> Load:
+    def _load(self) -> Load:
+        ahead = self._ahead
         return Load(len(ahead.commits), len(ahead.decodes) + len(ahead.chunks), self.refining)
 
     # run and deliver: a forward of each kind, and its results at once. A failure reaches those it concerns, and no one else.

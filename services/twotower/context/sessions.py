@@ -69,6 +69,10 @@ class Sessions:
     def __iter__(self) -> Iterator[LiveSession]:
         return iter(list(self._sessions.values()))
 
+    def get(self, session_id: str) -> LiveSession | None:
+        """The session, unless it is over."""
+        return self._sessions.get(session_id)
+
     # Gateways
 
     def open(self, live: LiveSession, tokens: Sequence[int]) -> None:
@@ -111,10 +115,8 @@ class Sessions:
             link.held[live.id] = live
             self._loop.inbox.put(CopyState(live.id, live.lease))
 
-    def blocks_done(
-        self, link: WorkerLink, blocks: Sequence[tuple[LiveSession, link_pb2.BlockDone, Sequence[TokenLogprob]]]
-    ) -> None:
-        """Take checked blocks that one denoiser forward finished: each is shown at once, and committed unless it is the last."""
+    def blocks_done(self, blocks: Sequence[tuple[LiveSession, link_pb2.BlockDone, Sequence[TokenLogprob]]]) -> None:
+        """Take checked blocks that one forward finished: each is shown at once, and committed unless it is the last."""
         commits: list[tuple[str, Sequence[int]]] = []
         for live, block, logprobs in blocks:
             self._set_writing(live, False)

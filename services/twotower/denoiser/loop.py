@@ -85,16 +85,20 @@ class DenoiserLoop:
         """Until None is received. Raises what a forward raised when session after session fails alone."""
         try:
             while not self._stopped:
-                patience = self._pacing.patience(self._load())
-                if patience != 0:
-                    self._receive(patience)
-                    continue
-                self._pacing.begin()
-                self._receive(0)
-                self._run()
-                self._pacing.end(self._load())
+                self.iterate()
         finally:
             self._pacing.close()
+
+    def iterate(self) -> None:
+        """Receive, run, deliver; or wait, where nothing is to be done yet."""
+        patience = self._pacing.patience(self._load())
+        if patience != 0:
+            self._receive(patience)
+            return
+        self._pacing.begin()
+        self._receive(0)
+        self._run()
+        self._pacing.end(self._load())
 
     # receive
 

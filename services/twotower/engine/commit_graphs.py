@@ -39,7 +39,7 @@ class CommitGraphs:
     def commit(
         self, pool: StatePool, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool
     ) -> tuple[DeltaBatch, Tensor | None]:
-        """As `ContextEngine.extend`: tokens (B, L) int64 on the host, states of `pool`. What is returned is the caller's own."""
+        """As `ContextEngine.extend`: tokens (B, L) int64 on the host, states of `pool`. The results are the caller's own."""
         count, length = tokens.shape
         longest = token_bucket(max(state.length for state in states) + length)  # pages of the block itself, too
 

@@ -65,6 +65,7 @@ class Progress:
 
     async def watch(self) -> None:
         """Until cancelled; raises EngineStuck when a forward is overdue."""
-        while not self.overdue_s:
+        while True:
             await asyncio.sleep(LOOK_S)
-        raise EngineStuck(f"a forward has not returned for {self._clock() - (self._since or 0.0):.0f} s")
+            if self.overdue_s:
+                raise EngineStuck(f"a forward has not returned for {self._clock() - (self._since or 0.0):.0f} s")

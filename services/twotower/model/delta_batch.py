@@ -49,7 +49,7 @@ class DeltaBatch:
         first = next((tensor for change in self.layers.values() for tensor in _tensors(change)), None)
         if first is None or list(rows) == list(range(first.shape[0])):
             return self
-        at = torch.tensor(rows, device=first.device)
+        at = torch.tensor(rows, dtype=torch.int64, device=first.device)
         return DeltaBatch(self.length, {i: _map(change, lambda t: t.index_select(0, at)) for i, change in self.layers.items()})
 
     def row(self, row: int) -> Delta:
@@ -71,13 +71,12 @@ def apply_batch(
             state.apply(deltas.row(row), decay_rates, kernels)
         return
     slots = torch.tensor([state.slot for state in states], device=pool.device)
-    places: Tensor | None = None
+    places = _behind(pool, states, deltas.length)
     for i, change in deltas.layers.items():
         if isinstance(change, ScanFactors):
             kernels.apply_factors_(pool.ssm[i], change.x, change.b, change.dt, decay_rates[i], slots=slots)
             pool.conv[i].index_copy_(0, slots, change.conv)
         else:
-            places = _behind(pool, states, deltas.length) if places is None else places
             written = torch.stack((change.k, change.v)).transpose(1, 2).flatten(2, 3)  # (2, kv_heads, B L, d)
             pool.kv[i].index_copy_(2, places, written)
     for state in states:
@@ -86,6 +85,9 @@ def apply_batch(
 
 def _behind(pool: StatePool, states: Sequence[ContextState], length: int) -> Tensor:
     """Where in the pool the `length` tokens behind each state lie: (B L,) int64."""
+    for state in states:  # pages that it has not are others' in the table
+        assert state.place is not None
+        assert state.length + length <= len(state.place.pages) * PAGE, "more tokens than the session reserved"
     _, table, lengths = pool.numbers(states)
     at = lengths.long().unsqueeze(1) + torch.arange(length)
     return (table.long().gather(1, at // PAGE) * PAGE + at % PAGE).flatten().to(pool.device)

@@ -25,7 +25,7 @@ CHANNEL_OPTIONS: ChannelOptions = (
     ("grpc.http2.max_pings_without_data", 0),
     # A restarted peer should be found again within about a second, not after gRPC's default of up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     # Addresses are of our own services: never through a proxy that the environment names, never shared with
     # the backoff of another channel.

@@ -1,5 +1,5 @@
 """How states and deltas get from a context to a denoiser: one interface, three transports.
 
-`grpc` sends frames on the attach stream, `shm` maps the same memory in two processes of one machine, `dist` is
+`grpc` sends frames on the link's stream, `shm` maps the same memory in two processes of one machine, `dist` is
 torch.distributed point to point. Control messages stay on gRPC with all of them.
 """

@@ -28,8 +28,6 @@ class TransportConfig:
     """Most shared memory that a context holds; what does not fit goes in frames."""
     timeout_s: float = 30.0
     """How long a peer of `dist` may take to meet, or to move one state."""
-    idle_s: float = 60.0
-    """How long a process group outlives the last session of its pair."""
 
     @classmethod
     def of(cls, choice: str) -> TransportConfig:

@@ -77,8 +77,9 @@ class DistInlet(Inlet):
         return buffer[:length]
 
     def release(self, placed: link_pb2.Placed) -> None:
-        """See `Inlet`."""
-        self.group.recycle(self._buffers.pop(placed.place))
+        """See `Inlet`. After the link's end there is nothing to use again."""
+        if (buffer := self._buffers.pop(placed.place, None)) is not None:
+            self.group.recycle(buffer)
 
     async def close(self) -> None:
         """See `Inlet`."""

@@ -38,7 +38,7 @@ class SegmentInbox:
             for connection in list(self._connections):
                 self._read(connection)
         if number not in self._segments:
-            raise Incompatible(f"placed.place: no segment {number} has come from a context")
+            raise Incompatible(f"tensors.place: no segment {number} has come from a context")
         return self._segments[number][1]
 
     def give_back(self, number: int) -> None:

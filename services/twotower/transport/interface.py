@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twotower.errors import Incompatible
+from twotower.errors import Unavailable
 from twotower.internal.v1 import link_pb2
 from twotower.transport.config import Kind
 from twotower.transport.layout import check_placed, layout_of, off_loop, unpack
@@ -81,8 +81,10 @@ class Inlet(ABC):
             frames = FrameAssembler(expected)
             while not frames.complete:
                 message = await read()
-                if message is None or not message.HasField("frames"):
-                    raise Incompatible("frames: the transfer ends before all tensors have come")
+                if message is None:
+                    raise Unavailable("the link ended in the middle of a transfer")
+                if not message.HasField("frames"):
+                    frames.check()
                 frames.add(message.frames)
             size = 0 if device.type == "cpu" else layout.size
             return Received(await off_loop(size, device, lambda: frames.finish(device)), layout.size, _nothing)

@@ -74,7 +74,7 @@ class FrameAssembler:
             here = len(self._buffers.get(key, b""))
             if frame.offset != here:
                 raise Incompatible(f"{where}: offset {frame.offset}, expected {here}")
-            if key in self._buffers and not frame.data:
+            if not frame.data and (key in self._buffers or num_bytes(spec)):
                 raise Incompatible(f"{where}: a piece without data")
             buffer = self._buffers.setdefault(key, bytearray())
             buffer += frame.data
@@ -82,15 +82,21 @@ class FrameAssembler:
             if len(buffer) > num_bytes(spec):
                 raise Incompatible(f"{where}: data of more than {num_bytes(spec)} bytes")
 
-    def finish(self, device: torch.device) -> dict[Key, Tensor]:
-        """All tensors. Raises Incompatible if one is missing or incomplete."""
-        out = {}
+    def check(self) -> None:
+        """Raise Incompatible, naming the tensor, if one is missing or incomplete."""
         for key, spec in self._expected.items():
             buffer = self._buffers.get(key)
             if buffer is None:
                 raise Incompatible(f"{describe(key)}: missing")
             if len(buffer) != num_bytes(spec):
                 raise Incompatible(f"{describe(key)}: data of {len(buffer)} bytes, expected {num_bytes(spec)}")
+
+    def finish(self, device: torch.device) -> dict[Key, Tensor]:
+        """All tensors. Raises Incompatible as `check` does."""
+        self.check()
+        out = {}
+        for key, spec in self._expected.items():
+            buffer = self._buffers[key]
             tensor = torch.frombuffer(buffer, dtype=spec.dtype) if buffer else torch.empty(0, dtype=spec.dtype)
             out[key] = tensor.view(spec.shape).to(device)
         return out

@@ -32,11 +32,11 @@ def check_logprobs(logprobs: Sequence[TokenLogprob], tokens: int, top: int | Non
     """Raise Incompatible unless these are the logprobs of so many tokens, each with `top` others; none, if that is None."""
     wanted = 0 if top is None else tokens
     if len(logprobs) != wanted:
-        raise Incompatible(f"block_done.logprobs: {len(logprobs)}, where {wanted} are due")
+        raise Incompatible(f"done.logprobs: {len(logprobs)}, where {wanted} are due")
     for told in logprobs:
         if len(told.top) != top:
-            raise Incompatible(f"block_done.logprobs.top: {len(told.top)} tokens at a place, where {top} are due")
+            raise Incompatible(f"done.logprobs.top: {len(told.top)} tokens at a place, where {top} are due")
         if not all(math.isfinite(logprob) for logprob in (told.logprob, *(logprob for _, logprob in told.top))):
-            raise Incompatible("block_done.logprobs: one is not finite")
+            raise Incompatible("done.logprobs: one is not finite")
         if any(not 0 <= token < vocab_size for token, _ in told.top):
-            raise Incompatible(f"block_done.logprobs.top: a token is outside the vocabulary [0, {vocab_size})")
+            raise Incompatible(f"done.logprobs.top: a token is outside the vocabulary [0, {vocab_size})")
