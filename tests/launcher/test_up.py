@@ -182,3 +182,27 @@ def test_sigterm_while_starting(checkpoint: Path) -> None:
 def test_a_host_that_is_not_ours(checkpoint: Path) -> None:
     said = _fails("up", "--checkpoint", checkpoint, "--host", "192.0.2.1", "--grpc-port", 0, "--http-port", 0)
     assert "192.0.2.1:0 (--grpc-port)" in said
+
+
+def test_a_stopped_service_is_replaced(checkpoint: Path) -> None:
+    with up(checkpoint, "--unhealthy-after", 2) as stack:
+        stopped = stack.child("denoiser")
+        os.kill(stopped, signal.SIGSTOP)
+        assert _gone([stopped])
+        assert any("denoiser-0 has not answered for 2 s: killing it" in line for line in stack.log)
+        again = run_cli("generate", "the quick", "--target", stack.grpc, "--max-tokens", 20, "--no-eos")
+        assert "[20 tokens, 2 blocks, " in again.stderr
+        assert stack.terminate() == 0
+
+
+def test_a_second_signal_hurries_the_drain(checkpoint: Path) -> None:
+    with up(checkpoint, "--drain", 600) as stack:
+        stopped = stack.child("context")
+        os.kill(stopped, signal.SIGSTOP)  # it will never drain
+        stack.process.send_signal(signal.SIGINT)
+        time.sleep(1.0)
+        assert stack.process.poll() is None
+        children = stack.children()
+        assert stack.terminate() == 0
+        assert _gone(children)
+        assert any("second signal" in line for line in stack.log)

