@@ -61,6 +61,11 @@ class Up:
         """Pid of one service of a kind."""
         return next(pid for pid, command in self.children().items() if f"twotower.cli.main {kind} " in command)
 
+    def of_kind(self, kind: str) -> list[int]:
+        """Pids of all services of a kind: gateway, context, denoiser; or of Redis."""
+        sign = "valkey-server" if kind == "redis" else f"twotower.cli.main {kind} "
+        return sorted(pid for pid, command in self.children().items() if sign in command)
+
     def terminate(self) -> int:
         """SIGTERM; its exit status."""
         self.process.send_signal(signal.SIGTERM)
