@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tests.faults.scenarios import scenarios
+from tests.faults.scenarios import precision, scenarios
 from tests.faults.storm import Report, Scenario, weather
 from tests.support.processes import up
 from twotower.cli.options import DEFAULT_CHECKPOINT
@@ -37,7 +37,7 @@ def _run(scenario: Scenario, seconds: float, options: list[str], log: Path | Non
     def say(line: str) -> None:
         print(f"[{time.monotonic() - started:6.1f}] {line}", file=sys.stderr, flush=True)
 
-    with up(DEFAULT_CHECKPOINT, *scenario.options, *options) as stack:
+    with up(DEFAULT_CHECKPOINT, *scenario.options, *precision(), *options) as stack:
         try:
             report = asyncio.run(weather(scenario, stack, seconds, say))
             if report.alive:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,11 @@ from twotower.broker.keys import PREFIX
 from twotower.broker.registry import Registry
 
 KINDS = ("gateway", "context", "denoiser", "redis")
-MORE_FILES = 4
-"""Descriptors by which a process may differ from another of its kind: connections that idle for a while."""
+MORE_FILES = 32
+"""Descriptors by which a process may differ from what it had in the calm: two pools of connections to Redis, which grow with
+what was asked for at once, and never beyond 16 each. (On Redis' own side these are everybody's, and not looked at.)"""
+SEGMENTS = 16
+"""Shared memory segments of a context and a worker: up to two for each of its slots, kept to be used again."""
 
 
 @dataclass(slots=True)
@@ -34,9 +36,9 @@ class Remains:
     """Entries of the ready queue, delivered or not."""
     unacknowledged: int = 0
     files: dict[str, int] = field(default_factory=dict)
-    """The most descriptors of a process of each kind; ``up``: of the launcher."""
+    """The most descriptors of a process of each kind, less those of segments; ``up``: of the launcher."""
     segments: dict[str, int] = field(default_factory=dict)
-    """The same of shared memory segments that are open or mapped."""
+    """The most shared memory segments that a process of each kind has open or mapped."""
     others: list[str] = field(default_factory=list)
     """Files of ours in /dev/shm."""
 
@@ -54,8 +56,13 @@ class Remains:
             )
             if value != was
         ]
-        said += _more("file descriptors", self.files, calm.files, MORE_FILES)
-        return said + _more("shared memory segments", self.segments, calm.segments, 0)
+        for kind, files in self.files.items():
+            if kind != "redis" and files > calm.files[kind] + MORE_FILES:
+                said.append(f"file descriptors of a {kind}: {files}, in the calm {calm.files[kind]}")
+        for kind, peer in (("context", "denoiser"), ("denoiser", "context")):
+            if self.segments[kind] > SEGMENTS * self.processes[peer]:
+                said.append(f"shared memory segments of a {kind}: {self.segments[kind]}, in the calm {calm.segments[kind]}")
+        return said
 
 
 async def look(up: Up, redis_url: str, identity: str) -> Remains:
@@ -89,18 +96,13 @@ def environment(pid: int) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
-def _more(what: str, now: Mapping[str, int], calm: Mapping[str, int], tolerated: int) -> list[str]:
-    return [
-        f"{what} of a {kind}: {now[kind]}, in the calm {calm.get(kind, 0)}"
-        for kind in now
-        if now[kind] > calm.get(kind, 0) + tolerated
-    ]
-
-
 def _files(pid: int) -> int:
+    count = 0
     with suppress(OSError):
-        return len(os.listdir(f"/proc/{pid}/fd"))
-    return 0
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                count += "memfd:twotower" not in os.readlink(entry.path)
+    return count
 
 
 def _segments(pid: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.faults import strikes
 from tests.faults.asks import alike, mixed
 from tests.faults.storm import Scenario
+from twotower_kernels.cpu.build import load
 
 KILLS_S = 2.0
 STOPPED_S = 30.0
@@ -60,3 +61,8 @@ def scenarios() -> dict[str, Scenario]:
         Scenario("equal-texts", "a text among others is the text alone", mixed(160), clients=17),
     )
     return {scenario.name: scenario for scenario in found}
+
+
+def precision() -> tuple[str, ...]:
+    """Options of `twotower up` with which a text does not depend on its batch: plain torch has that in fp32 alone."""
+    return () if load() is not None else ("--dtype", "float32")
