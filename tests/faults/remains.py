@@ -90,12 +90,6 @@ async def look(up: Up, redis_url: str, identity: str) -> Remains:
     return remains
 
 
-def environment(pid: int) -> dict[str, str]:
-    """Of a process of ours."""
-    words = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-    return dict(word.split("=", 1) for word in words if "=" in word)
-
-
 def _files(pid: int) -> int:
     count = 0
     with suppress(OSError):

@@ -9,6 +9,8 @@ from twotower_kernels.cpu.build import load
 
 KILLS_S = 2.0
 STOPPED_S = 30.0
+NOTICED_S = 25.0
+"""A request must have gone on elsewhere before the stopped process goes on."""
 
 
 def scenarios() -> dict[str, Scenario]:
@@ -39,24 +41,28 @@ def scenarios() -> dict[str, Scenario]:
             mixed(64),
             options=never,
             strike=strikes.stop(for_s=STOPPED_S),
+            hung_s=NOTICED_S,
         ),
         Scenario(
             "stop-watched",
             "a tower is stopped for 30 s, and `up` replaces it before that is over",
             mixed(64),
             strike=strikes.stop(for_s=STOPPED_S),
+            hung_s=NOTICED_S,
         ),
         Scenario(
             "redis",
             "Redis is killed, and what it held is lost: requests wait until it is back",
             mixed(64),
             strike=strikes.kill(("redis",), 8.0),
+            must_wait=True,
         ),
         Scenario(
             "redis-stop",
             "Redis does not answer for five seconds, again and again: requests wait",
             mixed(64),
             strike=strikes.stop(("redis",), for_s=5.0, rest_s=8.0),
+            must_wait=True,
         ),
         Scenario("equal-texts", "a text among others is the text alone", mixed(160), clients=17),
     )

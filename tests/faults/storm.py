@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from tests.faults.asks import Answer, Ask
 from tests.faults.clients import Clients, Failed, Refused
-from tests.faults.remains import Remains, environment, look
+from tests.faults.remains import Remains, look
 from tests.faults.strikes import Strike
 from tests.faults.tally import Tally, reason_of
-from tests.support.processes import Up
+from tests.support.processes import Up, environment
+from twotower.broker.environment import REDIS_VARIABLE
 from twotower.broker.keys import PREFIX
 from twotower.errors import BrokerUnavailable
 from twotower.tasks import end_tasks
@@ -26,8 +27,6 @@ from twotower.tasks import end_tasks
 Say = Callable[[str], None]
 
 FACES = ("grpc", "sse", "http")
-HUNG_S = 120.0
-"""A request that takes this long counts as failed: it hangs."""
 PATIENCE_S = 90.0
 """How long a client goes on asking again after refusals."""
 AGAIN_S = 0.05
@@ -52,6 +51,10 @@ class Scenario:
     leave: float = 0.0
     """The share of requests whose client leaves early."""
     strike: Strike | None = None
+    hung_s: float = 120.0
+    """A request that takes this long counts as failed: it hangs."""
+    must_wait: bool = False
+    """Requests must wait for what is away: a refusal counts as a failure."""
 
 
 @dataclass(slots=True)
@@ -103,7 +106,7 @@ class Storm:
         self._say = say
         self._clients = Clients(up.grpc, up.http)
         self._answers: list[Answer] = []
-        self._redis_url = _redis_url(up)
+        self._redis_url = environment(up.child("context"))[REDIS_VARIABLE]
         self._identity = ""
         self._calm = Remains()
         self.report = Report(scenario.name)
@@ -184,12 +187,15 @@ class Storm:
         """Ask until there is an answer or a failure, and count that."""
         ask, give_up = self._scenario.asks[index], time.monotonic() + PATIENCE_S
         while True:
+            asked = time.monotonic()
             try:
-                async with asyncio.timeout(HUNG_S):
+                async with asyncio.timeout(self._scenario.hung_s):
                     tally.answer(ask, await self._clients.ask(ask, face), self._answers[index])
+                tally.seconds.append(time.monotonic() - asked)
                 return
             except Refused as refused:
-                tally.refused[reason_of(str(refused))] += 1
+                counted = tally.failed if self._scenario.must_wait else tally.refused
+                counted[reason_of(str(refused))] += 1
                 if time.monotonic() >= give_up or self._up.process.poll() is not None:
                     tally.failed[f"refused for {PATIENCE_S:.0f} s"] += 1
                     return
@@ -199,7 +205,7 @@ class Storm:
                 await asyncio.sleep(AGAIN_S)
                 return
             except TimeoutError:
-                tally.failed[f"{face}: no end within {HUNG_S:.0f} s"] += 1
+                tally.failed[f"{face}: no end within {self._scenario.hung_s:.0f} s"] += 1
                 return
 
     async def _settled(self, calm: Remains | None) -> Remains:
@@ -239,19 +245,8 @@ async def _storm(scenario: Scenario, up: Up, say: Say) -> AsyncIterator[Storm]:
         await storm.close()
 
 
-def _redis_url(up: Up) -> str:
-    pid = up.child("context")
-    if url := environment(pid).get("TWOTOWER_REDIS_URL"):
-        return url
-    found = re.search(r"--redis (\S+)", up.children()[pid])
-    assert found is not None
-    return found.group(1)
-
-
 async def _identity(redis_url: str) -> str:
     """Of the one checkpoint whose replicas are announced."""
-    from redis.asyncio import Redis
-
     redis = Redis.from_url(redis_url, decode_responses=True)
     try:
         async for key in redis.scan_iter(match=f"{PREFIX}:*:replica:context:*"):

@@ -27,6 +27,8 @@ class Tally:
     refused: Counter[str] = field(default_factory=Counter)
     """Refusals that a client was told to try again after, and did."""
     examples: list[str] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    """How long each answer took; told, and not judged."""
 
     @property
     def compared(self) -> int:
@@ -50,6 +52,10 @@ class Tally:
             f"{phase}: {self.compared} compared, {self.equal} equal, {self.different.total()} different, "
             f"{self.failed.total()} failed, {self.left} left early, {self.refused.total()} refusals"
         ]
+        if took := sorted(self.seconds):
+            said.append(
+                f"  seconds: median {took[len(took) // 2]:.1f}, 99 % {took[len(took) * 99 // 100]:.1f}, most {took[-1]:.1f}"
+            )
         for kind, reasons in (("different", self.different), ("failed", self.failed), ("refused", self.refused)):
             said += [f"  {kind} {count}: {reason}" for reason, count in reasons.most_common(8)]
         return said + [f"  different: {example}" for example in self.examples]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import stat
 import sys
+import tempfile
+from os.path import exists
 from pathlib import Path
 
 import pytest
@@ -76,10 +79,25 @@ def test_threads_are_shared_out(tmp_path: Path) -> None:
 
 async def test_the_embedded_redis_is_its_users_alone_and_leaves_nothing() -> None:
     async with embedded_redis() as server:
-        socket = Path(server.url.removeprefix("unix://"))
-        assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o700
-        assert stat.S_ISSOCK(os.stat(socket).st_mode)
-    assert not socket.parent.exists()
+        path = server.url.removeprefix("unix://")
+        assert stat.S_ISSOCK(os.stat(path).st_mode)
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert not exists(path)
+
+
+async def test_a_socket_that_nobody_listens_on_any_more_is_swept_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:  # short, as a socket's path must be
+        monkeypatch.setattr(tempfile, "tempdir", directory)
+        async with embedded_redis() as first:
+            stale = f"{directory}/{embedded.NAME}0.sock"
+            with socket.socket(socket.AF_UNIX) as bound:
+                bound.bind(stale)
+            assert exists(stale)
+            async with embedded_redis() as second:
+                assert not exists(stale)
+                assert await first.answers(5)  # one that is listened on stays
+                assert await second.answers(5)
+        assert os.listdir(directory) == []
 
 
 async def test_a_platform_without_an_embedded_redis(monkeypatch: pytest.MonkeyPatch) -> None:

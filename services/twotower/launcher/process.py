@@ -26,14 +26,24 @@ Say = Callable[[str], None]
 class ServiceProcess:
     """A child, and the last it said. `start` may be called again after it ended."""
 
-    def __init__(self, name: str, argv: Sequence[str], say: Say, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        say: Say,
+        *,
+        env: Mapping[str, str] | None = None,
+        parent_death: signal.Signals = signal.SIGKILL,
+    ) -> None:
         """`say` is given each line of its stderr, after its name. `env`: what its environment has beyond ours.
 
-        Secrets belong in `env`: every user of the machine can read a command line.
+        Secrets belong in `env`: every user of the machine can read a command line. `parent_death`: what it is sent when
+        this process dies, however that is.
         """
         self.name = name
         self.argv = list(argv)
         self._env = dict(env or {})
+        self._parent_death = parent_death
         self._say = say
         self._process: Process | None = None
         self.addresses: dict[str, str] = {}
@@ -53,7 +63,7 @@ class ServiceProcess:
         self._tail, self._starting = [], True
         try:
             self._process = await asyncio.create_subprocess_exec(
-                *_leashed(self.argv),
+                *_leashed(self.argv, self._parent_death),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
@@ -157,6 +167,6 @@ async def _discard(stream: asyncio.StreamReader) -> None:
         pass
 
 
-def _leashed(argv: Sequence[str]) -> list[str]:
+def _leashed(argv: Sequence[str], parent_death: signal.Signals) -> list[str]:
     """`argv` such that it cannot outlive this process. -I -S: the leash needs nothing, and starts in milliseconds."""
-    return [sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), *argv]
+    return [sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), str(int(parent_death)), *argv]

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 
 from twotower.broker.connection import connect
+from twotower.broker.environment import REDIS_VARIABLE
 from twotower.launcher.config import UpConfig
 from twotower.launcher.embedded_redis import EmbeddedRedis
 from twotower.launcher.health import answers
@@ -125,10 +126,10 @@ class Stack:
 
     def _process(self, name: str, kind: str, *options: object) -> ServiceProcess:
         config = self._config
-        common = ("--checkpoint", config.checkpoint, "--redis", self.redis_url, "--drain", config.drain_s)
+        common = ("--checkpoint", config.checkpoint, "--drain", config.drain_s)
         debug = ("--debug",) if config.debug else ()
         argv = (sys.executable, "-m", "twotower.cli.main", *debug, kind, *common, *options)
-        return ServiceProcess(name, [str(word) for word in argv], self._say)
+        return ServiceProcess(name, [str(word) for word in argv], self._say, env={REDIS_VARIABLE: self.redis_url})
 
     async def _start(self, service: ServiceProcess) -> dict[str, str]:
         await service.start()
