@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import socket
 import stat
+import sys
+import tempfile
+from os.path import exists
 from pathlib import Path
 
 import pytest
 
 from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.redis_server import embedded_redis
+from tests.support.waiting import until
 from twotower.client.grpc_client import GatewayClient
 from twotower.engine.local import LocalEngine
 from twotower.errors import ConfigError, ServiceFailed
-from twotower.events import Block
+from twotower.events import Block, Finished
 from twotower.launcher import embedded_redis as embedded
-from twotower.launcher import stack as stack_module
 from twotower.launcher.config import FEW_CORES, MOST_CORES, UpConfig, usable_cores
 from twotower.launcher.stack import stack
 from twotower.request import GenerationParams
+from twotower.tasks import end_tasks
 
 
-async def test_a_service_that_dies_too_often_ends_the_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stack_module, "MAX_RESTARTS", 0)
+async def test_services_that_die_again_and_again_do_not_end_the_stack(tmp_path: Path) -> None:
+    """One of two denoisers dies for good; the other serves all the while, and the stack is never at its end."""
     log: list[str] = []
-    async with stack(UpConfig(write_tiny_checkpoint(tmp_path)), log.append) as running:
-        denoiser = running.towers[1]
-        assert denoiser.pid is not None
-        os.kill(denoiser.pid, signal.SIGKILL)
-        with pytest.raises(ServiceFailed, match=r"^denoiser-0 was killed by signal 9; it ended 1 times in a minute$"):
-            await running.failed()
-        processes = [*running.towers, running.gateway]
-    assert [process.pid for process in processes if process is not None] == [None] * 3
+    config = UpConfig(write_tiny_checkpoint(tmp_path), denoisers=2, threads=1)
+    async with stack(config, log.append) as running, GatewayClient(running.grpc_address) as client:
+        serving = asyncio.create_task(running.serve())
+        dying = running.towers[1]
+        assert dying.name == "denoiser-0"
+        dying.argv = [sys.executable, "-c", "raise SystemExit('error: broken')"]  # from its next start on
+        assert dying.pid is not None
+        os.kill(dying.pid, signal.SIGKILL)
+        for _ in range(2):
+            ends = sum("starting it again" in line for line in log)
+            await until(lambda ends=ends: sum("starting it again" in line for line in log) >= ends + 2)  # type: ignore[misc]
+            events = [event async for event in client.generate((5, 6, 7), max_tokens=20, steps=4, ignore_eos=True)]
+            assert isinstance(events[-1], Finished)
+        assert not serving.done()
+        await end_tasks(serving)
+    assert "[up] denoiser-0 was killed by signal 9; starting it again" in log
+    assert "[up] denoiser-0: broken; starting it again in 0.5 s: end 2 in a row" in log
+    assert "[up] denoiser-0: broken; starting it again in 1 s: end 3 in a row" in log
 
 
 async def test_towers_of_different_precision_serve_together(tmp_path: Path) -> None:
@@ -63,10 +79,25 @@ def test_threads_are_shared_out(tmp_path: Path) -> None:
 
 async def test_the_embedded_redis_is_its_users_alone_and_leaves_nothing() -> None:
     async with embedded_redis() as server:
-        socket = Path(server.url.removeprefix("unix://"))
-        assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o700
-        assert stat.S_ISSOCK(os.stat(socket).st_mode)
-    assert not socket.parent.exists()
+        path = server.url.removeprefix("unix://")
+        assert stat.S_ISSOCK(os.stat(path).st_mode)
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert not exists(path)
+
+
+async def test_a_socket_that_nobody_listens_on_any_more_is_swept_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:  # short, as a socket's path must be
+        monkeypatch.setattr(tempfile, "tempdir", directory)
+        async with embedded_redis() as first:
+            stale = f"{directory}/{embedded.NAME}0.sock"
+            with socket.socket(socket.AF_UNIX) as bound:
+                bound.bind(stale)
+            assert exists(stale)
+            async with embedded_redis() as second:
+                assert not exists(stale)
+                assert await first.answers(5)  # one that is listened on stays
+                assert await second.answers(5)
+        assert os.listdir(directory) == []
 
 
 async def test_a_platform_without_an_embedded_redis(monkeypatch: pytest.MonkeyPatch) -> None:

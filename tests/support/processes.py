@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,6 +61,11 @@ class Up:
         """Pid of one service of a kind."""
         return next(pid for pid, command in self.children().items() if f"twotower.cli.main {kind} " in command)
 
+    def of_kind(self, kind: str) -> list[int]:
+        """Pids of all services of a kind: gateway, context, denoiser; or of Redis."""
+        sign = "valkey-server" if kind == "redis" else f"twotower.cli.main {kind} "
+        return sorted(pid for pid, command in self.children().items() if sign in command)
+
     def terminate(self) -> int:
         """SIGTERM; its exit status."""
         self.process.send_signal(signal.SIGTERM)
@@ -68,8 +73,11 @@ class Up:
 
 
 @contextmanager
-def up(checkpoint: Path, *options: object) -> Iterator[Up]:
-    """A stack on free ports that is ready; killed at the end if it still runs, and its children with it."""
+def up(checkpoint: Path, *options: object, env: Mapping[str, str] | None = None) -> Iterator[Up]:
+    """A stack on free ports that is ready; killed at the end if it still runs, and its children with it.
+
+    `env`: what its environment has beyond ours.
+    """
     argv = [sys.executable, "-m", "twotower.cli.main", "up", "--checkpoint", str(checkpoint)]
     ports = ["--grpc-port", "0", "--http-port", "0"]
     process = subprocess.Popen(
@@ -78,6 +86,7 @@ def up(checkpoint: Path, *options: object) -> Iterator[Up]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, **(env or {})},
     )
     running = Up(process)
     try:
@@ -101,6 +110,12 @@ def up(checkpoint: Path, *options: object) -> Iterator[Up]:
 def alive(pids: object) -> set[int]:
     """Which of these processes still run (and are no zombies)."""
     return {pid for pid in pids if pid in _processes()}  # type: ignore[attr-defined]
+
+
+def environment(pid: int) -> dict[str, str]:
+    """Of a process of ours."""
+    words = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 def _processes() -> dict[int, tuple[int, str]]:

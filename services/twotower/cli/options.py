@@ -7,6 +7,7 @@ import math
 import os
 from pathlib import Path
 
+from twotower.broker.environment import REDIS_VARIABLE
 from twotower.errors import ConfigError, InvalidArgument
 from twotower.transport.config import AUTO, CHOICES
 
@@ -25,6 +26,16 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_CHECKPOINT,
         metavar="DIR",
         help="checkpoint directory (default: the one that ships)",
+    )
+
+
+def add_redis(parser: argparse.ArgumentParser, default: str | None, meaning: str) -> None:
+    """``--redis URL``. default: where neither it nor the environment names one, which `meaning` says."""
+    parser.add_argument(
+        "--redis",
+        default=os.environ.get(REDIS_VARIABLE) or default,
+        metavar="URL",
+        help=f"Redis >= 7 or Valkey; better given by ${REDIS_VARIABLE} if it holds a password (default: {meaning})",
     )
 
 

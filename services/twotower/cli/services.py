@@ -14,6 +14,7 @@ from twotower.cli.options import (
     add_experts,
     add_place,
     add_prefix_memory,
+    add_redis,
     add_state_memory,
     add_trace,
     add_transport,
@@ -147,7 +148,7 @@ def run_denoiser(args: argparse.Namespace) -> None:
 def _add(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, description: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=description, description=description, allow_abbrev=False)
     add_checkpoint(parser)
-    parser.add_argument("--redis", default=DEFAULT_REDIS, metavar="URL", help=f"default {DEFAULT_REDIS}")
+    add_redis(parser, DEFAULT_REDIS, DEFAULT_REDIS)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     add_drain(parser)
     return parser

@@ -14,6 +14,7 @@ from twotower.cli.options import (
     add_experts,
     add_place,
     add_prefix_memory,
+    add_redis,
     add_stack_size,
     add_state_memory,
     add_trace,
@@ -30,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--grpc-port", type=int, default=50051, metavar="P", help="default 50051; 0: any free port")
     parser.add_argument("--http-port", type=int, default=8000, metavar="P", help="default 8000; 0: any free port")
-    parser.add_argument("--redis", metavar="URL", help="Redis >= 7 or Valkey (default: an embedded one)")
+    add_redis(parser, None, "an embedded one")
     add_place(parser)
     add_experts(parser)
     add_context_experts(parser, None, "as --experts")
@@ -42,6 +43,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_prefix_memory(parser)
     add_trace(parser)
     add_drain(parser)
+    parser.add_argument(
+        "--unhealthy-after",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="seconds a service may not answer before it is killed and started again (default 10; 0: never)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -71,6 +79,7 @@ def run(args: argparse.Namespace) -> None:
         prefix_redis_memory=args.prefix_redis_memory,
         trace=args.trace,
         drain_s=args.drain,
+        unhealthy_after_s=args.unhealthy_after,
         debug=args.debug,
     )
     asyncio.run(up.run(config, _say))

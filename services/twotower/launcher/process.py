@@ -8,10 +8,11 @@ import os
 import signal
 import sys
 from asyncio.subprocess import Process
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from twotower.errors import ServiceFailed
 from twotower.launcher import leash
+from twotower.tasks import end_tasks
 
 LINE_BYTES = 1 << 20
 SPINS = "100000"
@@ -25,12 +26,28 @@ Say = Callable[[str], None]
 class ServiceProcess:
     """A child, and the last it said. `start` may be called again after it ended."""
 
-    def __init__(self, name: str, argv: Sequence[str], say: Say) -> None:
-        """`say` is given each line of its stderr, after its name."""
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        say: Say,
+        *,
+        env: Mapping[str, str] | None = None,
+        parent_death: signal.Signals = signal.SIGKILL,
+    ) -> None:
+        """`say` is given each line of its stderr, after its name. `env`: what its environment has beyond ours.
+
+        Secrets belong in `env`: every user of the machine can read a command line. `parent_death`: what it is sent when
+        this process dies, however that is.
+        """
         self.name = name
         self.argv = list(argv)
+        self._env = dict(env or {})
+        self._parent_death = parent_death
         self._say = say
         self._process: Process | None = None
+        self.addresses: dict[str, str] = {}
+        """Of its last ready line."""
         self._tail: list[str] = []
         self._starting = False
         self._relay: asyncio.Task[None] | None = None
@@ -46,14 +63,14 @@ class ServiceProcess:
         self._tail, self._starting = [], True
         try:
             self._process = await asyncio.create_subprocess_exec(
-                *_leashed(self.argv),
+                *_leashed(self.argv, self._parent_death),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
                 limit=LINE_BYTES,
                 # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which drains in order.
                 start_new_session=True,
-                env={"GOMP_SPINCOUNT": SPINS, **os.environ},
+                env={"GOMP_SPINCOUNT": SPINS, **os.environ, **self._env},
             )
         except OSError as error:
             raise ServiceFailed(f"{self.name} cannot be started: {error}") from None
@@ -70,7 +87,8 @@ class ServiceProcess:
                     if words[:1] == ["ready"]:
                         self._starting = False
                         self._drain = asyncio.create_task(_discard(process.stdout))
-                        return dict(word.split("=", 1) for word in words[1:] if "=" in word)
+                        self.addresses = dict(word.split("=", 1) for word in words[1:] if "=" in word)
+                        return self.addresses
         except TimeoutError:
             raise ServiceFailed(f"{self.name} was not ready within {timeout_s:.0f} s") from None
         await self.wait()
@@ -93,25 +111,33 @@ class ServiceProcess:
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
         return f"{self.name} {how}" + (f": {self._tail[-1]}" if self._tail else "")
 
-    async def stop(self, grace_s: float) -> None:
-        """SIGTERM, and after `grace_s` SIGKILL. Nothing is left running."""
-        process = self._process
-        if process is None:
+    async def stop(self, grace_s: float, hurry: asyncio.Event | None = None) -> None:
+        """SIGTERM, and after `grace_s`, or when `hurry` is set, SIGKILL. Nothing is left running."""
+        if (process := self._process) is None:
             return
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
+            hurried = asyncio.create_task((hurry or asyncio.Event()).wait())
+            ended = asyncio.create_task(process.wait())
             try:
-                await asyncio.wait_for(process.wait(), grace_s)
-            except TimeoutError:
-                self._say(f"[{self.name}] did not drain within {grace_s:.0f} s: killed")
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
+                await asyncio.wait((ended, hurried), timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+                if not ended.done():
+                    in_time = "before the second signal" if hurried.done() else f"within {grace_s:.0f} s"
+                    self._say(f"[{self.name}] did not drain {in_time}: killed")
+            finally:
+                await end_tasks(hurried, ended)
+        await self.kill()
+
+    async def kill(self) -> None:
+        """SIGKILL, which a stopped process obeys too, and wait until it has ended."""
+        if (process := self._process) is None:
+            return
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
         await self.wait()
-        for task in (self._relay, self._drain):
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        await end_tasks(*(task for task in (self._relay, self._drain) if task is not None))
 
     def _running(self) -> Process:
         assert self._process is not None, "start it first"
@@ -141,6 +167,6 @@ async def _discard(stream: asyncio.StreamReader) -> None:
         pass
 
 
-def _leashed(argv: Sequence[str]) -> list[str]:
+def _leashed(argv: Sequence[str], parent_death: signal.Signals) -> list[str]:
     """`argv` such that it cannot outlive this process. -I -S: the leash needs nothing, and starts in milliseconds."""
-    return [sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), *argv]
+    return [sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), str(int(parent_death)), *argv]

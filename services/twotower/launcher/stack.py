@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 
 from twotower.broker.connection import connect
-from twotower.errors import ServiceFailed
+from twotower.broker.environment import REDIS_VARIABLE
 from twotower.launcher.config import UpConfig
 from twotower.launcher.embedded_redis import EmbeddedRedis
+from twotower.launcher.health import answers
 from twotower.launcher.process import Say, ServiceProcess
+from twotower.launcher.supervisor import Supervised, supervise
 from twotower.model.checkpoint import Checkpoint, resolve_experts
 from twotower.rpc.address import check_port
 from twotower.tasks import end_tasks
 
-MAX_RESTARTS = 3
-RESTART_WINDOW_S = 60.0
 KILL_AFTER_S = 5.0
 """Beyond the drain."""
 
@@ -26,12 +26,13 @@ KILL_AFTER_S = 5.0
 class Stack:
     """The processes of one stack. Use `stack()`."""
 
-    def __init__(self, config: UpConfig, say: Say) -> None:
+    def __init__(self, config: UpConfig, say: Say, hurry: asyncio.Event) -> None:
+        """`hurry`, once set, ends a drain at once."""
         self._config = config
         self._say = say
+        self._hurry = hurry
         self._redis: EmbeddedRedis | None = None
-        self._watchers: list[asyncio.Task[None]] = []
-        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._supervisors: list[asyncio.Task[None]] = []
         self._turns_file = os.memfd_create("twotower-turns", os.MFD_CLOEXEC) if config.turns else None
         """Open to the towers as long as this process lives; nothing is left of it."""
         self.towers: list[ServiceProcess] = []
@@ -79,30 +80,29 @@ class Stack:
         # Restarted, the gateway must be where its clients know it to be.
         for option, address in (("--grpc-port", self.grpc_address), ("--http-port", self.http_address)):
             self.gateway.argv[self.gateway.argv.index(option) + 1] = address.rpartition(":")[2]
-        self._watchers = [asyncio.create_task(self._watch(service)) for service in (*self.towers, self.gateway)]
-        if self._redis is not None and self._redis.process is not None:
-            self._watchers.append(asyncio.create_task(self._watch(self._redis.process)))
+        supervised = [self._supervised(service) for service in (*self.towers, self.gateway)]
+        if self._redis is not None:
+            supervised.append(self._redis.supervised())
+        self._supervisors = [
+            asyncio.create_task(supervise(service, config.unhealthy_after_s, self._say)) for service in supervised
+        ]
 
-    async def failed(self) -> None:
-        """Wait for the stack to fail. Raises ServiceFailed when a service keeps dying."""
-        await self._failed
+    async def serve(self) -> None:
+        """Serve until cancelled. Services that end, or no longer answer, are started again, for as long as it takes."""
+        await asyncio.gather(*self._supervisors)
 
     async def stop(self) -> None:
         """Drain: first the gateway, which stops taking requests and sees its own through, then the towers, then Redis."""
-        await end_tasks(*self._watchers)
+        await end_tasks(*self._supervisors)
         # Before the start is over there is nothing to drain, only towers that may load for a long time yet.
         grace = KILL_AFTER_S + (self._config.drain_s if self.grpc_address else 0)
         if self.gateway is not None:
-            await self.gateway.stop(grace)
-        await asyncio.gather(*(service.stop(grace) for service in self.towers))
+            await self.gateway.stop(grace, self._hurry)
+        await asyncio.gather(*(service.stop(grace, self._hurry) for service in self.towers))
         if self._redis is not None:
             await self._redis.stop()
         if self._turns_file is not None:
             os.close(self._turns_file)
-        if self._failed.done():
-            self._failed.exception()  # it was told, or there is no one left to tell
-        else:
-            self._failed.cancel()
 
     @property
     def _turns_option(self) -> tuple[str, ...]:
@@ -126,41 +126,29 @@ class Stack:
 
     def _process(self, name: str, kind: str, *options: object) -> ServiceProcess:
         config = self._config
-        common = ("--checkpoint", config.checkpoint, "--redis", self.redis_url, "--drain", config.drain_s)
+        common = ("--checkpoint", config.checkpoint, "--drain", config.drain_s)
         debug = ("--debug",) if config.debug else ()
         argv = (sys.executable, "-m", "twotower.cli.main", *debug, kind, *common, *options)
-        return ServiceProcess(name, [str(word) for word in argv], self._say)
+        return ServiceProcess(name, [str(word) for word in argv], self._say, env={REDIS_VARIABLE: self.redis_url})
 
     async def _start(self, service: ServiceProcess) -> dict[str, str]:
         await service.start()
         return await service.wait_ready(self._config.start_s)
 
-    async def _watch(self, service: ServiceProcess) -> None:
-        """Start `service` again whenever it ends, unless it ends too often."""
-        clock = asyncio.get_running_loop().time
-        deaths: list[float] = []
-        while True:
-            await service.wait()
-            deaths = [when for when in deaths if clock() - when < RESTART_WINDOW_S] + [clock()]
-            if len(deaths) > MAX_RESTARTS:
-                if not self._failed.done():
-                    self._failed.set_exception(ServiceFailed(f"{service.explain()}; it ended {len(deaths)} times in a minute"))
-                return
-            self._say(f"[up] {service.explain()}; starting it again")
-            try:
-                if self._redis is not None and service is self._redis.process:
-                    await self._redis.restart()
-                else:
-                    await self._start(service)
-            except ServiceFailed as error:
-                self._say(f"[up] {error}")
-                await service.stop(KILL_AFTER_S)  # it may hang; the next round counts it
+    def _supervised(self, service: ServiceProcess) -> Supervised:
+        def ask(timeout_s: float) -> Awaitable[bool]:
+            return answers(service.addresses, timeout_s, must_serve=service is not self.gateway)
+
+        return Supervised(service, lambda: self._start(service), ask)
 
 
 @asynccontextmanager
-async def stack(config: UpConfig, say: Say) -> AsyncIterator[Stack]:
-    """A stack that serves; leaving the context drains it. Raises TwoTowerError if it does not start; nothing is left then."""
-    running = Stack(config, say)
+async def stack(config: UpConfig, say: Say, hurry: asyncio.Event | None = None) -> AsyncIterator[Stack]:
+    """A stack that serves; leaving the context drains it, at once if `hurry` is set by then, or later.
+
+    Raises TwoTowerError if it does not start; nothing is left then.
+    """
+    running = Stack(config, say, hurry or asyncio.Event())
     try:
         await running.start()
         yield running

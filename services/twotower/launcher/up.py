@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 
 from twotower.launcher.config import UpConfig
 from twotower.launcher.process import Say
 from twotower.launcher.stack import stack
-from twotower.rpc.signals import stop_requested
 
 
 async def run(config: UpConfig, say: Say) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. Prints the one ready line. Raises TwoTowerError."""
-    stop = stop_requested()
-    running = asyncio.create_task(_serve(config, say, stop))
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends the drain at once.
+
+    Prints the one ready line. Raises TwoTowerError if the stack does not start.
+    """
+    stop, hurry = _signals(say)
+    running = asyncio.create_task(_serve(config, say, hurry))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
@@ -24,7 +27,23 @@ async def run(config: UpConfig, say: Say) -> None:
         await running
 
 
-async def _serve(config: UpConfig, say: Say, stop: asyncio.Event) -> None:
-    async with stack(config, say) as running:
+async def _serve(config: UpConfig, say: Say, hurry: asyncio.Event) -> None:
+    async with stack(config, say, hurry) as running:
         print(f"ready grpc={running.grpc_address} http={running.http_address}", flush=True)
-        await running.failed()
+        await running.serve()
+
+
+def _signals(say: Say) -> tuple[asyncio.Event, asyncio.Event]:
+    """Events that the first, and the second, SIGTERM or SIGINT sets."""
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def signalled() -> None:
+        if stop.is_set() and not hurry.is_set():
+            say("[up] second signal: not waiting for running requests")
+            hurry.set()
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled)
+    return stop, hurry

@@ -1,0 +1,52 @@
+"""Whether a service answers: asked over a new connection each time, as its next client would."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from twotower.rpc.channel import open_channel
+
+
+async def answers(addresses: Mapping[str, str], timeout_s: float, *, must_serve: bool) -> bool:
+    """Whether everything that the service listens on answers in time. `addresses`: of its ready line.
+
+    `must_serve`: a service that calls itself NOT_SERVING does not count. (A gateway says so while it finds no
+    contexts, which it would not find sooner if it were started again.)
+    """
+    asked = []
+    if "grpc" in addresses:
+        asked.append(_grpc_answers(addresses["grpc"], timeout_s, must_serve))
+    if "http" in addresses:
+        asked.append(_http_answers(addresses["http"], timeout_s))
+    return all(await asyncio.gather(*asked))
+
+
+async def _grpc_answers(address: str, timeout_s: float, must_serve: bool) -> bool:
+    channel = open_channel(address)
+    try:
+        stub = health_pb2_grpc.HealthStub(channel)
+        reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        return not must_serve or reply.status == health_pb2.HealthCheckResponse.SERVING
+    except grpc.aio.AioRpcError:
+        return False
+    finally:
+        await channel.close(None)
+
+
+async def _http_answers(address: str, timeout_s: float) -> bool:
+    """Whether `GET /healthz` is answered, with whatever status."""
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+            try:
+                writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                return (await reader.read(5)).startswith(b"HTTP/")
+            finally:
+                writer.close()
+    return False
