@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,19 +10,20 @@ import torch
 
 from tests.support.transports import CPU, WORKER_PEER, ends
 from twotower.errors import ConfigError, Incompatible
+from twotower.internal.v1 import link_pb2
 from twotower.transport import ends as ends_module
 from twotower.transport.config import CHOICES, Kind, TransportConfig
 from twotower.transport.ends import KIND_FROM_PB, ContextTransports, WorkerTransports
 from twotower.transport.group import NCCL
-from twotower.internal.v1 import context_pb2
 
 
 async def _chosen(context: str, worker: str, **changes: Any) -> Kind:
     """What they agree on, after `changes` to the worker's offer."""
-    async with ends(TransportConfig.of(context), TransportConfig.of(worker)) as both:
+    config = TransportConfig.of(context), TransportConfig.of(worker)
+    async with ends(*(dataclasses.replace(each, timeout_s=1) for each in config)) as both:
         for field, value in changes.items():
             both.worker.offer.ClearField(field)  # type: ignore[arg-type]
-            both.worker.offer.MergeFrom(context_pb2.TransportOffer(**{field: value}))
+            both.worker.offer.MergeFrom(link_pb2.TransportOffer(**{field: value}))
         outlet, choice = both.context.attach(both.worker.offer, WORKER_PEER)
         inlet = both.worker.attach(choice, "127.0.0.1:1")
         assert outlet.kind == inlet.kind == KIND_FROM_PB[choice.kind]
@@ -45,7 +47,7 @@ async def test_otherwise_it_is_frames(changes: dict[str, Any]) -> None:
 
 async def test_a_worker_without_an_offer_gets_frames() -> None:
     async with ends(TransportConfig()) as both:
-        outlet, _ = both.context.attach(context_pb2.TransportOffer(), WORKER_PEER)
+        outlet, _ = both.context.attach(link_pb2.TransportOffer(), WORKER_PEER)
         assert outlet.kind is Kind.GRPC
 
 
@@ -68,7 +70,7 @@ async def test_a_pair_that_cannot(context: str, worker: str, changes: dict[str, 
 async def test_a_worker_takes_only_what_it_offered() -> None:
     worker = WorkerTransports(TransportConfig.of("grpc"), CPU)
     with pytest.raises(Incompatible, match=r"transport\.kind"):
-        worker.attach(context_pb2.TransportChoice(kind=context_pb2.TRANSPORT_SHM), "127.0.0.1:1")
+        worker.attach(link_pb2.TransportChoice(kind=link_pb2.TRANSPORT_SHM), "127.0.0.1:1")
     worker.close()
 
 
@@ -96,7 +98,7 @@ async def test_between_gpus_of_two_machines_it_is_nccl(on_gpus: list[tuple[str, 
         assert outlet.kind is Kind.GRPC
 
 
-def test_what_the_system_lacks_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_system_lacks_is_reported_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ends_module, "backends", lambda device: [])
     with pytest.raises(ConfigError, match="transport: dist"):
         ContextTransports(TransportConfig(Kind.DIST), "127.0.0.1", torch.device("cpu"))

@@ -10,11 +10,12 @@ import torch
 from tests.support.checkpoints import write_tiny_checkpoint
 from twotower.engine.context_engine import ContextEngine
 from twotower.errors import Incompatible
+from twotower.internal.v1 import link_pb2, tensor_pb2
 from twotower.model.checkpoint import Checkpoint
+from twotower.model.delta_batch import DeltaBatch, apply_batch
 from twotower.model.state import ContextState
 from twotower.model.weights import load_context_tower
 from twotower.request import GenerationParams
-from twotower.internal.v1 import tensor_pb2
 from twotower.wire.frames import MESSAGE_BYTES, FrameAssembler, Key, Spec, to_frames
 from twotower.wire.handshake import check_hello, make_hello
 from twotower.wire.state import delta_from, delta_spec, delta_tensors, fill_state, state_spec, state_tensors
@@ -34,7 +35,9 @@ def test_large_and_small_tensors() -> None:
     messages = list(to_frames(tensors.items()))
     assert all(message.ByteSize() < MESSAGE_BYTES + 1000 for message in messages)
     for message in messages:
+        assert not assembler.complete
         assembler.add(tensor_pb2.FrameBatch.FromString(message.SerializeToString()))
+    assert assembler.complete
     for key, tensor in assembler.finish(CPU).items():
         assert torch.equal(tensor, tensors[key])
 
@@ -55,6 +58,7 @@ def _frame(**changes: object) -> tensor_pb2.FrameBatch:
         ({"shape": [2, -2]}, "shape"),
         ({"offset": 4}, "offset"),
         ({"data": bytes(17)}, "more than 16 bytes"),
+        ({"data": b""}, "a piece without data"),
     ],
 )
 def test_a_frame_that_does_not_fit(changes: dict[str, object], named: str) -> None:
@@ -65,50 +69,98 @@ def test_a_frame_that_does_not_fit(changes: dict[str, object], named: str) -> No
 
 def test_missing_and_incomplete() -> None:
     assembler = FrameAssembler({Key("k", 1): Spec(torch.float32, (2, 2))})
-    with pytest.raises(Incompatible, match="'k' of layer 1: missing"):
-        assembler.finish(CPU)
+    for look in (assembler.check, lambda: assembler.finish(CPU)):
+        with pytest.raises(Incompatible, match="'k' of layer 1: missing"):
+            look()
     assembler.add(_frame(data=bytes(12)))
-    with pytest.raises(Incompatible, match="12 bytes, expected 16"):
-        assembler.finish(CPU)
+    for look in (assembler.check, lambda: assembler.finish(CPU)):
+        with pytest.raises(Incompatible, match="12 bytes, expected 16"):
+            look()
+    assert not assembler.complete
+    with pytest.raises(Incompatible, match="a piece without data"):
+        assembler.add(_frame(offset=12, data=b""))
+    assembler.add(_frame(offset=12, data=bytes(4)))
+    assembler.check()
+    assert assembler.complete
+
+
+def test_a_tensor_without_elements_comes_once() -> None:
+    """It has a frame of its own, so that what is complete is known."""
+    assembler = FrameAssembler({Key("k", 1): Spec(torch.float32, (2, 0))})
+    assert not assembler.complete
+    empty = _frame(shape=[2, 0], data=b"")
+    assembler.add(empty)
+    assert assembler.complete
+    assert assembler.finish(CPU)[Key("k", 1)].shape == (2, 0)
+    with pytest.raises(Incompatible, match="a piece without data"):
+        assembler.add(empty)
+    assert FrameAssembler({}).complete
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_worker_follows_the_context_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
-    """A snapshot, then twelve blocks by deltas: at every border both hold the same bits."""
+    """A snapshot, then twelve blocks by deltas, of three sessions in one batch: at every border both hold the same bits."""
     checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path))
     config = checkpoint.config
     engine = ContextEngine(load_context_tower(checkpoint, dtype, CPU))
-    session = engine.open("test", [5, 6, 7], GenerationParams())
-    engine.prefill(session, 3)
-
-    assembler = FrameAssembler(state_spec(config, dtype, session.state.length))
-    for batch in to_frames(state_tensors(session.state, engine.decay_rates)):
-        assembler.add(batch)
-    copy = ContextState.alone(config, dtype, CPU)
-    rates = fill_state(copy, assembler.finish(CPU), session.state.length)
+    sessions = [engine.open(f"test {i}", [5, 6, 7][i:], GenerationParams()) for i in range(3)]
+    copies = [ContextState.alone(config, dtype, CPU) for _ in sessions]
+    for session, copy in zip(sessions, copies, strict=True):
+        engine.prefill(session, 3)
+        assembler = FrameAssembler(state_spec(config, dtype, session.state.length))
+        for frames in to_frames(state_tensors(session.state, engine.decay_rates)):
+            assembler.add(frames)
+        rates = fill_state(copy, assembler.finish(CPU), session.state.length)
     g = torch.Generator().manual_seed(0)
     for _ in range(12):
-        theirs = dict(state_tensors(copy, rates))
-        for key, tensor in state_tensors(session.state, engine.decay_rates):
-            assert torch.equal(tensor, theirs[key]), key
-        block = torch.randint(0, 96, (16,), generator=g).tolist()
-        (delta,) = engine.commit([(session, block)])
-        assembler = FrameAssembler(delta_spec(config, dtype, 16))
-        for batch in to_frames(delta_tensors(delta)):
-            assembler.add(batch)
-        copy.apply(delta_from(assembler.finish(CPU), config, 16), rates)
-    assert copy.length == session.state.length == 3 + 12 * 16
+        for session, copy in zip(sessions, copies, strict=True):
+            theirs = dict(state_tensors(copy, rates))
+            for key, tensor in state_tensors(session.state, engine.decay_rates):
+                assert torch.equal(tensor, theirs[key]), key
+        blocks = torch.randint(0, 96, (3, 16), generator=g).tolist()
+        deltas = engine.commit_together(list(zip(sessions, blocks, strict=True)))
+        assembler = FrameAssembler(delta_spec(config, dtype, 3, 16))
+        for frames in to_frames(delta_tensors(deltas)):
+            assembler.add(frames)
+        apply_batch(copies, delta_from(assembler.finish(CPU), config, 16), rates)
+    assert [copy.length for copy in copies] == [session.state.length for session in sessions]
+    assert [copy.length for copy in copies] == [3 + 12 * 16, 2 + 12 * 16, 1 + 12 * 16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_are_those_of_the_spec_in_its_order(tmp_path: Path, dtype: torch.dtype) -> None:
+    """So that a transfer in the usual layout is known by one comparison."""
+    checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path))
+    config = checkpoint.config
+    engine = ContextEngine(load_context_tower(checkpoint, dtype, CPU))
+    sessions = [engine.open(f"test {i}", [5, 6, 7], GenerationParams()) for i in range(2)]
+    for session in sessions:
+        engine.prefill(session, 3)
+    named = list(state_tensors(sessions[0].state, engine.decay_rates))
+    assert [(key, Spec(tensor.dtype, tuple(tensor.shape))) for key, tensor in named] == [*state_spec(config, dtype, 3).items()]
+    deltas: DeltaBatch = engine.commit_together([(session, [5] * 7) for session in sessions])
+    named = delta_tensors(deltas)
+    assert [(key, Spec(tensor.dtype, tuple(tensor.shape))) for key, tensor in named] == [
+        *delta_spec(config, dtype, 2, 7).items()
+    ]
 
 
 def test_an_incompatible_pair_names_the_field() -> None:
-    check_hello(make_hello("abc", torch.float32, "w", "s", 1), "abc", torch.float32)
+    check_hello(make_hello("abc", torch.float32, "w"), "abc", torch.float32)
     for hello, field in (
-        (make_hello("abd", torch.float32, "w", "s", 1), "checkpoint_id"),
-        (make_hello("abc", torch.bfloat16, "w", "s", 1), "dtype"),
+        (make_hello("abd", torch.float32, "w"), "checkpoint_id"),
+        (make_hello("abc", torch.bfloat16, "w"), "dtype"),
     ):
         with pytest.raises(Incompatible, match=field):
             check_hello(hello, "abc", torch.float32)
-    hello = make_hello("abc", torch.float32, "w", "s", 1)
+    hello = make_hello("abc", torch.float32, "w")
     hello.schema_version += 1
     with pytest.raises(Incompatible, match="schema_version"):
         check_hello(hello, "abc", torch.float32)
+
+
+def test_a_hello_carries_the_workers_name_and_offer() -> None:
+    offer = link_pb2.TransportOffer(kinds=[link_pb2.TRANSPORT_SHM], peer="p")
+    hello = make_hello("abc", torch.float32, "w", offer)
+    assert (hello.worker_id, hello.transport) == ("w", offer)
+    assert not make_hello("abc", torch.float32, "w").HasField("transport")

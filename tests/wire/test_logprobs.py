@@ -19,8 +19,8 @@ GOOD = TokenLogprob(-0.5, ((3, -0.5), (7, -1.5)))
 def test_there_and_back() -> None:
     logits = torch.randn(9, 40, generator=torch.Generator().manual_seed(0))
     for top in (0, 5):
-        told = tuple(token_logprobs(logits, torch.arange(9), top))
-        assert logprobs_from_pb(logprobs_to_pb(told)) == told
+        given = tuple(token_logprobs(logits, torch.arange(9), top))
+        assert logprobs_from_pb(logprobs_to_pb(given)) == given
 
 
 @pytest.mark.parametrize("logprobs", [None, 0, 5])
@@ -38,13 +38,13 @@ def test_what_fits() -> None:
 @pytest.mark.parametrize(
     ("logprobs", "top", "said"),
     [
-        ([GOOD] * 3, 2, r"block_done\.logprobs: 3, where 4 are due"),
-        ([], 2, r"block_done\.logprobs: 0, where 4 are due"),
-        ([GOOD] * 4, None, r"block_done\.logprobs: 4, where 0 are due"),
-        ([GOOD] * 4, 3, r"block_done\.logprobs\.top: 2 tokens at a place, where 3 are due"),
-        ([GOOD] * 3 + [TokenLogprob(math.nan, GOOD.top)], 2, r"block_done\.logprobs: one is not finite"),
-        ([GOOD] * 3 + [TokenLogprob(-1.0, ((3, -0.5), (7, -math.inf)))], 2, r"block_done\.logprobs: one is not finite"),
-        ([GOOD] * 3 + [TokenLogprob(-1.0, ((3, -0.5), (10, -1.0)))], 2, r"block_done\.logprobs\.top: a token is outside"),
+        ([GOOD] * 3, 2, r"done\.logprobs: 3, where 4 are due"),
+        ([], 2, r"done\.logprobs: 0, where 4 are due"),
+        ([GOOD] * 4, None, r"done\.logprobs: 4, where 0 are due"),
+        ([GOOD] * 4, 3, r"done\.logprobs\.top: 2 tokens at a place, where 3 are due"),
+        ([GOOD] * 3 + [TokenLogprob(math.nan, GOOD.top)], 2, r"done\.logprobs: one is not finite"),
+        ([GOOD] * 3 + [TokenLogprob(-1.0, ((3, -0.5), (7, -math.inf)))], 2, r"done\.logprobs: one is not finite"),
+        ([GOOD] * 3 + [TokenLogprob(-1.0, ((3, -0.5), (10, -1.0)))], 2, r"done\.logprobs\.top: a token is outside"),
     ],
 )
 def test_what_does_not_fit_is_named(logprobs: list[TokenLogprob], top: int | None, said: str) -> None:

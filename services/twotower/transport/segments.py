@@ -153,6 +153,7 @@ class PeerSegments:
 
     def drop_free(self) -> bool:
         """Forget one segment that no one reads; False if there is none."""
+        self._read()  # what the worker has given back by now
         if not self._free:
             return False
         number, _ = self._free.popitem()
