@@ -43,6 +43,7 @@ from twotower.model.weights import load_context_tower
 from twotower.request import GenerationParams
 from twotower.transport import pairs
 from twotower.transport.config import Kind, TransportConfig
+from twotower.transport.dist import DistInlet
 from twotower.transport.interface import Inlet, Outlet
 from twotower.transport.layout import ALIGNMENT
 from twotower.wire.frames import MESSAGE_BYTES, Key, Spec
@@ -399,6 +400,9 @@ async def test_links_come_and_go_and_nothing_grows(kind: Kind) -> None:
             await outlet.close()
             await inlet.close()
             assert both.context._pairs.open == 0
+            if isinstance(inlet, DistInlet):
+                assert inlet.group.broken  # the worker's part, too
+                assert not inlet.group._spare
 
         await link()  # the context's store and the worker's connection stay
         files, threads, segments = await _settled_files(), _native_threads(), both.context._segments.used
