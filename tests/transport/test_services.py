@@ -17,7 +17,7 @@ from twotower.request import GenerationParams
 from twotower.transport.config import Kind
 
 PARAMS = GenerationParams(max_tokens=60, gamma=0.3)
-LONG = GenerationParams(max_tokens=400, gamma=0.9)
+LONG = GenerationParams(max_tokens=240, gamma=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ async def test_a_worker_that_vanishes(path: Path, local: LocalEngine, kind: Kind
 async def test_workers_with_different_transports_serve_one_context(path: Path, local: LocalEngine) -> None:
     async with towers(path) as stack:
         workers = [stack.start_worker(slots=1, transport=kind) for kind in Kind]
-        requests = [([5 + i, 7], dataclasses.replace(LONG, seed=i)) for i in range(6)]
+        requests = [([5 + i, 7], dataclasses.replace(LONG, max_tokens=160, seed=i)) for i in range(6)]
         running = [asyncio.create_task(stack.generate(*request)) for request in requests]
         await until(lambda: all(worker.worker.load for worker in workers))
         results = await asyncio.gather(*running)
