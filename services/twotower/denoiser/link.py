@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,18 +116,15 @@ class ContextLink:
 
     async def run(self) -> None:
         """Until the link ends, however it ends; its sessions have left then."""
-        channel = open_channel(self._address)
-        call: Any = context_pb2_grpc.ContextTowerStub(channel).Link()
         try:
-            await self._run(call)
+            async with self._worker.dial(self._address) as call:
+                await self._run(call)
         except grpc.aio.AioRpcError as rpc:
             log.warning("the link to context %s broke: %s", self._address, error_from_rpc(rpc))
         except TwoTowerError as error:
             log.error("the link to context %s is given up: %s", self._address, error)
         finally:
             self.closed = True
-            call.cancel()  # no effect on a call that is over
-            await channel.close(None)
             held = list(self._sessions)
             self._sessions.clear()
             self._worker.leave(held)
@@ -207,6 +205,18 @@ class ContextLink:
                 session.refining = True
         own = [Row(_held(row.session), row.length, row.generated) for row in rows]
         self._worker.loop.inbox.put(Extend(own, size, received))
+
+
+@asynccontextmanager
+async def dial(address: str) -> AsyncIterator[Any]:
+    """A call of `Link` at a context, which is over when left."""
+    channel = open_channel(address)
+    call: Any = context_pb2_grpc.ContextTowerStub(channel).Link()
+    try:
+        yield call
+    finally:
+        call.cancel()  # no effect on a call that is over
+        await channel.close(None)
 
 
 async def _read(call: Any) -> link_pb2.ContextMessage | None:

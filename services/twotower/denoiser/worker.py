@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 import torch
 from opentelemetry.trace import Tracer
 
 from twotower.broker.ready_queue import EntryId, ReadyQueue, ReadySession
-from twotower.denoiser.link import ContextLink
+from twotower.denoiser.link import ContextLink, dial
 from twotower.denoiser.loop import DenoiserLoop
 from twotower.denoiser.messages import BlocksFinished, Held, Leave, Result, SessionsFailed, SlotsFree, TensorsRead
 from twotower.engine.progress import Progress
@@ -23,6 +25,8 @@ from twotower.tracing.recorder import NO_TRACER
 from twotower.transport.ends import WorkerTransports
 
 log = logging.getLogger(__name__)
+
+Dial = Callable[[str], AbstractAsyncContextManager[Any]]
 
 PULL_WAIT_S = 2.0
 FLUSH_S = 2.0
@@ -42,8 +46,11 @@ class Worker:
         transports: WorkerTransports,
         progress: Progress,
         tracer: Tracer = NO_TRACER,
+        dial: Dial = dial,
     ) -> None:
+        """dial: how a context is called."""
         self.loop = loop
+        self.dial = dial
         self.id = worker_id
         """Its name in the queue and the registry."""
         self.transports = transports
