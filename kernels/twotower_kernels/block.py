@@ -94,18 +94,6 @@ def block_scan_commit(
     return finish(y, f.x, z, weights), factors
 
 
-def prefill_scan(projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, chunk: int) -> Tensor:
-    """As `block_scan_commit`, over any length, in chunks (`chunk_scan`): what the context does with a prompt.
-
-    No factors, and no promise that S has the bits of any. Returns (B, L, h p).
-    """
-    z, f, c = mix(projected, conv_tail, weights)
-    y, final, _ = chunk_scan(f.x, f.dt, weights.a, f.b, c, ssm, chunk)
-    conv_tail.copy_(f.conv)
-    ssm.copy_(final)
-    return finish(y, f.x, z, weights)
-
-
 def take(conv_tail: Tensor, ssm: Tensor, factors: ScanFactors, a: Tensor, slots: Tensor | None = None) -> None:
     """Change states, in place, by a block's factors. Shapes as in `block_scan_commit`; a (h,)."""
     apply_factors_(ssm, factors.x, factors.b, factors.dt, a, slots=slots)

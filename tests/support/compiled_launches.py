@@ -1,4 +1,4 @@
-"""Compiles, without a GPU, every kernel that a denoiser step, a commit and an AR step launch, for an H200 (sm_90).
+"""Compiles, without a GPU, every kernel that a denoiser step, a commit, an AR step and a prefill launch, for an H200 (sm_90).
 
 Nothing runs: each launch is compiled for what it would be given. The interpreter takes much that the compiler refuses.
 Prints one JSON object: by kernel, whether any of its forms uses the tensor cores' asynchronous products.
@@ -72,6 +72,10 @@ def main() -> None:
                 for length in (16, 1):
                     blocks = torch.zeros(sessions, length, dtype=torch.int64)
                     ContextEngine(tower, graphs=graphs).extend(blocks, states, need_logits=True)
+                    for state in states:
+                        state.length = tokens
+                if not graphs:
+                    tower.prefill([blocks.new_zeros(16) for _ in states], states)
                     for state in states:
                         state.length = tokens
     print(json.dumps(found))

@@ -29,7 +29,9 @@ def state_differences(engine: LocalEngine, directory: Path) -> Iterator[tuple[st
         raise InvalidArgument("DIR", f"{path} cannot be read: {error}") from None
     context, denoiser = engine.context.tower, engine.denoiser.tower
     state = context.new_state()
-    yield "prefill.logits", _difference(context.prefill(expected["prompt"][0], state), expected["prefill.logits"][0])
+    (logits,) = context.prefill([expected["prompt"][0]], [state])
+    assert logits is not None
+    yield "prefill.logits", _difference(logits, expected["prefill.logits"][0])
     yield from _layers(expected, "prefill", state)
     if "denoise.all_mask.logits" in expected:
         size = expected["denoise.all_mask.logits"].shape[1]

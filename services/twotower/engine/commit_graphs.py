@@ -44,7 +44,7 @@ class CommitGraphs:
 
         def program(ints: Tensor, reals: Tensor) -> _Committed:
             rows = PagedRows(pool, self._tower.kernels, *state_views(ints[:, length:]), longest)
-            h, changes = self._tower.forward_rows(ints[:, :length].contiguous(), rows, prefill=False, need_hidden=need_logits)
+            h, changes = self._tower.forward_rows(ints[:, :length].contiguous(), rows, need_hidden=need_logits)
             return _Committed(changes, _pack(changes), self._tower.logits(h) if need_logits else None)
 
         idle = torch.zeros(length, dtype=torch.int64)

@@ -47,7 +47,8 @@ class ContextEngine:
         chunk = session.prompt[start : start + min(budget, session.prefill_left)]
         last = start + len(chunk) == len(session.prompt)
         tokens = torch.tensor(chunk, dtype=torch.int64, device=self.tower.device)
-        session.logits = self.tower.prefill(tokens, session.state, need_logits=last and session.params.mode is Mode.AR)
+        need = last and session.params.mode is Mode.AR
+        (session.logits,) = self.tower.prefill([tokens], [session.state], need_logits=need)
         return len(chunk)
 
     def commit(self, work: Sequence[tuple[Session, list[int]]]) -> list[Delta]:
