@@ -12,6 +12,7 @@ class Kernels:
     name = "torch"
     linear = staticmethod(linear)
     block_scan = staticmethod(block.block_scan)
+    block_scan_factors = staticmethod(block.block_scan_factors)
     block_scan_commit = staticmethod(block.block_scan_commit)
     prefill_scan = staticmethod(prefill.prefill_scan)
     modulated_norm = staticmethod(norms.modulated_norm)

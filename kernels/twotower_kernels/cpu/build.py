@@ -100,7 +100,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         *(pointer, count, *(pointer,) * 6, number, *(pointer,) * 4, *(single,) * 3),
         *(pointer, *(count,) * 5, number, number),
     ]
-    library.tt_apply_factors.argtypes = [*(pointer,) * 6, *(count,) * 6, number]
+    library.tt_apply_factors.argtypes = [*(pointer,) * 7, *(count,) * 6, number]
     library.tt_modulated_norm.argtypes = [
         *(pointer, pointer, pointer, count, pointer, pointer, count, number),
         *(pointer, single, pointer, pointer, *(count,) * 3, number),

@@ -331,14 +331,15 @@ int tt_prefill_scan(const bf16* projected, int64_t step, const int64_t* borders,
 // S past `length` positions, in place: per position S * decay, rounded, then a fused multiply-add of (dt x) b. The bits of the
 // torch form, which does the same with one pass over S for each of these.
 //
-// ssm (.., heads, head_dim, n), row i at slots[i], or at i without slots; x (batch, length, heads, head_dim) and b (batch, length, groups, n)
+// ssm (.., heads, head_dim, n), row i at slots[i], or at i without slots; of row i the first counts[i] positions, or all; x (batch, length, heads, head_dim) and b (batch, length, groups, n)
 // bf16, dt and decay (batch, length, heads) fp32.
-void tt_apply_factors(float* ssm, const int64_t* slots, const bf16* x, const bf16* b, const float* dt, const float* decay, int64_t batch,
-                      int64_t length, int64_t heads, int64_t head_dim, int64_t groups, int64_t n, int threads) {
+void tt_apply_factors(float* ssm, const int64_t* slots, const int64_t* counts, const bf16* x, const bf16* b, const float* dt,
+                      const float* decay, int64_t batch, int64_t length, int64_t heads, int64_t head_dim, int64_t groups, int64_t n, int threads) {
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(dynamic, 4) if (threads > 1)
   for (int64_t r = 0; r < batch; r++) {
     for (int64_t head = 0; head < heads; head++) {
       float* s = ssm + ((slots ? slots[r] : r) * heads + head) * head_dim * n;
+      const int64_t count = counts ? counts[r] : length;
       const bf16* from = b + (r * length * groups + head / (heads / groups)) * n;
       for (int64_t p = 0; p < head_dim; p += 4) {
         for (int64_t k = 0; k < n; k += 2 * kFloats) {
@@ -349,7 +350,7 @@ void tt_apply_factors(float* ssm, const int64_t* slots, const bf16* x, const bf1
             acc[2 * o] = _mm512_maskz_loadu_ps(mask, s + (p + o) * n + k);
             acc[2 * o + 1] = _mm512_maskz_loadu_ps(next, s + (p + o) * n + k + kFloats);
           }
-          for (int64_t i = 0; i < length; i++) {
+          for (int64_t i = 0; i < count; i++) {
             const int64_t at = (r * length + i) * heads + head;
             const __m512 fade = _mm512_set1_ps(decay[at]);
             const __m512 low = load_wide(from + i * groups * n + k, mask), high = load_wide(from + i * groups * n + k + kFloats, next);

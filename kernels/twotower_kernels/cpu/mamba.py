@@ -29,15 +29,24 @@ def block_scan(
     return _run(library, projected, conv_tail, ssm, weights, slots, None)
 
 
+def block_scan_factors(
+    projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
+) -> tuple[Tensor, ScanFactors]:
+    """As `twotower_kernels.block.block_scan_factors`."""
+    library = _block_library_for(projected, conv_tail, ssm, weights)
+    if library is None:
+        return plain.block_scan_factors(projected, conv_tail, ssm, weights, slots=slots)
+    factors = empty_factors(projected, conv_tail, ssm, weights.groups)
+    return _run(library, projected, conv_tail, ssm, weights, slots, factors), factors
+
+
 def block_scan_commit(
     projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
 ) -> tuple[Tensor, ScanFactors]:
     """As `twotower_kernels.block.block_scan_commit`."""
-    library = _block_library_for(projected, conv_tail, ssm, weights)
-    if library is None:
+    if _block_library_for(projected, conv_tail, ssm, weights) is None:
         return plain.block_scan_commit(projected, conv_tail, ssm, weights, slots=slots)
-    factors = empty_factors(projected, conv_tail, ssm, weights.groups)
-    out = _run(library, projected, conv_tail, ssm, weights, slots, factors)
+    out, factors = block_scan_factors(projected, conv_tail, ssm, weights, slots=slots)
     take(conv_tail, ssm, factors, weights.a, slots)
     return out, factors
 

@@ -20,9 +20,18 @@ def run_experts(
     return grouped_experts(hidden, experts, weights, up, down)
 
 
-def apply_factors_(state: Tensor, x: Tensor, b: Tensor, dt: Tensor, a: Tensor, *, slots: Tensor | None = None) -> None:
+def apply_factors_(
+    state: Tensor,
+    x: Tensor,
+    b: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    *,
+    slots: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> None:
     """As `twotower_kernels.scan.apply_factors_`, to the same bits."""
-    scan.apply_factors(state, x, b, dt, a, slots=slots, out=None if slots is not None else state)
+    scan.apply_factors(state, x, b, dt, a, slots=slots, counts=counts, out=None if slots is not None else state)
 
 
 class TritonKernels(Kernels):
@@ -31,6 +40,7 @@ class TritonKernels(Kernels):
     name = "triton"
     paged = True
     block_scan = staticmethod(scan.block_scan)
+    block_scan_factors = staticmethod(scan.block_scan_factors)
     block_scan_commit = staticmethod(scan.block_scan_commit)
     prefill_scan = staticmethod(prefill.prefill_scan)
     modulated_norm = staticmethod(norms.modulated_norm)

@@ -46,14 +46,10 @@ def block_scan(
     return _scan(projected, conv_tail, ssm, weights, slots, None)
 
 
-def block_scan_commit(
+def block_scan_factors(
     projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
 ) -> tuple[Tensor, ScanFactors]:
-    """As `block_scan`, and takes the state past the block, in place: what the context does once a block is finished.
-
-    conv_tail and ssm (of the slots, which must be distinct) end with the bits that `apply_factors` gives anywhere from the
-    factors. Returns the output and the factors.
-    """
+    """As `block_scan`, and returns the factors too, by which a state moves past the block, or past its first positions."""
     batch, length, _ = projected.shape
     _, heads, head_dim, n = ssm.shape
     factors = ScanFactors(
@@ -62,7 +58,18 @@ def block_scan_commit(
         dt=torch.empty(batch, length, heads, dtype=torch.float32, device=projected.device),
         conv=torch.empty((batch, *conv_tail.shape[1:]), dtype=conv_tail.dtype, device=projected.device),
     )
-    out = _scan(projected, conv_tail, ssm, weights, slots, factors)
+    return _scan(projected, conv_tail, ssm, weights, slots, factors), factors
+
+
+def block_scan_commit(
+    projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
+) -> tuple[Tensor, ScanFactors]:
+    """As `block_scan`, and takes the state past the block, in place: what the context does once a block is finished.
+
+    conv_tail and ssm (of the slots, which must be distinct) end with the bits that `apply_factors` gives anywhere from the
+    factors. Returns the output and the factors.
+    """
+    out, factors = block_scan_factors(projected, conv_tail, ssm, weights, slots=slots)
     apply_factors(ssm, factors.x, factors.b, factors.dt, weights.a, slots=slots, out=None if slots is not None else ssm)
     if slots is None:
         conv_tail.copy_(factors.conv)
@@ -72,13 +79,22 @@ def block_scan_commit(
 
 
 def apply_factors(
-    state: Tensor, x: Tensor, b: Tensor, dt: Tensor, a: Tensor, *, slots: Tensor | None = None, out: Tensor | None = None
+    state: Tensor,
+    x: Tensor,
+    b: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    *,
+    slots: Tensor | None = None,
+    counts: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The state after L positions, from the factors of their updates: the bits of the torch function of that name.
 
     Either state (h, p, n) fp32, x (L, h, p), b (L, g, n), dt (L, h) fp32, or all of them with a batch axis in
     front; a (h,) fp32. Returns the new state: in `out` if given, which may be `state` itself, else a new tensor.
     With `slots` (B,) int64, distinct, `state` is a pool (slots, h, p, n) whose rows at slots change in place.
+    With `counts` (B,) int64, each 0 to L, only the first counts[i] positions of row i are taken.
 
     What makes the bits equal: per position, torch rounds S * decay (`mul_`), and then adds dtx * b with one
     rounding, a fused multiply-add (`addcmul_` with value 1: std::fma on CUDA, vector FMA on a CPU that has it).
@@ -91,6 +107,7 @@ def apply_factors(
     batched = state.dim() == 4
     if not batched:
         assert slots is None
+        assert counts is None
         new = apply_factors(state[None], x[None], b[None], dt[None], a, out=None if out is None else out[None])
         return new[0]
     batch, length, heads, head_dim = x.shape
@@ -101,6 +118,7 @@ def apply_factors(
     assert a.shape == (heads,)
     assert state.dtype == dt.dtype == a.dtype == torch.float32
     assert state.is_contiguous()
+    assert counts is None or counts.shape == (batch,)
     if slots is not None:
         assert out is None
         assert slots.shape == (batch,)
@@ -119,6 +137,7 @@ def apply_factors(
         state,
         out,
         slots,
+        counts,
         x.contiguous(),
         b.contiguous(),
         dt.contiguous(),
@@ -129,6 +148,7 @@ def apply_factors(
         groups,
         n,
         HAS_SLOTS=slots is not None,
+        HAS_COUNTS=counts is not None,
         BLOCK_P=block_p,
         BLOCK_N=block_n,
         num_warps=4,
@@ -437,6 +457,7 @@ def _apply_kernel(
     state,
     out,
     slots,
+    counts,
     x,
     b,
     dt,
@@ -447,6 +468,7 @@ def _apply_kernel(
     groups,
     size,
     HAS_SLOTS: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -462,7 +484,10 @@ def _apply_kernel(
     known = p_known[:, None] & n_known[None, :]
     offset = ((slot * heads + head) * head_dim + p[:, None]) * size + n[None, :]
     s = tl.load(state + offset, mask=known, other=0.0)
-    for i in tl.range(0, length, loop_unroll_factor=4):  # so that loads of later positions do not wait for the state
+    last = length
+    if HAS_COUNTS:
+        last = tl.load(counts + row).to(tl.int32)
+    for i in tl.range(0, last, loop_unroll_factor=4):  # so that loads of later positions do not wait for the state
         at = row * length + i
         per_head = at * heads + head
         dtx = tl.load(dt + per_head) * tl.load(x + per_head * head_dim + p, mask=p_known, other=0.0).to(tl.float32)

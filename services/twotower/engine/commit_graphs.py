@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from twotower.engine.graphs import Graphs, batch_bucket, scratch_ints, state_ints, state_views, token_bucket
-from twotower.model.context_tower import Changes, ContextTower, deltas_of
+from twotower.model.context_tower import ContextTower, deltas_of
+from twotower.model.partial import Changes
 from twotower.model.pool import StatePool
 from twotower.model.rows import PagedRows
 from twotower.model.state import ContextState, Delta, KVDelta

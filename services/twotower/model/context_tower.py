@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from twotower.model.config import ATTENTION, MAMBA, ModelConfig
 from twotower.model.layers import Attention, Mamba2, linear
-from twotower.model.passes import CommitPass, Pass, PrefillPass
+from twotower.model.partial import Changes, Verified, first_deltas, take_first
+from twotower.model.passes import CommitPass, Pass, PrefillPass, VerifyPass
 from twotower.model.rows import Rows, rows_of
 from twotower.model.state import ContextState, Delta, KVDelta, MambaDelta
 from twotower.model.tower import Layer, LazyGraph, Tower
 from twotower_kernels.block import ScanFactors
 from twotower_kernels.kernels import TORCH
 from twotower_kernels.prefill import Segments
-
-Changes = Mapping[int, ScanFactors | KVDelta]
-"""By layer, what a commit changed in it; all tensors with a batch axis in front."""
 
 
 class ContextTower(nn.Module):
@@ -99,6 +97,37 @@ class ContextTower(nn.Module):
         for state in states:
             state.length += tokens.shape[1]
         return deltas, self.logits(h) if need_logits else None
+
+    @torch.inference_mode()
+    def verify(self, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool = True) -> Verified:
+        """Run a forward over drafted tokens (B, L), of which `accept` then takes the first of each row.
+
+        The states stay as they are, but for K and V behind their lengths, which nobody else reads: no other forward may
+        run over these states before they accept. Returns the logits after every token (B, L, vocab) fp32, where needed.
+        """
+        for state in states:
+            state.begin()
+        verify = VerifyPass(rows_of(states, self.kernels))
+        h = self._run(tokens, verify, slice(None) if need_logits else None)
+        return Verified(tokens.shape[1], verify.changes, verify.columns, self._head(h) if need_logits else None)
+
+    @torch.inference_mode()
+    def accept(self, states: Sequence[ContextState], verified: Verified, counts: Sequence[int]) -> list[Delta]:
+        """Extend each state by its first counts[i] of the L tokens that were verified, 1 <= counts[i] <= L.
+
+        states: those of `verify`, in its order. Returns what changed, per row. A worker that applies it has the
+        context's bits; with all L tokens they are those of `commit` (but for a compiled graph's, see `LazyGraph`).
+        Steps of one token, or commits in other pieces, give the same but for the order of sums in
+        the forward, on which the factors depend: about 1e-6 of a value in fp32.
+        """
+        assert len(counts) == len(states)
+        assert all(1 <= count <= verified.length for count in counts)
+        kept = torch.tensor(counts, device=self.device)
+        rates = {i: _mamba(self.context_tower.layers[i]).scan_weights().a for i in verified.columns}
+        tails = take_first(verified, kept, rows_of(states, self.kernels), rates, self.kernels)
+        for state, count in zip(states, counts, strict=True):
+            state.length += count
+        return first_deltas(verified, counts, tails)
 
     def logits(self, h: Tensor) -> Tensor:
         """h (B, L, hidden) -> (B, vocab) of the last position."""

@@ -132,6 +132,14 @@ class Mamba2(nn.Module):
         y, factors = self.kernels.block_scan_commit(self.in_proj(h), conv_tail, ssm, self.scan_weights(), slots=slots)
         return self.out_proj(y), factors
 
+    def verify(
+        self, h: Tensor, conv_tail: Tensor, ssm: Tensor, slots: Tensor | None = None
+    ) -> tuple[Tensor, ScanFactors, Tensor]:
+        """As `commit`, but the seed stays. Returns the raw xBC (B, L, conv_dim), too, from which any tail can be made."""
+        projected = self.in_proj(h)
+        y, factors = self.kernels.block_scan_factors(projected, conv_tail, ssm, self.scan_weights(), slots=slots)
+        return self.out_proj(y), factors, projected.narrow(-1, self.config.d_inner, self.config.conv_dim)
+
     def prefill(self, h: Tensor, segments: Segments, conv_tail: Tensor, ssm: Tensor, slots: Tensor | None = None) -> Tensor:
         """As `commit`, over chunks of prompts, one behind the other in h (1, N, hidden), and without the factors."""
         y = self.kernels.prefill_scan(

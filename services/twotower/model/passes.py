@@ -47,6 +47,20 @@ class CommitPass:
         return mixer.output(self._rows.attend(layer, q, k, v, causal=True))
 
 
+class VerifyPass(CommitPass):
+    """As `CommitPass`, to the same bits, but S and conv tails stay; K and V are put behind the states' lengths."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__(rows)
+        self.columns: dict[int, Tensor] = {}
+        """By Mamba layer: the raw xBC (B, L, conv_dim)."""
+
+    def scan(self, layer: int, mixer: Mamba2, x: Tensor) -> Tensor:
+        """See `Pass`."""
+        out, self.changes[layer], self.columns[layer] = mixer.verify(x, *self._rows.seed(layer))
+        return out
+
+
 class PrefillPass:
     """Chunks of prompts, one behind the other in a single row (`Segments`): states move past them."""
 
