@@ -54,9 +54,9 @@ class Segments:
     @cached_property
     def numbers(self) -> tuple[Tensor, Tensor]:
         """Of each position, its chunk and its place within it: (N,) int64 each."""
-        rows = [row for row, length in enumerate(self.lengths) for _ in range(length)]
-        places = [place for length in self.lengths for place in range(length)]
-        both = torch.tensor((rows, places), dtype=torch.int64).to(self.device)
+        starts = torch.tensor((0, *self.ends[:-1]))
+        rows = torch.arange(len(self)).repeat_interleave(torch.tensor(self.lengths))
+        both = torch.stack((rows, torch.arange(self.total) - starts[rows])).to(self.device)
         return both[0], both[1]
 
     def tiles(self, size: int) -> Tensor:

@@ -99,6 +99,25 @@ def test_bits_are_those_of_each_alone(pooled: bool, threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.skipif(load() is None, reason="no AVX-512 BF16, or no compiler")
+def test_where_a_prompt_is_cut_does_not_change_its_bits() -> None:
+    """At multiples of 64 tokens, which is what the C++ scan takes at a time."""
+    tower, rng = _exact(), random.Random(0)
+    for round_ in range(6):
+        tokens = _tokens(rng.randrange(65, 500), round_)
+        whole, cut = tower.new_state(), tower.new_state()
+        (expected,) = tower.prefill([tokens], [whole])
+        logits = None
+        while cut.length < len(tokens):
+            chunk = tokens[cut.length : cut.length + 64 * rng.randrange(1, 4)]
+            other = _tokens(rng.randrange(1, 100), cut.length)
+            logits, _ = tower.prefill([chunk, other], [cut, tower.new_state()])
+        assert logits is not None
+        assert expected is not None
+        assert torch.equal(logits, expected)
+        assert all(map(torch.equal, _tensors(cut), _tensors(whole)))
+
+
 @pytest.mark.parametrize("pooled", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 def test_plain_torch_agrees_within_its_rounding(tmp_path: Path, dtype: torch.dtype, tolerance: float, pooled: bool) -> None:

@@ -75,6 +75,9 @@ def main() -> None:
                     for state in states:
                         state.length = tokens
                 if not graphs:
+                    tower.accept(states, tower.verify(blocks.new_zeros(sessions, 16), states), [9] * sessions)
+                    for state in states:
+                        state.length = tokens
                     tower.prefill([blocks.new_zeros(16) for _ in states], states)
                     for state in states:
                         state.length = tokens

@@ -63,7 +63,8 @@ class ContextTower(nn.Module):
         chunk, or for all. Returns for each the logits of its last position (vocab,) fp32, or None where they are not needed.
 
         What a chunk comes to, its logits and its state, does not depend on those beside it. To the bit that holds
-        for the C++ kernels in bf16, where the model's sizes fit all of them, as the shipped checkpoint's do. In
+        for the C++ kernels in bf16, where the model's sizes fit all of them, as the shipped checkpoint's do; there it does
+        not depend on where a prompt is cut into chunks either, if that is at multiples of 64 tokens. In
         plain torch, in any dtype, and on a GPU the products are a library's, which choose the order of
         their sums by the number of rows: there, last bits may differ.
         """

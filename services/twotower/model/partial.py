@@ -29,7 +29,7 @@ class Verified:
     changes: Changes
     """Of all L tokens."""
     columns: Mapping[int, Tensor]
-    """Mamba layer -> raw xBC of the tokens (B, L, conv_dim), model dtype."""
+    """Mamba layer -> raw xBC of the tokens (B, L, conv_dim), model dtype: a view of in_proj's output, which it keeps alive."""
     logits: Tensor | None
     """(B, L, vocab) fp32: after each of the tokens; None where they were not asked for."""
 
