@@ -17,7 +17,7 @@ from twotower.request import GenerationParams, Mode
 
 pytest.importorskip("triton")
 
-from twotower_kernels.triton.scan import interpreted
+from twotower_kernels.triton.common import interpreted
 
 DEVICE = torch.device("cpu" if interpreted() else "cuda")
 PROMPTS = (5, 70, 9)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from twotower_kernels import experts as plain_experts
 from twotower_kernels.kernels import Kernels
-from twotower_kernels.triton import attention, norms, router, scan, unmask
+from twotower_kernels.triton import attention, factors, norms, router, scan, unmask
 from twotower_kernels.triton.experts import grouped_experts
 
 
@@ -22,7 +22,7 @@ def run_experts(
 
 def apply_factors_(state: Tensor, x: Tensor, b: Tensor, dt: Tensor, a: Tensor, *, slots: Tensor | None = None) -> None:
     """As `twotower_kernels.scan.apply_factors_`, to the same bits."""
-    scan.apply_factors(state, x, b, dt, a, slots=slots, out=None if slots is not None else state)
+    factors.apply_factors(state, x, b, dt, a, slots=slots, out=None if slots is not None else state)
 
 
 class TritonKernels(Kernels):

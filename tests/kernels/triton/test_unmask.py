@@ -14,7 +14,7 @@ from twotower_kernels.unmask import Unmasked
 
 pytest.importorskip("triton")
 
-from twotower_kernels.triton.scan import interpreted
+from twotower_kernels.triton.common import interpreted
 from twotower_kernels.triton.unmask import unmask
 
 DEVICE = "cpu" if interpreted() else "cuda"
