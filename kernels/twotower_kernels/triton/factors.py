@@ -78,7 +78,7 @@ def apply_factors(
 
 
 def program(head_dim: int, block_n: int) -> tuple[int, int]:
-    """Rows of a head's state that a program holds in registers, and its warps: 16 KiB, enough of which are under way at once."""
+    """Rows of a head's state that a program holds in registers, 16 KiB, and its warps."""
     return min(triton.next_power_of_2(head_dim), max(1, 4096 // block_n)), 4
 
 

@@ -1,8 +1,8 @@
 """Mamba-2 over one short block, everything between in_proj and out_proj, as Triton kernels.
 
-Three launches: conv, silu and dt over channels (`triton.mix`), the scan with D skip and gate, the norm over each group of heads.
-The scan reads S once, in whole rows, and where the block is committed it writes the new S from the registers that hold the old:
-by `triton.factors.advance` alone, so that the context and its workers agree by construction.
+Three launches: conv, silu and dt over channels (`triton.mix`), the scan with D skip and gate, the norm over each group of
+heads. The scan reads S once from memory, and where the block is committed the same programs write the new S: by
+`triton.factors.advance` alone, so that the context and its workers agree by construction.
 
 A block has at most 64 positions and is taken 16 at a time: between them products of matrices over pairs of positions,
 from before the block one product with the seed. S and all sums are fp32; x, b and c are rounded to the model's dtype where the

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from twotower.engine.commit_graphs import CommitGraphs
-from twotower.engine.graphs import common_pool
+from twotower.engine.graphs import WarmUp, common_pool
 from twotower.engine.logprobs import token_logprobs
 from twotower.engine.sampling import filters, uniforms
 from twotower.engine.session import Session
 from twotower.errors import NonFiniteLogits
 from twotower.model.context_tower import ContextTower
+from twotower.model.pool import StatePool
 from twotower.model.state import ContextState, Delta
 from twotower.request import GenerationParams, Mode
 from twotower_kernels.unmask import draw
@@ -89,6 +90,13 @@ class ContextEngine:
         if self._graphs is not None and (pool := common_pool(self.tower, states)) is not None:
             return self._graphs.commit(pool, tokens, states, need_logits=need_logits)
         return self.tower.commit(tokens.to(self.tower.device), states, need_logits=need_logits)
+
+    def warm_up(self, pool: StatePool, *, batches: Iterable[int], contexts: Iterable[int], ar: bool = True) -> WarmUp:
+        """Compile and capture commits of the trained block size, and AR steps, before the first request (`CommitGraphs.warm_up`)."""
+        if self._graphs is None:
+            return WarmUp(0, 0, 0.0)
+        size = self.tower.config.block_size
+        return self._graphs.warm_up(pool, batches=batches, contexts=contexts, block_size=size, ar=ar)
 
     @torch.inference_mode()
     def _draw(self, sessions: Sequence[Session]) -> list[int | NonFiniteLogits]:

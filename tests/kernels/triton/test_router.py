@@ -12,8 +12,8 @@ from twotower_kernels import experts as plain
 
 pytest.importorskip("triton")
 
-from twotower_kernels.triton.router import route
 from twotower_kernels.triton.common import interpreted
+from twotower_kernels.triton.router import route
 
 DEVICE = "cpu" if interpreted() else "cuda"
 
