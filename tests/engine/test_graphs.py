@@ -19,6 +19,8 @@ pytest.importorskip("triton")
 
 from twotower_kernels.triton.common import interpreted
 
+pytestmark = pytest.mark.device
+
 DEVICE = torch.device("cpu" if interpreted() else "cuda")
 PROMPTS = (5, 70, 9)
 

@@ -23,6 +23,8 @@ pytest.importorskip("triton")
 
 from twotower_kernels.triton.common import interpreted
 
+pytestmark = pytest.mark.device
+
 DEVICE = torch.device("cpu" if interpreted() else "cuda")
 LENGTHS = (70, 3, 130)
 """Of the contexts: two pages, one, three."""

@@ -92,7 +92,7 @@ class ContextEngine:
         return self.tower.commit(tokens.to(self.tower.device), states, need_logits=need_logits)
 
     def warm_up(self, pool: StatePool, *, batches: Iterable[int], contexts: Iterable[int], ar: bool = True) -> WarmUp:
-        """Compile and capture commits of the trained block size, and AR steps, before the first request (`CommitGraphs.warm_up`)."""
+        """Compile and capture commits of the trained block size, and AR steps: see `CommitGraphs.warm_up`."""
         if self._graphs is None:
             return WarmUp(0, 0, 0.0)
         size = self.tower.config.block_size

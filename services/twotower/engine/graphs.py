@@ -142,13 +142,14 @@ class Graphs(Generic[Out]):
     def _make(self, name: Hashable, program: Program[Out], ints: Tensor, reals: Tensor) -> Graph[Out]:
         ints, reals = ints.to(self._device), reals.to(self._device)
         if self._capture:
-            if not any(graph.captured for graph in self._graphs.values()):
+            if self._memory is None or not any(graph.captured for graph in self._graphs.values()):
                 # The memory of a handle is given back with the last graph that used it, and the handle is dead from then on.
                 self._memory = torch.cuda.graph_pool_handle()
             try:
                 return Graph(program, ints, reals, capture=True, memory=self._memory)
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
+                self._memory = None  # the allocator may still hold it for the capture that failed
                 log.warning("forwards of size %s are not captured as a graph, which costs speed: %s", name, reason)
         return Graph(program, ints, reals, capture=False, memory=None)
 

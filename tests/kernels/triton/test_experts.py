@@ -15,6 +15,8 @@ pytest.importorskip("triton")
 from twotower_kernels.triton.common import interpreted
 from twotower_kernels.triton.experts import choose_rows, grouped_experts
 
+pytestmark = pytest.mark.device
+
 DEVICE = "cpu" if interpreted() else "cuda"
 DTYPES = [torch.float32, torch.bfloat16]
 

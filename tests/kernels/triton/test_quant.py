@@ -17,6 +17,8 @@ pytest.importorskip("triton")
 from twotower_kernels.triton.common import interpreted
 from twotower_kernels.triton.quant import quantized_experts
 
+pytestmark = pytest.mark.device
+
 DEVICE = "cpu" if interpreted() else "cuda"
 DTYPES = [torch.float32, torch.bfloat16]
 FORMATS: list[Format] = ["fp8", "fp4"]

@@ -15,6 +15,8 @@ pytest.importorskip("triton")
 from twotower_kernels.triton.common import interpreted
 from twotower_kernels.triton.router import route
 
+pytestmark = pytest.mark.device
+
 DEVICE = "cpu" if interpreted() else "cuda"
 
 

@@ -20,6 +20,8 @@ from twotower_kernels.triton.common import interpreted
 from twotower_kernels.triton.factors import apply_factors
 from twotower_kernels.triton.scan import block_scan, block_scan_commit
 
+pytestmark = pytest.mark.device
+
 DEVICE = "cpu" if interpreted() else "cuda"
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -17,6 +17,8 @@ pytest.importorskip("triton")
 from twotower_kernels.triton.common import interpreted
 from twotower_kernels.triton.unmask import unmask
 
+pytestmark = pytest.mark.device
+
 DEVICE = "cpu" if interpreted() else "cuda"
 MASK = 3
 
