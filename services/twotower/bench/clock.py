@@ -19,8 +19,8 @@ MOST_CALLS = 200
 def seconds_of(call: Callable[[], object], device: torch.device, budget_s: float, *, wall: bool = False) -> float:
     """Median over calls for about so long, at least three, after one that is not counted.
 
-    On a GPU its own clock counts, from a cold cache, and the call is replayed as a graph where it can be captured, so that small
-    launches do not wait for the host; with `wall` the host's clock does, launches and waiting included.
+    On a GPU its own clock counts, from a cold cache, and the call is replayed as a graph where it can be captured, so that
+    small launches do not wait for the host; with `wall` the host's clock does, launches and waiting included.
     """
     call()
     _wait(device)
