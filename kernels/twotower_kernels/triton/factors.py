@@ -11,6 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+UNROLL = 4
+"""Positions whose factors are read together, so that they do not wait for the state."""
+
 
 def apply_factors(
     state: Tensor, x: Tensor, b: Tensor, dt: Tensor, a: Tensor, *, slots: Tensor | None = None, out: Tensor | None = None
@@ -71,6 +74,7 @@ def apply_factors(
         HAS_SLOTS=slots is not None,
         BLOCK_P=block_p,
         BLOCK_N=block_n,
+        UNROLL=UNROLL,
         num_warps=warps,
         enable_fp_fusion=False,
     )
@@ -101,9 +105,10 @@ def advance(
     STATE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Rows p of a head's state, s (BLOCK_P, BLOCK_N) fp32, behind `length` positions."""
-    for i in tl.range(0, length, loop_unroll_factor=4):  # so that loads of later positions do not wait for the state
+    for i in tl.range(0, length, loop_unroll_factor=UNROLL):
         at = row * length + i
         per_head = at * HEADS + head
         dtx = tl.load(dt + per_head) * tl.load(x + per_head * HEAD_DIM + p, mask=p < HEAD_DIM, other=0.0).to(tl.float32)
@@ -130,6 +135,7 @@ def _apply_kernel(
     HAS_SLOTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """One program: BLOCK_P rows of one head's state, in registers over all positions. Read before it is written."""
     part, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -142,5 +148,5 @@ def _apply_kernel(
     offset = ((slot * HEADS + head) * HEAD_DIM + p[:, None]) * STATE + n[None, :]
     s = tl.load(state + offset, mask=known, other=0.0, eviction_policy="evict_first")
     group = head // (HEADS // GROUPS)
-    s = advance(s, x, b, dt, decay, row, length, head, group, p, n, HEADS, HEAD_DIM, GROUPS, STATE, BLOCK_P, BLOCK_N)
+    s = advance(s, x, b, dt, decay, row, length, head, group, p, n, HEADS, HEAD_DIM, GROUPS, STATE, BLOCK_P, BLOCK_N, UNROLL)
     tl.store(out + offset, s, mask=known)

@@ -25,8 +25,8 @@ _TILE_EXPERTS = 8
 _MAX_SPLITS = 16
 """Programs that share the inputs of a token: the choice holds their sums in registers."""
 
-_FEW = 64
-"""Tokens up to which our own product is used."""
+_FEW = 128
+"""Tokens up to which our own product is used (measured on an H100: 22 us against 24 there, and 52 against 33 at 512)."""
 
 
 def route(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from twotower_kernels.block import ScanFactors, ScanWeights, empty_factors
 from twotower_kernels.triton.common import MIN_DOT, as_dtype, interpreted, silu
-from twotower_kernels.triton.factors import advance
+from twotower_kernels.triton.factors import UNROLL, advance
 from twotower_kernels.triton.mix import Mixed, mix
 
 MAX_BLOCK = 64
@@ -34,6 +34,12 @@ MAX_BLOCK = 64
 
 _TILE = 16
 """Positions of a block that are taken together."""
+
+_BLOCK_K = 32
+"""Columns of a head's state that are multiplied at a time."""
+
+_STAGES = 4
+"""Of these, how many are on their way at once: all, at the published size."""
 
 
 def block_scan(
@@ -90,7 +96,7 @@ def _scan(
     mixed = mix(projected, conv_tail, weights, slots, commit=commit)
     factors = mixed.factors
     gated = torch.empty(batch, length, d_inner, dtype=torch.float32, device=projected.device)
-    block_p, warps = program(batch * heads, head_dim)
+    block_p, warps = program(head_dim)
     block_n = max(MIN_DOT, triton.next_power_of_2(n))
     wide = interpreted()
     _block_scan_kernel[(triton.cdiv(head_dim, block_p), heads, batch)](
@@ -117,10 +123,11 @@ def _scan(
         ONE=commit and length == 1,
         TILES=triton.cdiv(length, _TILE),
         TILE=_TILE,
-        STAGES=4,  # so that all of a head's state is on its way at once
+        UNROLL=UNROLL,
+        STAGES=_STAGES,
         BLOCK_P=block_p,
         BLOCK_N=block_n,
-        BLOCK_K=min(32, block_n),
+        BLOCK_K=min(_BLOCK_K, block_n),
         num_warps=warps,
         enable_fp_fusion=False,  # the new state has the bits of separate operations
     )
@@ -140,13 +147,12 @@ def _scan(
     return out, mixed
 
 
-def program(heads: int, head_dim: int) -> tuple[int, int]:
-    """Rows of a head's state that a program holds, and its warps, for so many heads in all.
+def program(head_dim: int) -> tuple[int, int]:
+    """Rows of a head's state that a program holds, and its warps.
 
-    A single session has fewer heads than the GPU has processors: then several programs share a head.
+    Small ones are the fastest at every batch from 1 to 32 (H100): a program mostly waits, and more of them wait together.
     """
-    rows = min(16 if heads < 256 else 32, triton.next_power_of_2(head_dim))
-    return max(MIN_DOT, rows), 4
+    return max(MIN_DOT, min(16, triton.next_power_of_2(head_dim))), 2
 
 
 @triton.jit
@@ -198,6 +204,7 @@ def _block_scan_kernel(
     ONE: tl.constexpr,
     TILES: tl.constexpr,
     TILE: tl.constexpr,
+    UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -293,6 +300,7 @@ def _block_scan_kernel(
             STATE,
             BLOCK_P,
             BLOCK_N,
+            UNROLL,
         )
         tl.debug_barrier()  # every thread has read the old one
         tl.store(ssm + s_at, new, mask=s_known)

@@ -46,22 +46,35 @@ class CommitGraphs:
 
     @torch.inference_mode()
     def commit(
-        self, pool: StatePool, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool
+        self,
+        pool: StatePool,
+        tokens: Tensor,
+        states: Sequence[ContextState],
+        *,
+        need_logits: bool,
+        need_deltas: bool = True,
     ) -> tuple[list[Delta], Tensor | None]:
-        """As `ContextTower.commit`: tokens (B, L) int64 on the host, states of `pool`. What is returned is the caller's own."""
+        """As `ContextTower.commit`: tokens (B, L) int64 on the host, states of `pool`. What is returned is the caller's own.
+
+        Without need_deltas there are none: an AR step has nobody to send them to, and they are thousands of small tensors.
+        """
         count, length = tokens.shape
         longest = token_bucket(max(state.length for state in states) + length)  # pages of the block itself, too
         numbers, idle = state_ints(pool, states, longest), _idle(pool, length, longest)
         ints = torch.cat([torch.cat([tokens, idle[:length].expand(numbers.shape[0] - count, -1)]), numbers], 1)
         reals = torch.zeros(ints.shape[0], 0, dtype=torch.float64)
-        key, program = (length, longest, need_logits), self._program(pool, length, longest, need_logits)
+        key = (length, longest, need_logits, need_deltas)
+        program = self._program(pool, *key)
         common = length in (1, self._tower.config.block_size)
         out = self._graphs.run(pool, key, program, ints, reals, idle, common=common)
         for state in states:
             state.length += length
         # The next replay overwrites all of it, while a delta may still be on its way to a worker.
+        logits = None if out.logits is None else out.logits[:count].clone()
+        if not need_deltas:
+            return [], logits
         own = [packed[:count].clone() for packed in out.packed]
-        return deltas_of(length, _unpack(out.changes, own), count), None if out.logits is None else out.logits[:count].clone()
+        return deltas_of(length, _unpack(out.changes, own), count), logits
 
     @torch.inference_mode()
     def warm_up(
@@ -78,16 +91,17 @@ class CommitGraphs:
         sizes = [(length, logits, longest, batch) for length, logits in lengths for longest in contexts for batch in batches]
 
         def prepare(length: int, need_logits: bool, longest: int, batch: int) -> bool:
-            program = self._program(pool, length, longest, need_logits)
-            return self._graphs.prepare(pool, (length, longest, need_logits), program, batch, 0, _idle(pool, length, longest))
+            key = (length, longest, need_logits, not need_logits)
+            return self._graphs.prepare(pool, key, self._program(pool, *key), batch, 0, _idle(pool, length, longest))
 
         return warm_up(partial(prepare, *size) for size in sizes)
 
-    def _program(self, pool: StatePool, length: int, longest: int, need_logits: bool) -> Program[_Committed]:
+    def _program(self, pool: StatePool, length: int, longest: int, need_logits: bool, need_deltas: bool) -> Program[_Committed]:
         def program(ints: Tensor, reals: Tensor) -> _Committed:
             rows = PagedRows(pool, self._tower.kernels, *state_views(ints[:, length:]), longest)
             h, changes = self._tower.forward_rows(ints[:, :length].contiguous(), rows, prefill=False, need_hidden=need_logits)
-            return _Committed(changes, _pack(changes), self._tower.logits(h) if need_logits else None)
+            kept: Changes = changes if need_deltas else {}
+            return _Committed(kept, _pack(kept), self._tower.logits(h) if need_logits else None)
 
         return program
 

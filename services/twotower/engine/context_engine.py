@@ -72,7 +72,7 @@ class ContextEngine:
         behind = sorted((s for s in sessions if s.pending is not None), key=lambda session: session.state.slot)
         if behind:
             tokens = torch.tensor([[session.pending] for session in behind], dtype=torch.int64)
-            _, logits = self.extend(tokens, [session.state for session in behind], need_logits=True)
+            _, logits = self.extend(tokens, [session.state for session in behind], need_logits=True, need_deltas=False)
             assert logits is not None
             for session, row in zip(behind, logits, strict=True):
                 session.logits = row
@@ -82,13 +82,16 @@ class ContextEngine:
         return drawn
 
     def extend(
-        self, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool = False
+        self, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool = False, need_deltas: bool = True
     ) -> tuple[list[Delta], Tensor | None]:
-        """`ContextTower.commit` of tokens (B, L) on the host, as a replay where that is possible."""
+        """`ContextTower.commit` of tokens (B, L) on the host, as a replay where that is possible.
+
+        Without need_deltas a replay returns none of them.
+        """
         for state in states:
             state.begin()
         if self._graphs is not None and (pool := common_pool(self.tower, states)) is not None:
-            return self._graphs.commit(pool, tokens, states, need_logits=need_logits)
+            return self._graphs.commit(pool, tokens, states, need_logits=need_logits, need_deltas=need_deltas)
         return self.tower.commit(tokens.to(self.tower.device), states, need_logits=need_logits)
 
     def warm_up(self, pool: StatePool, *, batches: Iterable[int], contexts: Iterable[int], ar: bool = True) -> WarmUp:

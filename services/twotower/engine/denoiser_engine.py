@@ -79,9 +79,11 @@ class DenoiserEngine:
             stepped = self._replay(pool, blocks, before)
         told = stepped.told[: len(blocks)].cpu()  # the one word from the device
         tokens, masked, finite = told[:, :size], told[:, size : 2 * size].bool(), told[:, -1].tolist()
-        for i, (block, left) in enumerate(zip(blocks, masked.sum(-1).tolist(), strict=True)):
-            logprobs = self._logprobs(block, stepped.logits[i], tokens[i], before[i] & ~masked[i])
-            block.advance(tokens[i], masked[i], left, bool(finite[i]), logprobs)
+        rows = zip(blocks, tokens.unbind(), masked.unbind(), masked.sum(-1).tolist(), strict=True)
+        for i, (block, new, still, left) in enumerate(rows):
+            asked = block.params.logprobs is not None
+            logprobs = self._logprobs(block, stepped.logits[i], new, before[i] & ~still) if asked else None
+            block.advance(new, still, left, bool(finite[i]), logprobs)
 
     def _replay(self, pool: StatePool, blocks: Sequence[Refinement], before: Tensor) -> _Stepped:
         assert self._graphs is not None
@@ -143,12 +145,11 @@ class DenoiserEngine:
         return _Stepped(torch.cat([result.tokens, result.masked.long(), result.finite.long().unsqueeze(1)], 1), logits)
 
     def _logprobs(self, block: Refinement, logits: Tensor, tokens: Tensor, chosen: Tensor) -> dict[int, TokenLogprob]:
-        """By position, of the tokens that a forward has chosen, if the block's request asks for them.
+        """By position, of the tokens that a forward has chosen; for a block whose request asks for them.
 
         logits (L, V) fp32; tokens (L,) int64 and chosen (L,) bool, on the host.
         """
-        if block.params.logprobs is None:
-            return {}
+        assert block.params.logprobs is not None
         places = chosen.nonzero().squeeze(-1)
         of_places, at = logits[places.to(logits.device)], tokens[places].to(logits.device)
         return dict(zip(places.tolist(), token_logprobs(of_places, at, block.params.logprobs, self.mask_id), strict=True))
