@@ -78,7 +78,8 @@ def block_scan_factors(
 ) -> tuple[Tensor, ScanFactors]:
     """As `block_scan_commit`, to the same bits, but the state stays: it can be taken past the block's first positions later.
 
-    `apply_factors_` does that with `counts`; the tail then comes from `tails_after`. Returns the output and the factors.
+    `apply_factors_` does that with `counts`; the tail then comes from `tails_after`. Returns the output and the factors,
+    of which forms for a GPU leave the conv tails away (an empty tensor).
     """
     if slots is not None:
         conv_tail, ssm = conv_tail.index_select(0, slots), ssm.index_select(0, slots)

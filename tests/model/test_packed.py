@@ -19,6 +19,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported anywhere
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.device
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

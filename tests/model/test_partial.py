@@ -32,7 +32,7 @@ FORMS = [
 def _tower(directory: Path, form: str, dtype: torch.dtype) -> ContextTower:
     if form == "triton":
         pytest.importorskip("triton")
-        from twotower_kernels.triton.scan import interpreted
+        from twotower_kernels.triton.common import interpreted
 
         if not interpreted():
             pytest.skip("of the interpreter; on a GPU see test_triton_towers")

@@ -21,7 +21,9 @@ from twotower.request import GenerationParams, Mode
 
 pytest.importorskip("triton")
 
-from twotower_kernels.triton.scan import interpreted
+from twotower_kernels.triton.common import interpreted
+
+pytestmark = pytest.mark.device
 
 DEVICE = torch.device("cpu" if interpreted() else "cuda")
 LENGTHS = (70, 3, 130)

@@ -81,7 +81,17 @@ def main() -> None:
                     tower.prefill([blocks.new_zeros(16) for _ in states], states)
                     for state in states:
                         state.length = tokens
+    _apply_on_a_worker(config)
     print(json.dumps(found))
+
+
+def _apply_on_a_worker(config: ModelConfig) -> None:
+    """Commits change states in the scan's own launch; a worker applies their deltas."""
+    heads, length = config.mamba_num_heads, config.block_size
+    state = torch.zeros(2, heads, config.mamba_head_dim, config.ssm_state_size)
+    x = torch.zeros(2, length, heads, config.mamba_head_dim, dtype=torch.bfloat16)
+    b = torch.zeros(2, length, config.n_groups, config.ssm_state_size, dtype=torch.bfloat16)
+    load("triton").apply_factors_(state, x, b, torch.zeros(2, length, heads), torch.zeros(heads))
 
 
 if __name__ == "__main__":

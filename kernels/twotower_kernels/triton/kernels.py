@@ -7,7 +7,7 @@ from torch import Tensor
 
 from twotower_kernels import experts as plain_experts
 from twotower_kernels.kernels import Kernels
-from twotower_kernels.triton import attention, norms, prefill, router, scan, unmask
+from twotower_kernels.triton import attention, factors, norms, prefill, router, scan, unmask
 from twotower_kernels.triton.experts import grouped_experts
 
 
@@ -31,7 +31,7 @@ def apply_factors_(
     counts: Tensor | None = None,
 ) -> None:
     """As `twotower_kernels.scan.apply_factors_`, to the same bits."""
-    scan.apply_factors(state, x, b, dt, a, slots=slots, counts=counts, out=None if slots is not None else state)
+    factors.apply_factors(state, x, b, dt, a, slots=slots, counts=counts, out=None if slots is not None else state)
 
 
 class TritonKernels(Kernels):

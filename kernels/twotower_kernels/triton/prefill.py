@@ -25,13 +25,12 @@ from torch import Tensor
 from twotower_kernels.block import ScanWeights
 from twotower_kernels.prefill import Segments
 from twotower_kernels.triton.attention import _attend
-from twotower_kernels.triton.scan import _norm_kernel, _silu, as_dtype, interpreted
+from twotower_kernels.triton.common import MIN_DOT, as_dtype, interpreted, silu
+from twotower_kernels.triton.mix import _dt
+from twotower_kernels.triton.scan import _norm_kernel
 
 PIECE = 64
 """Positions a program takes at a time: all pairs of them are held in registers."""
-
-_MIN_DOT = 16
-"""The smallest side of a matrix that the tensor cores take."""
 
 _CHANNELS = 64
 """Of the conv, for each program."""
@@ -102,7 +101,7 @@ def prefill_scan(
     gated = torch.empty(total, d_inner, dtype=torch.float32, device=device)
     # A single prompt has fewer heads than the GPU has processors: then several programs share a head.
     block_p = triton.next_power_of_2(head_dim)
-    while block_p > _MIN_DOT and batch * heads * triton.cdiv(head_dim, block_p) < 256:
+    while block_p > MIN_DOT and batch * heads * triton.cdiv(head_dim, block_p) < 256:
         block_p //= 2
     _prompt_scan_kernel[(triton.cdiv(head_dim, block_p), heads, batch)](
         projected,
@@ -121,8 +120,8 @@ def prefill_scan(
         STATE=n,
         HAS_SLOTS=slots is not None,
         BLOCK_L=PIECE,
-        BLOCK_P=max(_MIN_DOT, block_p),
-        BLOCK_N=max(_MIN_DOT, triton.next_power_of_2(n)),
+        BLOCK_P=max(MIN_DOT, block_p),
+        BLOCK_N=max(MIN_DOT, triton.next_power_of_2(n)),
         num_warps=8,
         enable_fp_fusion=True,
     )
@@ -164,7 +163,7 @@ def prompt_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor,
     assert q.stride(2) == 1
     assert k_pages.stride() == v_pages.stride()
     assert k_pages.stride()[2:] == (d, 1)
-    assert page >= _MIN_DOT
+    assert page >= MIN_DOT
     assert page & (page - 1) == 0
     assert table.shape[0] == lengths.shape[0] == len(segments)
     assert table.stride(1) == 1
@@ -189,7 +188,7 @@ def prompt_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor,
         PAGE=page,
         INTERPRETED=interpreted(),
         BLOCK_L=PIECE,
-        BLOCK_D=max(_MIN_DOT, triton.next_power_of_2(d)),
+        BLOCK_D=max(MIN_DOT, triton.next_power_of_2(d)),
         num_warps=4,
         num_stages=3 if q.dtype is torch.bfloat16 else 2,
         enable_fp_fusion=True,
@@ -256,7 +255,7 @@ def _prompt_mix_kernel(
         total += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)[None, :]
     total = as_dtype(total, dtype, INTERPRETED).to(tl.float32)
     to = (start + position)[:, None] * channels + channel[None, :]
-    tl.store(mixed + to, as_dtype(_silu(total), dtype, INTERPRETED), mask=inside[:, None] & known[None, :])
+    tl.store(mixed + to, as_dtype(silu(total), dtype, INTERPRETED), mask=inside[:, None] & known[None, :])
 
     if first + BLOCK_L >= length:
         for k in tl.static_range(KERNEL):
@@ -270,16 +269,7 @@ def _prompt_mix_kernel(
         both = inside[:, None] & (head < heads)[None, :]
         dt = tl.load(chunk + position[:, None] * stride + channels + head[None, :], mask=both, other=0.0).to(tl.float32)
         dt += tl.load(dt_bias + head, mask=head < heads, other=0.0)[None, :]
-        # log1p(e), exact also where 1 + e rounds: the rounding of u cancels in log(u) / (u - 1).
-        e = tl.exp(tl.where(dt > 20.0, 20.0, dt))
-        u = 1.0 + e
-        small = u == 1.0
-        log1p = tl.where(small, e, tl.log(u) * (e / tl.where(small, 1.0, u - 1.0)))
-        dt = tl.where(dt > 20.0, dt, log1p)
-        # Comparisons, since minimum and maximum would make a number of NaN.
-        dt = tl.where(dt < dt_min, dt_min, dt)
-        dt = tl.where(dt > dt_max, dt_max, dt)
-        tl.store(out_dt + (start + position)[:, None] * heads + head[None, :], dt, mask=both)
+        tl.store(out_dt + (start + position)[:, None] * heads + head[None, :], _dt(dt, dt_min, dt_max), mask=both)
 
 
 @triton.jit
@@ -349,7 +339,7 @@ def _prompt_scan_kernel(
         y += tl.dot(scores, dtx, input_precision="tf32x3")
         y += through * x
         z = tl.load(projected + at[:, None] * stride + x_channel[None, :], mask=known, other=0.0).to(tl.float32)
-        tl.store(gated + at[:, None] * d_inner + x_channel[None, :], y * _silu(z), mask=known)
+        tl.store(gated + at[:, None] * d_inner + x_channel[None, :], y * silu(z), mask=known)
         added = tl.dot(tl.trans(dtx * to_end[:, None]), b, input_precision="tf32x3")
         state = state * tl.exp(tl.sum(step, axis=0)) + added
     tl.store(state_at, state, mask=state_known)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from twotower.engine.commit_graphs import CommitGraphs
-from twotower.engine.graphs import common_pool
+from twotower.engine.graphs import WarmUp, common_pool
 from twotower.engine.logprobs import token_logprobs
 from twotower.engine.sampling import filters, uniforms
 from twotower.engine.session import Session
 from twotower.errors import NonFiniteLogits
 from twotower.model.context_tower import ContextTower
+from twotower.model.pool import StatePool
 from twotower.model.state import ContextState, Delta
 from twotower.request import GenerationParams, Mode
 from twotower_kernels.unmask import draw
@@ -72,7 +73,7 @@ class ContextEngine:
         behind = sorted((s for s in sessions if s.pending is not None), key=lambda session: session.state.slot)
         if behind:
             tokens = torch.tensor([[session.pending] for session in behind], dtype=torch.int64)
-            _, logits = self.extend(tokens, [session.state for session in behind], need_logits=True)
+            _, logits = self.extend(tokens, [session.state for session in behind], need_logits=True, need_deltas=False)
             assert logits is not None
             for session, row in zip(behind, logits, strict=True):
                 session.logits = row
@@ -82,14 +83,24 @@ class ContextEngine:
         return drawn
 
     def extend(
-        self, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool = False
+        self, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool = False, need_deltas: bool = True
     ) -> tuple[list[Delta], Tensor | None]:
-        """`ContextTower.commit` of tokens (B, L) on the host, as a replay where that is possible."""
+        """`ContextTower.commit` of tokens (B, L) on the host, as a replay where that is possible.
+
+        Without need_deltas a replay returns none of them.
+        """
         for state in states:
             state.begin()
         if self._graphs is not None and (pool := common_pool(self.tower, states)) is not None:
-            return self._graphs.commit(pool, tokens, states, need_logits=need_logits)
+            return self._graphs.commit(pool, tokens, states, need_logits=need_logits, need_deltas=need_deltas)
         return self.tower.commit(tokens.to(self.tower.device), states, need_logits=need_logits)
+
+    def warm_up(self, pool: StatePool, *, batches: Iterable[int], contexts: Iterable[int], ar: bool = True) -> WarmUp:
+        """Compile and capture commits of the trained block size, and AR steps: see `CommitGraphs.warm_up`."""
+        if self._graphs is None:
+            return WarmUp(0, 0, 0.0)
+        size = self.tower.config.block_size
+        return self._graphs.warm_up(pool, batches=batches, contexts=contexts, block_size=size, ar=ar)
 
     @torch.inference_mode()
     def _draw(self, sessions: Sequence[Session]) -> list[int | NonFiniteLogits]:

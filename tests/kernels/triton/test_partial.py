@@ -10,8 +10,8 @@ from twotower_kernels.scan import apply_factors_ as plain
 
 pytest.importorskip("triton")
 
+from twotower_kernels.triton.common import interpreted
 from twotower_kernels.triton.kernels import apply_factors_
-from twotower_kernels.triton.scan import interpreted
 
 DEVICE = "cpu" if interpreted() else "cuda"
 

@@ -15,8 +15,8 @@ from twotower_kernels.prefill import Segments
 
 pytest.importorskip("triton")
 
+from twotower_kernels.triton.common import interpreted
 from twotower_kernels.triton.prefill import prefill_scan, prompt_attention
-from twotower_kernels.triton.scan import interpreted
 
 DEVICE = torch.device("cpu" if interpreted() else "cuda")
 DTYPES = [torch.float32, torch.bfloat16]
