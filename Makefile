@@ -14,8 +14,10 @@ VENV_WITHOUT_ENSUREPIP = { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+GPU_TESTS := tests/kernels tests/model tests/engine tests/conformance
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-faults lint format proto proto-check clean
+.PHONY: help setup demo test test-slow test-gpu test-faults lint format proto proto-check clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -43,6 +45,11 @@ test-slow: setup  ## Tests that take longer: 1,000 streams, kernels compiled for
 MINUTES ?= 0.5
 test-faults: setup  ## Storms: clients leave, processes die or stop; MINUTES=10 each, SCENARIO="leaving kill" (default: all)
 	$(BIN)/python -m tests.faults $(SCENARIO) --minutes $(MINUTES)
+
+test-gpu: setup  ## All that a CUDA device can check: kernels, towers, graphs, the reference (under three minutes)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	  { echo "there is no CUDA device that torch can use here" >&2; exit 1; }
+	$(BIN)/python -m pytest -q -n 8 --dist load -m 'gpu or device' $(GPU_TESTS)
 
 lint: setup proto-check  ## ruff, mypy, and that the stubs are fresh
 	$(BIN)/ruff check .

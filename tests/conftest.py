@@ -12,6 +12,18 @@ if not Path("/dev/nvidiactl").exists():  # without a GPU, Triton's interpreter r
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported anywhere: torch's compiler does so, too
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch  # late: it takes a second, and most runs select no such test
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--conformance",

@@ -42,7 +42,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     # Without a mask, the queries of one KV head are one matrix.
     out = F.scaled_dot_product_attention(q.reshape(batch, k.shape[1], -1, d), k, v)
-    return out.view(batch, heads, length, d)
+    # A copy where the library laid its output out in an order of its own, as it does on GPUs.
+    return out.reshape(batch, heads, length, d)
 
 
 def block_attention(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twotower_kernels.conv import causal_conv
-from twotower_kernels.scan import apply_factors_, chunk_scan
+from twotower_kernels.scan import apply_factors, apply_factors_, chunk_scan
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,25 @@ def block_scan(
     return finish(y, f.x, z, weights)
 
 
+def block_scan_factors(
+    projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
+) -> tuple[Tensor, ScanFactors]:
+    """As `block_scan_commit`, to the same bits, but the state stays: it can be taken past the block's first positions later.
+
+    `apply_factors_` does that with `counts`; the tail then comes from `tails_after`. Returns the output and the factors,
+    of which forms for a GPU leave the conv tails away (an empty tensor).
+    """
+    if slots is not None:
+        conv_tail, ssm = conv_tail.index_select(0, slots), ssm.index_select(0, slots)
+    z, f, c = mix(projected, conv_tail, weights)
+    factors = ScanFactors(f.x.contiguous(), f.b.contiguous(), f.dt.contiguous(), f.conv.contiguous())
+    if projected.shape[1] == 1:
+        y = _read_off(apply_factors(ssm, factors.x, factors.b, factors.dt, weights.a), c, weights)
+    else:
+        y, _, _ = chunk_scan(f.x, f.dt, weights.a, f.b, c, ssm, f.x.shape[1], need_states=False)
+    return finish(y, f.x, z, weights), factors
+
+
 def block_scan_commit(
     projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
 ) -> tuple[Tensor, ScanFactors]:
@@ -87,23 +106,26 @@ def block_scan_commit(
     if projected.shape[1] == 1:  # one position: the output is read off the new state
         take(conv_tail, ssm, factors, weights.a, slots)
         seed = ssm if slots is None else ssm.index_select(0, slots)
-        y = (seed @ c[:, 0].float().repeat_interleave(ssm.shape[1] // weights.groups, 1).unsqueeze(-1)).squeeze(-1).unsqueeze(1)
-        return finish(y, f.x, z, weights), factors
+        return finish(_read_off(seed, c, weights), f.x, z, weights), factors
     y, _, _ = chunk_scan(f.x, f.dt, weights.a, f.b, c, seed, f.x.shape[1], need_states=False)
     take(conv_tail, ssm, factors, weights.a, slots)  # last: the seed may be what it changes
     return finish(y, f.x, z, weights), factors
 
 
-def prefill_scan(projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, chunk: int) -> Tensor:
-    """As `block_scan_commit`, over any length, in chunks (`chunk_scan`): what the context does with a prompt.
+def _read_off(ssm: Tensor, c: Tensor, weights: ScanWeights) -> Tensor:
+    """The output y (B, 1, h, p) at the one position whose state is ssm (B, h, p, n); c (B, 1, g, n)."""
+    return (ssm @ c[:, 0].float().repeat_interleave(ssm.shape[1] // weights.groups, 1).unsqueeze(-1)).squeeze(-1).unsqueeze(1)
 
-    No factors, and no promise that S has the bits of any. Returns (B, L, h p).
+
+def tails_after(conv_tail: Tensor, columns: Tensor, counts: Tensor) -> Tensor:
+    """The conv tails after the first counts[i] positions of a block.
+
+    conv_tail (B, C, K): before it; columns (B, L, C): the block's raw xBC; counts (B,) int64, each 0 to L. Returns (B, C, K).
     """
-    z, f, c = mix(projected, conv_tail, weights)
-    y, final, _ = chunk_scan(f.x, f.dt, weights.a, f.b, c, ssm, chunk)
-    conv_tail.copy_(f.conv)
-    ssm.copy_(final)
-    return finish(y, f.x, z, weights)
+    kernel = conv_tail.shape[-1]
+    at = counts.unsqueeze(1) + torch.arange(kernel, device=counts.device)  # among the K of the tail and the L behind them
+    known = torch.cat([conv_tail.transpose(1, 2), columns], 1)
+    return known.gather(1, at.unsqueeze(-1).expand(-1, -1, known.shape[2])).transpose(1, 2).contiguous()
 
 
 def take(conv_tail: Tensor, ssm: Tensor, factors: ScanFactors, a: Tensor, slots: Tensor | None = None) -> None:

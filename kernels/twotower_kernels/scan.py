@@ -65,11 +65,21 @@ def chunk_scan(
     return y, final, starts
 
 
-def apply_factors_(state: Tensor, x: Tensor, b: Tensor, dt: Tensor, a: Tensor, *, slots: Tensor | None = None) -> None:
+def apply_factors_(
+    state: Tensor,
+    x: Tensor,
+    b: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    *,
+    slots: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> None:
     """Take a state past L positions, in place, from the factors of their updates: the same bits wherever it runs.
 
     state (..., h, p, n) fp32, x (..., L, h, p), b (..., L, g, n), dt (..., L, h) fp32, a (h,) fp32; `...` is nothing,
     or a batch axis. With `slots` (B,) int64, distinct, state is a pool (slots, h, p, n), of which these change.
+    With `counts` (B,) int64, each 0 to L, only the first counts[i] positions of row i are taken: to the bits of these alone.
     Both ends of a session call this with equal inputs. It is elementwise and in order of position: S * decay, rounded,
     then a fused multiply-add of dt x and b. So neither the batch, nor the number of threads, nor which of the
     two forms below runs can change a bit.
@@ -78,20 +88,26 @@ def apply_factors_(state: Tensor, x: Tensor, b: Tensor, dt: Tensor, a: Tensor, *
     assert x.shape[-2:] == state.shape[-3:-1]
     assert b.shape[-1] == state.shape[-1]
     assert dt.shape == x.shape[:-1]
+    assert counts is None or counts.shape == x.shape[:-3] != ()
     decay = (dt * a).exp()
     library = cpu.library_for_factors(state, x, b, dt)
     if library is not None:
         if x.dim() == 3:
             state, x, b, dt, decay = (t.unsqueeze(0) for t in (state, x, b, dt, decay))
-        cpu.apply_factors(library, state, x, b, dt, decay, slots)
+        cpu.apply_factors(library, state, x, b, dt, decay, slots, counts)
         return
     rows = state if slots is None else state.index_select(0, slots)
     decay = decay[..., None, None]
     dtx = (dt.unsqueeze(-1) * x.float()).unsqueeze(-1)
     added = b.float().repeat_interleave(heads // b.shape[-2], -2).unsqueeze(-2)
     for i in range(x.shape[-3]):
-        rows.mul_(decay.select(-4, i)).addcmul_(dtx.select(-4, i), added.select(-4, i))
-    if slots is not None:
+        moved = rows if counts is None else rows.clone()
+        moved.mul_(decay.select(-4, i)).addcmul_(dtx.select(-4, i), added.select(-4, i))
+        rows = moved if counts is None else torch.where((counts > i).view(-1, 1, 1, 1), moved, rows)
+    if slots is None:
+        if rows is not state:
+            state.copy_(rows)
+    else:
         state.index_copy_(0, slots, rows)
 
 

@@ -278,6 +278,35 @@ def test_a_prompt_that_fails_is_found_among_those_read_with_it(towers: TinyTower
     assert _close(context, "c", alone)
 
 
+def test_an_ar_session_that_fails_is_found_and_the_others_go_on_with_the_same_tokens(
+    towers: TinyTowers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def params(seed: int) -> GenerationParams:
+        return GenerationParams(mode=Mode.AR, max_tokens=12, temperature=0.9, seed=seed)
+
+    calm, context = _Context(towers), _Context(towers)
+    for one in (calm, context):
+        for seed in range(4):
+            one.open(str(seed), PROMPT[seed:], params(seed))
+    calm.until_idle()
+    decode = context.loop._engine.decode
+
+    def poisoned(sessions: Sequence[Session]) -> Any:
+        if any(session.id == "2" and session.generated == 5 for session in sessions):
+            for session in sessions:
+                for layer in session.state.mamba.values():
+                    layer.ssm.add_(1.0)  # as a forward that fails half-way leaves it
+            raise RuntimeError("out of memory")
+        return decode(sessions)
+
+    monkeypatch.setattr(context.loop._engine, "decode", poisoned)
+    context.until_idle()
+    assert [failed.session_id for failed in context.take(SessionFailed)] == ["2"]
+    tokens, expected = context.take(TokenDecoded), calm.take(TokenDecoded)
+    for name in "013":
+        assert [t.token for t in tokens if t.session_id == name] == [t.token for t in expected if t.session_id == name]
+
+
 def test_a_device_that_fails_session_after_session_ends_the_loop(towers: TinyTowers, monkeypatch: pytest.MonkeyPatch) -> None:
     context = _Context(towers)
 

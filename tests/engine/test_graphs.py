@@ -17,7 +17,9 @@ from twotower.request import GenerationParams, Mode
 
 pytest.importorskip("triton")
 
-from twotower_kernels.triton.scan import interpreted
+from twotower_kernels.triton.common import interpreted
+
+pytestmark = pytest.mark.device
 
 DEVICE = torch.device("cpu" if interpreted() else "cuda")
 PROMPTS = (5, 70, 9)
@@ -140,3 +142,60 @@ def test_graphs_belong_to_a_pool_and_a_size(checkpoint: Checkpoint) -> None:
     assert made[3] != made[0]
     run(pools[1], 2, 1)
     assert len(graphs._graphs) == 1  # those of the other pool's addresses are gone
+
+
+def test_sizes_are_bounded_and_made_ahead(checkpoint: Checkpoint) -> None:
+    cpu = torch.device("cpu")
+    pool = StatePool(checkpoint.config, torch.float32, cpu, PoolSize(1, 1))
+    idle = torch.zeros(2, dtype=torch.int64)
+    graphs: Graphs[int] = Graphs(cpu, limit=2)
+
+    def program(ints: torch.Tensor, reals: torch.Tensor) -> int:
+        return id(ints)
+
+    def run(rows: int, *, common: bool = True) -> int:
+        ints, reals = torch.ones(rows, 2, dtype=torch.int64), torch.zeros(rows, 1, dtype=torch.float64)
+        return graphs.run(pool, "a", program, ints, reals, idle, common=common)
+
+    assert graphs.prepare(pool, "a", program, 1, 1, idle) is False  # made, but a CPU captures nothing
+    kept = {rows: run(rows) for rows in (1, 2)}
+    run(3, common=False)
+    assert {rows: run(rows) for rows in (2, 1)} == kept  # 1 ran last
+    run(4)
+    assert run(1) == kept[1]
+    assert len(graphs._graphs) == 2
+
+
+def test_engines_warm_up_at_scratch_places(engines: dict[bool, tuple[ContextEngine, DenoiserEngine]]) -> None:
+    params = GenerationParams(steps=1)
+    context, denoiser = engines[True]
+    sessions = _sessions(context, params)
+    before = [[t.clone() for layer in s.state.mamba.values() for t in (layer.conv, layer.ssm)] for s in sessions]
+    pool = sessions[0].state.pool
+    assert pool is not None
+    made = context.warm_up(pool, batches=(4,), contexts=(512,)) + denoiser.warm_up(pool, batches=(4,), contexts=(512,))
+    assert (made.sizes, made.captured > 0) == (3, DEVICE.type == "cuda")
+    assert "3 sizes in" in str(made)
+    for session, kept in zip(sessions, before, strict=True):
+        assert all(map(torch.equal, kept, (t for layer in session.state.mamba.values() for t in (layer.conv, layer.ssm))))
+    blocks = [denoiser.start(params, session.state, 0) for session in sessions]
+    denoiser.step(blocks)
+    context.commit([(session, block.tokens.tolist()) for session, block in zip(sessions, blocks, strict=True)])
+    assert [session.state.length for session in sessions] == [length + 16 for length in PROMPTS]
+    assert [len(engine._graphs._graphs) for engine in (denoiser,) if engine._graphs is not None] == [1]
+
+
+def test_a_block_of_another_size_makes_no_graph(engines: dict[bool, tuple[ContextEngine, DenoiserEngine]]) -> None:
+    seen = {}
+    for graphs, (context, denoiser) in engines.items():
+        params = GenerationParams(steps=1, block_size=5)
+        sessions = _sessions(context, params)
+        blocks = [denoiser.start(params, session.state, 0) for session in sessions]
+        denoiser.step(blocks)
+        tokens = [block.tokens.tolist() for block in blocks]
+        deltas = context.commit(list(zip(sessions, tokens, strict=True)))
+        seen[graphs] = tokens, [delta.length for delta in deltas]
+        if denoiser._graphs is not None:
+            made = [name for name in denoiser._graphs._graphs if isinstance(name, tuple) and name[-1] == 5 + 3]
+            assert made == []
+    assert seen[True] == seen[False]

@@ -58,18 +58,25 @@ def test_a_prompt_that_failed_with_others_is_read_alone() -> None:
     assert _plan(others[0], alone, others[1]).chunks == [(others[0], 5), (others[1], 5)]
 
 
+def test_tokens_of_a_session_that_failed_with_others_are_drawn_alone() -> None:
+    alone, others = Item(decodes=True, alone=True), [Item(decodes=True), Item(decodes=True)]
+    assert _plan(alone, *others).decodes == [alone]
+    assert _plan(*others, alone).decodes == others
+
+
 @given(st.lists(st.tuples(st.sampled_from("cdp"), st.integers(1, 300), st.booleans()), max_size=40), st.integers(1, 200))
 def test_everything_is_done_once(work: list[tuple[str, int, bool]], budget: int) -> None:
     items = [
         Item(prefill_left=tokens, alone=alone)
         if kind == "p"
-        else Item(block=[0] * tokens if kind == "c" else None, decodes=kind == "d")
+        else Item(block=[0] * tokens if kind == "c" else None, decodes=kind == "d", alone=alone)
         for kind, tokens, alone in work
     ]
     done: list[Item] = []
     while ahead := _plan(*items, budget=budget):
         assert sum(tokens for _, tokens in ahead.chunks) <= max(budget, 1) + CHUNK - 1
         assert len(ahead.chunks) <= 1 or not any(item.alone for item, _ in ahead.chunks)
+        assert len(ahead.decodes) <= 1 or not any(item.alone for item in ahead.decodes)
         for item in (*ahead.commits, *ahead.decodes):
             item.block, item.decodes = None, False
             done.append(item)

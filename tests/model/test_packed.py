@@ -19,6 +19,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported anywhere
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.device
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -41,7 +43,7 @@ def test_packed_and_unpacked_towers_agree(checkpoint: Checkpoint, experts: Forma
         denoiser = load_denoiser_tower(checkpoint, torch.float32, DEVICE, experts=experts, kernels=backend)
         assert all((moe.packed is not None) is (backend == "triton") for moe in (*_moe(context), *_moe(denoiser)))
         state = context.new_state()
-        logits = context.prefill(tokens, state)
+        logits = context.prefill([tokens], [state])[0]
         assert logits is not None
         share = torch.ones(1, device=DEVICE)
         results[backend] = (logits, denoiser.denoise(torch.full((1, 16), 3, device=DEVICE), share, [state]))

@@ -73,18 +73,18 @@ def test_a_slot_starts_empty_whoever_had_it_before(towers: tuple[ContextTower, D
     tower = towers[0]
     pool, alone = _pool(tower, 1, 2), tower.new_state()
     before = pool.acquire(2 * PAGE)
-    tower.prefill(_tokens(100, 0), before)
+    tower.prefill([_tokens(100, 0)], [before])
     pool.release(before)
     again = pool.acquire(2 * PAGE)
-    tower.prefill(_tokens(30, 1), again)
-    tower.prefill(_tokens(30, 1), alone)
+    tower.prefill([_tokens(30, 1)], [again])
+    tower.prefill([_tokens(30, 1)], [alone])
     assert _same(again, alone)
 
 
 def test_no_more_tokens_than_were_reserved(towers: tuple[ContextTower, DenoiserTower]) -> None:
     state = _pool(towers[0], 1, 2).acquire(PAGE)
     with pytest.raises(AssertionError, match="reserved"):
-        towers[0].prefill(_tokens(PAGE + 1, 0), state)
+        towers[0].prefill([_tokens(PAGE + 1, 0)], [state])
 
 
 def test_sessions_that_come_and_go_have_the_bits_of_sessions_alone(towers: tuple[ContextTower, DenoiserTower]) -> None:
@@ -101,8 +101,8 @@ def test_sessions_that_come_and_go_have_the_bits_of_sessions_alone(towers: tuple
         if pool.fits(room):
             state, alone = pool.acquire(room), context.new_state()
             prompt = _tokens(rng.randrange(1, room - 20), round_)
-            context.prefill(prompt, state)
-            context.prefill(prompt, alone)
+            context.prefill([prompt], [state])
+            context.prefill([prompt], [alone])
             live.append((state, alone, room))
         batch = [one for one in rng.sample(live, len(live)) if one[0].length + 8 <= one[2]]
         if not batch:
@@ -145,11 +145,11 @@ def test_deltas_applied_together_have_the_bits_of_deltas_applied_one_by_one(
     pool.release(held.pop(2))  # the others are no neighbours
     alone = [context.new_state() for _ in held]
     for i, (state, other) in enumerate(zip(held, alone, strict=True)):
-        context.prefill(_tokens(10 + i, i), state)
-        context.prefill(_tokens(10 + i, i), other)
+        context.prefill([_tokens(10 + i, i)], [state])
+        context.prefill([_tokens(10 + i, i)], [other])
     origin = [context.new_state() for _ in held]
     for i, state in enumerate(origin):
-        context.prefill(_tokens(10 + i, i), state)
+        context.prefill([_tokens(10 + i, i)], [state])
     deltas, _ = context.commit(torch.stack([_tokens(8, 50 + i) for i in range(len(held))]), origin)
     other_rates = {layer: rate.clone() for layer, rate in rates.items()}
     apply_all([Extension(s, d, other_rates if i == 1 else rates) for i, (s, d) in enumerate(zip(held, deltas, strict=True))])

@@ -51,9 +51,9 @@ def test_a_prompt_in_pieces_gives_the_same_state(towers: Towers, cut: int) -> No
     context, _ = towers
     tokens = _tokens(50)
     whole, pieces = context.new_state(), context.new_state()
-    logits = context.prefill(tokens, whole)
-    context.prefill(tokens[:cut], pieces, need_logits=False)
-    torch.testing.assert_close(context.prefill(tokens[cut:], pieces), logits, rtol=1e-3, atol=1e-3)
+    logits = context.prefill([tokens], [whole])[0]
+    context.prefill([tokens[:cut]], [pieces], need_logits=False)
+    torch.testing.assert_close(context.prefill([tokens[cut:]], [pieces])[0], logits, rtol=1e-3, atol=1e-3)
     _close(whole, pieces)
 
 
@@ -61,8 +61,8 @@ def test_commit_and_prefill_agree(towers: Towers) -> None:
     context, _ = towers
     tokens = _tokens(53)
     whole, committed = context.new_state(), context.new_state()
-    context.prefill(tokens, whole)
-    context.prefill(tokens[:37], committed)
+    context.prefill([tokens], [whole])
+    context.prefill([tokens[:37]], [committed])
     context.commit(tokens[37:].unsqueeze(0), [committed])
     _close(whole, committed)
 
@@ -71,7 +71,7 @@ def test_token_by_token_gives_the_same_logits(towers: Towers) -> None:
     context, _ = towers
     tokens = _tokens(12)
     whole, single = context.new_state(), context.new_state()
-    expected = context.prefill(tokens, whole)
+    expected = context.prefill([tokens], [whole])[0]
     logits = None
     for token in tokens:
         _, logits = context.commit(token.view(1, 1), [single], need_logits=True)
@@ -87,7 +87,7 @@ def test_a_batch_of_commits_gives_the_bits_of_each_alone(towers: Towers) -> None
     blocks = torch.stack([_tokens(16, 100 + n) for n in range(3)])
     batch = [context.new_state() for _ in prompts]
     for prompt, state in zip(prompts, batch, strict=True):
-        context.prefill(prompt, state)
+        context.prefill([prompt], [state])
     rates = context.decay_rates()
     followers = []
     for state in batch:  # a worker's copies, from before the commit
@@ -110,7 +110,7 @@ def test_a_batch_of_commits_gives_the_bits_of_each_alone(towers: Towers) -> None
 def test_denoising_leaves_the_state_alone(towers: Towers) -> None:
     context, denoiser = towers
     state = context.new_state()
-    context.prefill(_tokens(20), state)
+    context.prefill([_tokens(20)], [state])
     before = _tensors(state)
     denoiser.denoise(torch.full((1, 16), 3), torch.ones(1), [state])
     after = _tensors(state)
@@ -123,7 +123,7 @@ def test_rows_of_a_batch_are_independent(towers: Towers) -> None:
     for n in (0, 1, 17, 300):
         state = context.new_state()
         if n:
-            context.prefill(_tokens(n, n), state)
+            context.prefill([_tokens(n, n)], [state])
         states.append(state)
         block = torch.full((16,), 3)
         block[: n % 7] = _tokens(n % 7, n)
@@ -138,7 +138,7 @@ def test_rows_of_a_batch_are_independent(towers: Towers) -> None:
 def test_the_block_is_seen_in_both_directions_and_t_matters(towers: Towers) -> None:
     context, denoiser = towers
     state = context.new_state()
-    context.prefill(_tokens(5), state)
+    context.prefill([_tokens(5)], [state])
     block = torch.full((1, 16), 3)
     base = denoiser.denoise(block, torch.tensor([0.9]), [state])
     changed = block.clone()
@@ -152,7 +152,7 @@ def test_the_seed_matters(towers: Towers) -> None:
     context, denoiser = towers
     states = [context.new_state() for _ in range(2)]
     for seed, state in enumerate(states):
-        context.prefill(_tokens(20, seed), state)
+        context.prefill([_tokens(20, seed)], [state])
     logits = denoiser.denoise(torch.full((2, 16), 3), torch.ones(2), states)
     assert (logits[0] - logits[1]).abs().max() > 1e-2
 
@@ -162,7 +162,7 @@ def test_bf16_stays_near_fp32(tmp_path: Path, towers: Towers) -> None:
     checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path))
     half = load_context_tower(checkpoint, torch.bfloat16, CPU), load_denoiser_tower(checkpoint, torch.bfloat16, CPU)
     states = [context.new_state(), half[0].new_state()]
-    logits = [t.prefill(_tokens(40), s) for t, s in zip((context, half[0]), states, strict=True)]
+    logits = [t.prefill([_tokens(40)], [s])[0] for t, s in zip((context, half[0]), states, strict=True)]
     assert logits[0] is not None
     assert logits[1] is not None
     scale = logits[0].std()
@@ -184,7 +184,7 @@ def test_compiled_graphs_compute_the_same(tmp_path: Path) -> None:
     for compiled in (False, True):
         context.compiled = denoiser.compiled = compiled
         state, logits = context.new_state(), []
-        context.prefill(_tokens(21), state)
+        context.prefill([_tokens(21)], [state])
         for i in range(2):  # the second time with a longer context: nothing is compiled anew
             logits.append(denoiser.denoise(_tokens(8, i).unsqueeze(0), torch.tensor([0.5]), [state]))
             context.commit(_tokens(8, i).unsqueeze(0), [state])

@@ -21,7 +21,9 @@ from twotower.request import GenerationParams, Mode
 
 pytest.importorskip("triton")
 
-from twotower_kernels.triton.scan import interpreted
+from twotower_kernels.triton.common import interpreted
+
+pytestmark = pytest.mark.device
 
 DEVICE = torch.device("cpu" if interpreted() else "cuda")
 LENGTHS = (70, 3, 130)
@@ -65,7 +67,7 @@ def _states(tower: ContextTower) -> list[ContextState]:
     pool.release(first)
     states.append(pool.acquire(LENGTHS[2] + 32))
     for i, (state, length) in enumerate(zip(states, LENGTHS, strict=True)):
-        tower.prefill(_tokens(length, i), state, need_logits=False)
+        tower.prefill([_tokens(length, i)], [state], need_logits=False)
     return [states[2], states[0], states[1]]
 
 
@@ -101,6 +103,20 @@ def test_towers_agree_over_a_pool(checkpoint: Checkpoint, dtype: torch.dtype) ->
         ]
         seen[name] = [logits, last, token, *factors, *(tensor for state in states for tensor in _tensors(state))]
     for got, expected in zip(seen["triton"], seen["torch"], strict=True):
+        _close(got, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompts_read_together_agree(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    seen = {}
+    towers = _towers(checkpoint, dtype)
+    for name, (context, _) in towers.items():
+        states = _states(towers["torch"][0])
+        logits = context.prefill([_tokens(count, 40 + i) for i, count in enumerate((9, 20, 1))], states)
+        seen[name] = [*logits, *(tensor for state in states for tensor in _tensors(state))]
+    for got, expected in zip(seen["triton"], seen["torch"], strict=True):
+        assert got is not None
+        assert expected is not None
         _close(got, expected, dtype)
 
 
@@ -147,6 +163,6 @@ def test_one_session_alone(checkpoint: Checkpoint) -> None:
     logits = {}
     for name, (context, denoiser) in _towers(checkpoint, torch.float32).items():
         state = context.new_state()
-        context.prefill(_tokens(20, 0), state)
+        context.prefill([_tokens(20, 0)], [state])
         logits[name] = denoiser.denoise(_tokens(16, 1).unsqueeze(0), torch.tensor([0.5], device=DEVICE), [state])
     _close(logits["triton"], logits["torch"], torch.float32)

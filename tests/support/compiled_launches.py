@@ -1,4 +1,4 @@
-"""Compiles, without a GPU, every kernel that a denoiser step, a commit and an AR step launch, for an H200 (sm_90).
+"""Compiles, without a GPU, every kernel that a denoiser step, a commit, an AR step and a prefill launch, for an H200 (sm_90).
 
 Nothing runs: each launch is compiled for what it would be given. The interpreter takes much that the compiler refuses.
 Prints one JSON object: by kernel, whether any of its forms uses the tensor cores' asynchronous products.
@@ -74,7 +74,24 @@ def main() -> None:
                     ContextEngine(tower, graphs=graphs).extend(blocks, states, need_logits=True)
                     for state in states:
                         state.length = tokens
+                if not graphs:
+                    tower.accept(states, tower.verify(blocks.new_zeros(sessions, 16), states), [9] * sessions)
+                    for state in states:
+                        state.length = tokens
+                    tower.prefill([blocks.new_zeros(16) for _ in states], states)
+                    for state in states:
+                        state.length = tokens
+    _apply_on_a_worker(config)
     print(json.dumps(found))
+
+
+def _apply_on_a_worker(config: ModelConfig) -> None:
+    """Commits change states in the scan's own launch; a worker applies their deltas."""
+    heads, length = config.mamba_num_heads, config.block_size
+    state = torch.zeros(2, heads, config.mamba_head_dim, config.ssm_state_size)
+    x = torch.zeros(2, length, heads, config.mamba_head_dim, dtype=torch.bfloat16)
+    b = torch.zeros(2, length, config.n_groups, config.ssm_state_size, dtype=torch.bfloat16)
+    load("triton").apply_factors_(state, x, b, torch.zeros(2, length, heads), torch.zeros(heads))
 
 
 if __name__ == "__main__":

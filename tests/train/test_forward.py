@@ -31,7 +31,7 @@ def test_context_logits_equal_serving(config: ModelConfig) -> None:
     for row in range(2):
         state = context.new_state()
         for i in range(37):
-            logits = context.prefill(tokens[row, i : i + 1], state)
+            logits = context.prefill([tokens[row, i : i + 1]], [state])[0]
             assert logits is not None
             torch.testing.assert_close(trained[row, i], logits, atol=1e-4, rtol=0)
 
@@ -46,7 +46,7 @@ def test_block_logits_equal_serving(config: ModelConfig, prompt: int) -> None:
     trained = block_logits(denoiser, noisy, t, block_seeds(context, tokens, prompt, BLOCK))
     for row in range(2):
         state = context.new_state()
-        context.prefill(tokens[row, :prompt], state)
+        context.prefill([tokens[row, :prompt]], [state])
         for block in range(3):
             served = denoiser.denoise(noisy[row, block : block + 1], t[row, block : block + 1], [state])
             torch.testing.assert_close(trained[row, block], served[0], atol=1e-4, rtol=0)
@@ -59,12 +59,12 @@ def test_fresh_denoiser_ignores_time_and_equals_its_context_tower(config: ModelC
     denoiser = new_denoiser_tower(context)
     tokens = torch.randint(4, config.vocab_size, (1, 5 + BLOCK), generator=torch.Generator().manual_seed(0))
     state = context.new_state()
-    context.prefill(tokens[0, :5], state)
+    context.prefill([tokens[0, :5]], [state])
     last = tokens[:, 5:6]
     timed = [denoiser.denoise(last, torch.tensor([t]), [state]) for t in (0.1, 1.0)]
     torch.testing.assert_close(timed[0], timed[1])
     # One position has nothing behind it: there the denoiser, untrained, predicts what the context tower predicts.
-    torch.testing.assert_close(timed[0][0, 0], context.prefill(tokens[0, 5:6], state), atol=1e-4, rtol=0)
+    torch.testing.assert_close(timed[0][0, 0], context.prefill([tokens[0, 5:6]], [state])[0], atol=1e-4, rtol=0)
 
 
 def test_usage_counts_every_choice(config: ModelConfig) -> None:

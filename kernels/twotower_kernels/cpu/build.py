@@ -96,7 +96,11 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         *(pointer, count, count, *(pointer,) * 5, number, *(pointer,) * 4, *(single,) * 3),
         *(*(pointer,) * 5, *(count,) * 6, number, number),
     ]
-    library.tt_apply_factors.argtypes = [*(pointer,) * 6, *(count,) * 6, number]
+    library.tt_prefill_scan.argtypes = [
+        *(pointer, count, *(pointer,) * 6, number, *(pointer,) * 4, *(single,) * 3),
+        *(pointer, *(count,) * 5, number, number),
+    ]
+    library.tt_apply_factors.argtypes = [*(pointer,) * 7, *(count,) * 6, number]
     library.tt_modulated_norm.argtypes = [
         *(pointer, pointer, pointer, count, pointer, pointer, count, number),
         *(pointer, single, pointer, pointer, *(count,) * 3, number),
@@ -110,7 +114,13 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     ]
     for function in (library.tt_linear, library.tt_apply_factors, library.tt_modulated_norm, library.tt_best):
         function.restype = None
-    for function in (library.tt_grouped_experts, library.tt_block_scan, library.tt_route, library.tt_attend):
+    for function in (
+        library.tt_grouped_experts,
+        library.tt_block_scan,
+        library.tt_prefill_scan,
+        library.tt_route,
+        library.tt_attend,
+    ):
         function.restype = number  # 0, or 1 if memory ran out
     library.tt_pin.restype = number
     return library

@@ -18,12 +18,20 @@ def library_for_factors(ssm: Tensor, x: Tensor, b: Tensor, dt: Tensor) -> ctypes
 
 
 def apply_factors(
-    library: ctypes.CDLL, ssm: Tensor, x: Tensor, b: Tensor, dt: Tensor, decay: Tensor, slots: Tensor | None
+    library: ctypes.CDLL,
+    ssm: Tensor,
+    x: Tensor,
+    b: Tensor,
+    dt: Tensor,
+    decay: Tensor,
+    slots: Tensor | None,
+    counts: Tensor | None,
 ) -> None:
     """As `twotower_kernels.scan.apply_factors_`; all with a batch axis and contiguous, decay = exp(dt a) (B, L, h)."""
     batch, length, heads, head_dim = x.shape
+    assert counts is None or (counts.dtype == torch.int64 and counts.is_contiguous())
     library.tt_apply_factors(
-        *(ssm.data_ptr(), address(slots), x.data_ptr(), b.data_ptr(), dt.data_ptr(), decay.data_ptr()),
+        *(ssm.data_ptr(), address(slots), address(counts), x.data_ptr(), b.data_ptr(), dt.data_ptr(), decay.data_ptr()),
         *(batch, length, heads, head_dim, *b.shape[2:]),
         torch.get_num_threads(),
     )

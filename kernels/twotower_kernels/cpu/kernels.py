@@ -12,6 +12,7 @@ class CpuKernels(Kernels):
     name = "cpu"
     linear = staticmethod(linear.linear)
     block_scan = staticmethod(mamba.block_scan)
+    block_scan_factors = staticmethod(mamba.block_scan_factors)
     block_scan_commit = staticmethod(mamba.block_scan_commit)
     prefill_scan = staticmethod(mamba.prefill_scan)
     modulated_norm = staticmethod(norms.modulated_norm)

@@ -1,6 +1,6 @@
-// Mamba-2 over one short block, everything between in_proj and out_proj, in one pass over each group of heads.
+// Mamba-2 over short blocks and prompts, everything between in_proj and out_proj, in one pass over each group of heads.
 //
-// A block is one chunk of at most 64 positions: within it, products over pairs of positions; from before it, one product
+// A block is one chunk of at most 64 positions, and a prompt's chunk a row of such: within it, products over pairs of positions; from before it, one product
 // with the seed S. S and all sums are fp32; x, b and c are rounded to bf16 where the torch layer rounds them. A group's
 // result depends on nothing but its own row, so that a row has the same bits in any batch.
 
@@ -148,6 +148,98 @@ void gated_norm(const float* y, const bf16* z, const float* weight, float eps, i
   }
 }
 
+// Sizes of a layer, and what it holds between its projections.
+struct Layer {
+  int64_t heads, head_dim, groups, n;
+  int kernel;
+  Floats weight, bias;
+  const float *dt_bias, *a, *d, *norm;
+  float eps, dt_low, dt_high;
+
+  int64_t inner() const { return heads * head_dim; }
+  int64_t channels() const { return inner() + 2 * groups * n; }
+  int64_t own() const { return heads / groups; }     // heads of a group
+  int64_t count() const { return own() * head_dim; }  // their channels
+};
+
+// What a thread works with, for up to `length` positions of one group.
+struct Scratch {
+  float *x, *y;           // (length, count)
+  float *b, *c;           // (length, n)
+  float* b_t;             // (n, width): width is length, padded
+  float *scores, *pairs;  // (length, width)
+  float* gated;           // (count)
+  float* dt;              // (own, length)
+  float* since;           // (length)
+
+  static int64_t room(const Layer& layer, int64_t length) {
+    return length * (2 * layer.count() + 2 * layer.n) + layer.n * padded(length) + 2 * length * padded(length) + layer.count() +
+           layer.own() * length + length;
+  }
+
+  Scratch(float* memory, const Layer& layer, int64_t length) {
+    const auto take = [&](int64_t size) { return memory += size, memory - size; };
+    x = take(length * layer.count()), y = take(length * layer.count());
+    b = take(length * layer.n), c = take(length * layer.n), b_t = take(layer.n * padded(length));
+    scores = take(length * padded(length)), pairs = take(length * padded(length));
+    gated = take(layer.count()), dt = take(layer.own() * length), since = take(length);
+  }
+};
+
+// One group's output over `length` <= 64 positions from a seed. z: projected at the first position, rows `step` apart; tail
+// (channels, kernel), ssm (heads, head_dim, n); out: (.., inner) at the first position. The new tail of the group's channels goes to
+// `new_tail`, which may be `tail` itself, or nowhere. Leaves x, b and dt in `s`.
+void scan_group(const Layer& layer, int64_t g, const bf16* z, int64_t step, int64_t length, const bf16* tail, const float* ssm,
+                const Scratch& s, bf16* new_tail, bf16* out) {
+  const int64_t inner = layer.inner(), channels = layer.channels(), own = layer.own(), count = layer.count();
+  const int64_t head_dim = layer.head_dim, n = layer.n;
+  const bf16* xbc = z + inner;
+  const auto conv = [&](int64_t first, int64_t many, float* to) {
+    convolve(xbc + first, step, tail, layer.weight, layer.bias, first, many, length, layer.kernel, to, new_tail);
+  };
+  conv(g * count, count, s.x);
+  conv(inner + g * n, n, s.b);
+  conv(inner + (layer.groups + g) * n, n, s.c);
+  pair_scores(s.c, s.b, length, n, s.b_t, s.scores);
+  for (int64_t h = 0; h < own; h++) {
+    const int64_t head = g * own + h;
+    for (int64_t i = 0; i < length; i++) {
+      const float raw = widen(z[i * step + inner + channels + head]) + layer.dt_bias[head];
+      const float soft = raw > 20 ? raw : log1pf(expf(raw));
+      const float low = soft < layer.dt_low ? layer.dt_low : soft;  // keeps NaN
+      s.dt[h * length + i] = low > layer.dt_high ? layer.dt_high : low;
+    }
+    decayed(s.scores, s.dt + h * length, layer.a[head], length, s.pairs, s.since);
+    within(s.pairs, s.x + h * head_dim, layer.d[head], length, head_dim, s.y + h * head_dim, count);
+    from_seed(ssm + head * head_dim * n, s.c, s.since, length, head_dim, n, s.y + h * head_dim, count);
+  }
+  for (int64_t i = 0; i < length; i++)
+    gated_norm(s.y + i * count, z + i * step + g * count, layer.norm + g * count, layer.eps, count, s.gated,
+               out + i * inner + g * count);
+}
+
+// One head's S (head_dim, n) past `length` positions: x (length, row), b (length, n), dt (length).
+void advance(float* ssm, const float* x, int64_t row, const float* b, const float* dt, float a, int64_t length, int64_t head_dim,
+             int64_t n) {
+  alignas(64) float fade[kMaxBlock];
+  for (int64_t i = 0; i < length; i++) fade[i] = expf(dt[i] * a);
+  for (int64_t p = 0; p < head_dim; p += 8) {
+    for (int64_t k = 0; k < n; k += kFloats) {
+      __m512 acc[8];
+#pragma GCC unroll 8
+      for (int o = 0; o < 8; o++) acc[o] = _mm512_loadu_ps(ssm + (p + o) * n + k);
+      for (int64_t i = 0; i < length; i++) {
+        const __m512 factor = _mm512_set1_ps(fade[i]), of = _mm512_loadu_ps(b + i * n + k);
+#pragma GCC unroll 8
+        for (int o = 0; o < 8; o++)
+          acc[o] = _mm512_fmadd_ps(_mm512_set1_ps(dt[i] * x[i * row + p + o]), of, _mm512_mul_ps(acc[o], factor));
+      }
+#pragma GCC unroll 8
+      for (int o = 0; o < 8; o++) _mm512_storeu_ps(ssm + (p + o) * n + k, acc[o]);
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -163,68 +255,75 @@ int tt_block_scan(const bf16* projected, int64_t row, int64_t step, const bf16* 
                   const void* conv_weight, const void* conv_bias, int conv_bf16, const float* dt_bias, const float* a, const float* d,
                   const float* norm, float eps, float dt_low, float dt_high, bf16* out, bf16* x, bf16* b, float* dt, bf16* new_tails,
                   int64_t batch, int64_t length, int64_t heads, int64_t head_dim, int64_t groups, int64_t n, int kernel, int threads) {
-  const int64_t inner = heads * head_dim, channels = inner + 2 * groups * n, own = heads / groups, count = own * head_dim;
-  const int64_t width = padded(length);
-  const Floats weight{conv_weight, conv_bf16 != 0}, bias{conv_bias, conv_bf16 != 0};
-  const int64_t room = length * (2 * count + 2 * n) + n * width + 2 * length * width + count + own * length + length;
+  const Layer layer{heads, head_dim, groups, n,    kernel, {conv_weight, conv_bf16 != 0}, {conv_bias, conv_bf16 != 0},
+                    dt_bias, a,      d,      norm, eps,    dt_low,                        dt_high};
+  const int64_t inner = layer.inner(), channels = layer.channels(), own = layer.own(), count = layer.count();
   int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    float* scratch = static_cast<float*>(malloc(room * sizeof(float)));
-    if (!scratch) {
+    float* memory = static_cast<float*>(malloc(Scratch::room(layer, length) * sizeof(float)));
+    if (!memory) {
 #pragma omp atomic write
       failed = 1;
     }
+    const Scratch s(memory, layer, length);
 #pragma omp for collapse(2) schedule(dynamic, 1)
     for (int64_t r = 0; r < batch; r++) {
       for (int64_t g = 0; g < groups; g++) {
-        if (!scratch) continue;
-        float* xs = scratch;             // (length, count)
-        float* ys = xs + length * count;  // (length, count)
-        float* bs = ys + length * count;  // (length, n)
-        float* cs = bs + length * n;      // (length, n)
-        float* b_t = cs + length * n;     // (n, width)
-        float* scores = b_t + n * width;  // (length, width)
-        float* pairs = scores + length * width;  // (length, width)
-        float* gated = pairs + length * width;   // (count)
-        float* dts = gated + count;              // (own, length)
-        float* since = dts + own * length;       // (length)
+        if (!memory) continue;
         const int64_t slot = slots ? slots[r] : r;
-        const bf16* z = projected + r * row;
-        const bf16* xbc = z + inner;
-        const bf16* tail = tails + slot * channels * kernel;
-        bf16* new_tail = x ? new_tails + r * channels * kernel : nullptr;
-        const auto conv = [&](int64_t first, int64_t many, float* to) {
-          convolve(xbc + first, step, tail, weight, bias, first, many, length, kernel, to, new_tail);
-        };
-        conv(g * count, count, xs);
-        conv(inner + g * n, n, bs);
-        conv(inner + (groups + g) * n, n, cs);
-        pair_scores(cs, bs, length, n, b_t, scores);
-        for (int64_t h = 0; h < own; h++) {
-          const int64_t head = g * own + h;
-          for (int64_t i = 0; i < length; i++) {
-            const float raw = widen(z[i * step + inner + channels + head]) + dt_bias[head];
-            const float soft = raw > 20 ? raw : log1pf(expf(raw));
-            const float low = soft < dt_low ? dt_low : soft;  // keeps NaN
-            dts[h * length + i] = low > dt_high ? dt_high : low;
-          }
-          decayed(scores, dts + h * length, a[head], length, pairs, since);
-          within(pairs, xs + h * head_dim, d[head], length, head_dim, ys + h * head_dim, count);
-          from_seed(ssm + (slot * heads + head) * head_dim * n, cs, since, length, head_dim, n, ys + h * head_dim, count);
-        }
-        for (int64_t i = 0; i < length; i++)
-          gated_norm(ys + i * count, z + i * step + g * count, norm + g * count, eps, count, gated,
-                     out + (r * length + i) * inner + g * count);
+        scan_group(layer, g, projected + r * row, step, length, tails + slot * channels * kernel, ssm + slot * inner * n, s,
+                   x ? new_tails + r * channels * kernel : nullptr, out + r * length * inner);
         if (x) {
-          store_rows(xs, count, length, x + r * length * inner + g * count, inner);
-          store_rows(bs, n, length, b + r * length * groups * n + g * n, groups * n);
+          store_rows(s.x, count, length, x + r * length * inner + g * count, inner);
+          store_rows(s.b, n, length, b + r * length * groups * n + g * n, groups * n);
           for (int64_t i = 0; i < length; i++)
-            for (int64_t h = 0; h < own; h++) dt[(r * length + i) * heads + g * own + h] = dts[h * length + i];
+            for (int64_t h = 0; h < own; h++) dt[(r * length + i) * heads + g * own + h] = s.dt[h * length + i];
         }
       }
     }
-    free(scratch);
+    free(memory);
+  }
+  return failed;
+}
+
+// Chunks of any lengths, `batch` of them one behind the other, in pieces of 64 positions: chunk i is [borders[i], borders[i + 1]).
+//
+// Arguments as above, but: projected (positions, ..), rows `step` apart; out (positions, heads * head_dim); tails and ssm are taken past
+// the chunks, in place. A chunk's results depend on nothing but its own inputs. 1 if memory ran out, 0 if done.
+int tt_prefill_scan(const bf16* projected, int64_t step, const int64_t* borders, bf16* tails, float* ssm, const int64_t* slots,
+                    const void* conv_weight, const void* conv_bias, int conv_bf16, const float* dt_bias, const float* a, const float* d,
+                    const float* norm, float eps, float dt_low, float dt_high, bf16* out, int64_t batch, int64_t heads,
+                    int64_t head_dim, int64_t groups, int64_t n, int kernel, int threads) {
+  const Layer layer{heads, head_dim, groups, n,    kernel, {conv_weight, conv_bf16 != 0}, {conv_bias, conv_bf16 != 0},
+                    dt_bias, a,      d,      norm, eps,    dt_low,                        dt_high};
+  const int64_t inner = layer.inner(), own = layer.own();
+  int failed = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    float* memory = static_cast<float*>(malloc(Scratch::room(layer, kMaxBlock) * sizeof(float)));
+    if (!memory) {
+#pragma omp atomic write
+      failed = 1;
+    }
+    const Scratch s(memory, layer, kMaxBlock);
+#pragma omp for collapse(2) schedule(dynamic, 1)
+    for (int64_t r = 0; r < batch; r++) {
+      for (int64_t g = 0; g < groups; g++) {
+        if (!memory) continue;
+        const int64_t slot = slots ? slots[r] : r;
+        bf16* tail = tails + slot * layer.channels() * kernel;
+        float* state = ssm + slot * inner * n;
+        for (int64_t at = borders[r]; at < borders[r + 1]; at += kMaxBlock) {
+          const int64_t length = borders[r + 1] - at < kMaxBlock ? borders[r + 1] - at : kMaxBlock;
+          scan_group(layer, g, projected + at * step, step, length, tail, state, s, tail, out + at * inner);
+          for (int64_t h = 0; h < own; h++)
+            advance(state + (g * own + h) * head_dim * n, s.x + h * head_dim, layer.count(), s.b, s.dt + h * length, a[g * own + h],
+                    length, head_dim, n);
+        }
+      }
+    }
+    free(memory);
   }
   return failed;
 }
@@ -232,14 +331,15 @@ int tt_block_scan(const bf16* projected, int64_t row, int64_t step, const bf16* 
 // S past `length` positions, in place: per position S * decay, rounded, then a fused multiply-add of (dt x) b. The bits of the
 // torch form, which does the same with one pass over S for each of these.
 //
-// ssm (.., heads, head_dim, n), row i at slots[i], or at i without slots; x (batch, length, heads, head_dim) and b (batch, length, groups, n)
+// ssm (.., heads, head_dim, n), row i at slots[i], or at i without slots; of row i the first counts[i] positions, or all; x (batch, length, heads, head_dim) and b (batch, length, groups, n)
 // bf16, dt and decay (batch, length, heads) fp32.
-void tt_apply_factors(float* ssm, const int64_t* slots, const bf16* x, const bf16* b, const float* dt, const float* decay, int64_t batch,
-                      int64_t length, int64_t heads, int64_t head_dim, int64_t groups, int64_t n, int threads) {
+void tt_apply_factors(float* ssm, const int64_t* slots, const int64_t* counts, const bf16* x, const bf16* b, const float* dt,
+                      const float* decay, int64_t batch, int64_t length, int64_t heads, int64_t head_dim, int64_t groups, int64_t n, int threads) {
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(dynamic, 4) if (threads > 1)
   for (int64_t r = 0; r < batch; r++) {
     for (int64_t head = 0; head < heads; head++) {
       float* s = ssm + ((slots ? slots[r] : r) * heads + head) * head_dim * n;
+      const int64_t count = counts ? counts[r] : length;
       const bf16* from = b + (r * length * groups + head / (heads / groups)) * n;
       for (int64_t p = 0; p < head_dim; p += 4) {
         for (int64_t k = 0; k < n; k += 2 * kFloats) {
@@ -250,7 +350,7 @@ void tt_apply_factors(float* ssm, const int64_t* slots, const bf16* x, const bf1
             acc[2 * o] = _mm512_maskz_loadu_ps(mask, s + (p + o) * n + k);
             acc[2 * o + 1] = _mm512_maskz_loadu_ps(next, s + (p + o) * n + k + kFloats);
           }
-          for (int64_t i = 0; i < length; i++) {
+          for (int64_t i = 0; i < count; i++) {
             const int64_t at = (r * length + i) * heads + head;
             const __m512 fade = _mm512_set1_ps(decay[at]);
             const __m512 low = load_wide(from + i * groups * n + k, mask), high = load_wide(from + i * groups * n + k + kFloats, next);

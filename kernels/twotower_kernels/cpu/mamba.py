@@ -1,4 +1,4 @@
-"""Mamba-2 over a block on a CPU in bf16 (`mamba.cpp`)."""
+"""Mamba-2 over a block, and over prompts, on a CPU in bf16 (`mamba.cpp`)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from twotower_kernels import block as plain
 from twotower_kernels.block import ScanFactors, ScanWeights, empty_factors, take
 from twotower_kernels.cpu.build import address, check, library_for
+from twotower_kernels.prefill import Segments
+from twotower_kernels.prefill import prefill_scan as plain_prefill_scan
 
 MAX_BLOCK = 64
 MAX_KERNEL = 8
@@ -21,48 +23,99 @@ def block_scan(
     projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
 ) -> Tensor:
     """As `twotower_kernels.block.block_scan`."""
-    library = _library_for(projected, conv_tail, ssm, weights)
+    library = _block_library_for(projected, conv_tail, ssm, weights)
     if library is None:
         return plain.block_scan(projected, conv_tail, ssm, weights, slots=slots)
     return _run(library, projected, conv_tail, ssm, weights, slots, None)
+
+
+def block_scan_factors(
+    projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
+) -> tuple[Tensor, ScanFactors]:
+    """As `twotower_kernels.block.block_scan_factors`."""
+    library = _block_library_for(projected, conv_tail, ssm, weights)
+    if library is None:
+        return plain.block_scan_factors(projected, conv_tail, ssm, weights, slots=slots)
+    factors = empty_factors(projected, conv_tail, ssm, weights.groups)
+    return _run(library, projected, conv_tail, ssm, weights, slots, factors), factors
 
 
 def block_scan_commit(
     projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
 ) -> tuple[Tensor, ScanFactors]:
     """As `twotower_kernels.block.block_scan_commit`."""
-    library = _library_for(projected, conv_tail, ssm, weights)
-    if library is None:
+    if _block_library_for(projected, conv_tail, ssm, weights) is None:
         return plain.block_scan_commit(projected, conv_tail, ssm, weights, slots=slots)
-    factors = empty_factors(projected, conv_tail, ssm, weights.groups)
-    out = _run(library, projected, conv_tail, ssm, weights, slots, factors)
+    out, factors = block_scan_factors(projected, conv_tail, ssm, weights, slots=slots)
     take(conv_tail, ssm, factors, weights.a, slots)
     return out, factors
 
 
-def prefill_scan(projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, chunk: int) -> Tensor:
-    """As `twotower_kernels.block.prefill_scan`, in pieces of `MAX_BLOCK` positions."""
-    first = projected[:, :MAX_BLOCK]
-    if _library_for(first, conv_tail, ssm, weights) is None:
-        return plain.prefill_scan(projected, conv_tail, ssm, weights, chunk=chunk)
-    pieces = [block_scan_commit(piece, conv_tail, ssm, weights)[0] for piece in projected.split(MAX_BLOCK, 1)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+def prefill_scan(
+    projected: Tensor,
+    segments: Segments,
+    conv_tail: Tensor,
+    ssm: Tensor,
+    weights: ScanWeights,
+    *,
+    chunk: int,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """As `twotower_kernels.prefill.prefill_scan`, in pieces of `MAX_BLOCK` positions.
+
+    A chunk has the bits that it has alone.
+    """
+    library = _library_for(projected, conv_tail, ssm, weights)
+    if library is None:
+        return plain_prefill_scan(projected, segments, conv_tail, ssm, weights, chunk=chunk, slots=slots)
+    assert projected.shape[0] == segments.total
+    assert slots is None or (slots.dtype == torch.int64 and slots.is_contiguous() and slots.shape == (len(segments),))
+    _, heads, head_dim, n = ssm.shape
+    out = projected.new_empty(segments.total, heads * head_dim)
+    failed = library.tt_prefill_scan(
+        *(projected.data_ptr(), projected.stride(0), segments.borders.data_ptr()),
+        *(conv_tail.data_ptr(), ssm.data_ptr(), address(slots)),
+        *_addresses(weights),
+        out.data_ptr(),
+        *(len(segments), heads, head_dim, weights.groups, n, weights.conv_weight.shape[-1], torch.get_num_threads()),
+    )
+    check(failed, f"the scan of {segments.total} tokens")
+    return out
 
 
 def _library_for(projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights) -> ctypes.CDLL | None:
     conv_weight, conv_bias = weights.conv_weight, weights.conv_bias
     fits = (
         projected.dtype == conv_tail.dtype == torch.bfloat16
-        and 1 <= projected.shape[1] <= MAX_BLOCK
         and conv_weight.shape[-1] <= MAX_KERNEL
         and ssm.shape[-1] % LANES == ssm.shape[-2] % LANES == 0
         and projected.stride(-1) == 1
         and conv_tail.is_contiguous()
         and ssm.is_contiguous()
+        and conv_weight.is_contiguous()
         and conv_weight.dtype in (torch.bfloat16, torch.float32)
         and (conv_bias is None or conv_bias.dtype == conv_weight.dtype)
     )
     return library_for(projected, conv_tail, ssm, conv_weight, weights.norm) if fits else None
+
+
+def _block_library_for(projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights) -> ctypes.CDLL | None:
+    return _library_for(projected, conv_tail, ssm, weights) if 1 <= projected.shape[1] <= MAX_BLOCK else None
+
+
+def _addresses(weights: ScanWeights) -> tuple[float | int | None, ...]:
+    """A layer's weights as the kernels take them."""
+    return (
+        weights.conv_weight.data_ptr(),
+        address(weights.conv_bias),
+        weights.conv_weight.dtype == torch.bfloat16,
+        weights.dt_bias.data_ptr(),
+        weights.a.data_ptr(),
+        weights.d.data_ptr(),
+        weights.norm.data_ptr(),
+        weights.eps,
+        *weights.time_step_limit,
+    )
 
 
 def _run(
@@ -78,7 +131,6 @@ def _run(
     batch, length, _ = projected.shape
     _, heads, head_dim, n = ssm.shape
     assert slots is None or (slots.dtype == torch.int64 and slots.is_contiguous() and slots.shape == (batch,))
-    assert weights.conv_weight.is_contiguous()
     out = projected.new_empty(batch, length, heads * head_dim)
     failed = library.tt_block_scan(
         projected.data_ptr(),
@@ -87,15 +139,7 @@ def _run(
         conv_tail.data_ptr(),
         ssm.data_ptr(),
         address(slots),
-        weights.conv_weight.data_ptr(),
-        address(weights.conv_bias),
-        weights.conv_weight.dtype == torch.bfloat16,
-        weights.dt_bias.data_ptr(),
-        weights.a.data_ptr(),
-        weights.d.data_ptr(),
-        weights.norm.data_ptr(),
-        weights.eps,
-        *weights.time_step_limit,
+        *_addresses(weights),
         out.data_ptr(),
         *((None,) * 4 if factors is None else map(address, (factors.x, factors.b, factors.dt, factors.conv))),
         batch,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower_kernels.triton.scan import as_dtype, interpreted
+from twotower_kernels.triton.common import as_dtype, interpreted
 
 MAX_BLOCK = 64
 """Positions a block may have."""

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower_kernels.triton.scan import as_dtype, interpreted
+from twotower_kernels.triton.common import as_dtype, interpreted
 
 _MIN_DOT = 16
 """The smallest side of a matrix that the tensor cores take."""

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.norms import Order
-from twotower_kernels.triton.scan import as_dtype, interpreted
+from twotower_kernels.triton.common import as_dtype, interpreted
 
 
 def modulated_norm(

@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.quant import GROUP, Packed
+from twotower_kernels.triton.common import interpreted
 from twotower_kernels.triton.experts import choose_rows, plan, store_rows, sum_choices
-from twotower_kernels.triton.scan import interpreted
 
 _WIDE = 128
 """Rows a program holds from which on products, not reading weights, are what takes time."""

@@ -55,12 +55,12 @@ class Roofline:
 
 
 def measure(device: torch.device, budget_s: float = 0.5) -> Roofline:
-    """A large copy, and a large product of bf16 matrices."""
+    """A large copy, and a large product of bf16 matrices; of random numbers, since constant ones take less power and time."""
     cuda = device.type == "cuda"
-    source = torch.ones((1 << 30) if cuda else (1 << 26), dtype=torch.float32, device=device)
+    source = torch.empty((1 << 30) if cuda else (1 << 26), dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
     copied = seconds_of(lambda: target.copy_(source), device, budget_s)
     n = 8192 if cuda else 1024
-    a, b = (torch.ones(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
+    a, b = (torch.empty(n, n, dtype=torch.bfloat16, device=device).normal_() for _ in range(2))
     product = seconds_of(lambda: a @ b, device, budget_s)
     return Roofline(2 * source.numel() * 4 / copied, 2 * n**3 / product)

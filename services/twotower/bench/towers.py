@@ -153,7 +153,7 @@ class TowerBench:
         lengths, context, known_tokens = [state.length for state in states], ContextEngine(tower, graphs=graphs), tokens.cpu()
 
         def forward() -> Tensor | None:
-            _, logits = context.extend(known_tokens, states, need_logits=step == "ar")
+            _, logits = context.extend(known_tokens, states, need_logits=step == "ar", need_deltas=step != "ar")
             for state, before in zip(states, lengths, strict=True):
                 state.length = before  # the next call finds the same context
             return None if logits is None else logits.argmax(-1)

@@ -28,16 +28,17 @@ def state_differences(engine: LocalEngine, directory: Path) -> Iterator[tuple[st
     except (SafetensorError, OSError) as error:
         raise InvalidArgument("DIR", f"{path} cannot be read: {error}") from None
     context, denoiser = engine.context.tower, engine.denoiser.tower
+    expected = {name: tensor.to(context.device) for name, tensor in expected.items()}
     state = context.new_state()
-    yield "prefill.logits", _difference(context.prefill(expected["prompt"][0], state), expected["prefill.logits"][0])
+    (logits,) = context.prefill([expected["prompt"][0]], [state])
+    assert logits is not None
+    yield "prefill.logits", _difference(logits, expected["prefill.logits"][0])
     yield from _layers(expected, "prefill", state)
     if "denoise.all_mask.logits" in expected:
         size = expected["denoise.all_mask.logits"].shape[1]
-        masks = torch.full((1, size), engine.limits.mask_token_id)
-        yield (
-            "denoise.all_mask.logits",
-            _difference(denoiser.denoise(masks, torch.ones(1), [state]), expected["denoise.all_mask.logits"]),
-        )
+        masks = torch.full((1, size), engine.limits.mask_token_id, device=denoiser.device)
+        logits = denoiser.denoise(masks, torch.ones(1, device=denoiser.device), [state])
+        yield "denoise.all_mask.logits", _difference(logits, expected["denoise.all_mask.logits"])
     if "denoise.partial.logits" in expected:
         logits = denoiser.denoise(expected["denoise.partial.block"], expected["denoise.partial.t"], [state])
         yield "denoise.partial.logits", _difference(logits, expected["denoise.partial.logits"])

@@ -195,7 +195,7 @@ class ContextLoop:
         for residents in by_size.values():
             self._end(self._isolation.run(residents, self._commit))
         if ahead.decodes:
-            self._end(self._isolation.run(ahead.decodes, self._decode))
+            self._decode(ahead.decodes)
         if ahead.chunks:
             self._read(ahead.chunks)
         self._copy_states()
@@ -211,10 +211,16 @@ class ContextLoop:
         self._deliver([Committed([s.id for s in sessions], [s.state.length for s in sessions], deltas)])
 
     def _decode(self, residents: Sequence[Resident]) -> None:
-        with self._progress.forward(), self._span("decode", batch=len(residents)):
-            drawn = self._engine.decode([resident.session for resident in residents])
+        try:
+            with self._progress.forward(), self._span("decode", batch=len(residents)):
+                drawn = self._engine.decode([resident.session for resident in residents])
+        except Exception as error:
+            self._lost(residents, error)
+            return
+        self._isolation.clear()
         results: list[Result] = []
         for resident, token in zip(residents, drawn, strict=True):
+            self._residents[resident.name] = self._residents.pop(resident.name)  # those who did not run are next
             if isinstance(token, int):
                 resident.session.emit([token])
                 results.append(TokenDecoded(resident.name, token, resident.session.logprobs))
@@ -223,26 +229,29 @@ class ContextLoop:
         self._deliver(results)
 
     def _read(self, chunks: Sequence[tuple[Resident, int]]) -> None:
-        """A packed forward of prompts. One that fails is read from its beginning again, alone; failing alone, it ends."""
+        """A packed forward of prompts."""
         self._announce([r for r, tokens in chunks if tokens == r.prefill_left and not r.session.blocks])
+        tokens = sum(count for _, count in chunks)
         try:
-            tokens = sum(count for _, count in chunks)
             with self._progress.forward(), self._span("prefill", tokens=tokens, batch=len(chunks)):
                 self._engine.read([(resident.session, count) for resident, count in chunks])
         except Exception as error:
-            if len(chunks) == 1:
-                ((resident, _),) = chunks
-                self._isolation.blame(resident, error)
-                self._end([(resident, error)])
-                return
-            log.warning("a prefill of %d prompts failed; each is read again, alone: %s", len(chunks), error)
-            for resident, _ in chunks:
-                resident.alone = True
-                self._engine.restart(resident.session)
+            self._lost([resident for resident, _ in chunks], error)
             return
         self._isolation.clear()
         for resident, _ in chunks:
             self._prefixes.keep(resident.session, resident.borders)
+
+    def _lost(self, residents: Sequence[Resident], error: Exception) -> None:
+        """A forward that changes states as it goes has failed: each session begins again, alone; failing alone, it ends."""
+        if len(residents) == 1:
+            self._isolation.blame(residents[0], error)
+            self._end([(residents[0], error)])
+            return
+        log.warning("a forward over %d sessions failed; each begins again, alone: %s", len(residents), error)
+        for resident in residents:
+            resident.alone = True
+            self._engine.restart(resident.session)
 
     def _announce(self, settling: Sequence[Resident]) -> None:
         first = [resident for resident in settling if not resident.announced]

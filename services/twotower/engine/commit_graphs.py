@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from twotower.engine.graphs import Graphs, batch_bucket, scratch_ints, state_ints, state_views, token_bucket
-from twotower.model.context_tower import Changes, ContextTower
+from twotower.engine.graphs import (
+    Graphs,
+    Program,
+    WarmUp,
+    scratch_ints,
+    state_ints,
+    state_views,
+    token_bucket,
+    warm_up,
+)
+from twotower.model.context_tower import ContextTower
 from twotower.model.delta_batch import DeltaBatch
+from twotower.model.partial import Changes
 from twotower.model.pool import StatePool
 from twotower.model.rows import PagedRows
 from twotower.model.state import ContextState, KVDelta
@@ -29,7 +40,7 @@ class _Committed:
 
 
 class CommitGraphs:
-    """One graph for each size of batch, block and context."""
+    """One graph for each size of batch, block and context; of blocks those of the trained size, and single tokens."""
 
     def __init__(self, tower: ContextTower) -> None:
         self._tower = tower
@@ -37,28 +48,69 @@ class CommitGraphs:
 
     @torch.inference_mode()
     def commit(
-        self, pool: StatePool, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool
+        self,
+        pool: StatePool,
+        tokens: Tensor,
+        states: Sequence[ContextState],
+        *,
+        need_logits: bool,
+        need_deltas: bool = True,
     ) -> tuple[DeltaBatch, Tensor | None]:
-        """As `ContextEngine.extend`: tokens (B, L) int64 on the host, states of `pool`. The results are the caller's own."""
+        """As `ContextEngine.extend`: tokens (B, L) int64 on the host, states of `pool`. The results are the caller's own.
+
+        Without need_deltas there are none: nobody waits for those of an AR step.
+        """
         count, length = tokens.shape
         longest = token_bucket(max(state.length for state in states) + length)  # pages of the block itself, too
-
-        def program(ints: Tensor, reals: Tensor) -> _Committed:
-            rows = PagedRows(pool, self._tower.kernels, *state_views(ints[:, length:]), longest)
-            h, changes = self._tower.forward_rows(ints[:, :length].contiguous(), rows, prefill=False, need_hidden=need_logits)
-            return _Committed(changes, _pack(changes), self._tower.logits(h) if need_logits else None)
-
-        idle = torch.zeros(length, dtype=torch.int64)
-        missing = batch_bucket(count) - count
-        ints = torch.cat([torch.cat([tokens, idle.expand(missing, -1)]), state_ints(pool, states, longest)], 1)
+        numbers, idle = state_ints(pool, states, longest), _idle(pool, length, longest)
+        ints = torch.cat([torch.cat([tokens, idle[:length].expand(numbers.shape[0] - count, -1)]), numbers], 1)
         reals = torch.zeros(ints.shape[0], 0, dtype=torch.float64)
-        key = (length, longest, need_logits)
-        out = self._graphs.run(pool, key, program, ints, reals, torch.cat([idle, scratch_ints(pool, longest)]))
+        key = (length, longest, need_logits, need_deltas)
+        program = self._program(pool, *key)
+        common = length in (1, self._tower.config.block_size)
+        out = self._graphs.run(pool, key, program, ints, reals, idle, common=common)
         for state in states:
             state.length += length
         # The next replay overwrites all of it, while a delta may still be on its way to a worker.
+        logits = None if out.logits is None else out.logits[:count].clone()
+        if not need_deltas:
+            return DeltaBatch(length, {}), logits
         own = [packed[:count].clone() for packed in out.packed]
-        return DeltaBatch(length, _unpack(out.changes, own)), None if out.logits is None else out.logits[:count].clone()
+        return DeltaBatch(length, _unpack(out.changes, own)), logits
+
+    @torch.inference_mode()
+    def warm_up(
+        self, pool: StatePool, *, batches: Iterable[int], contexts: Iterable[int], block_size: int | None, ar: bool
+    ) -> WarmUp:
+        """Compile and capture before the first request, at scratch places of `pool`: no session's state is touched.
+
+        batches, contexts: of rows and of tokens, as `batch_buckets` and `token_buckets` list them. block_size: of commits, None
+        for none; ar: single tokens with logits as well.
+        """
+        lengths = [] if block_size is None else [(block_size, False)]
+        if ar:
+            lengths.append((1, True))
+        sizes = [(length, logits, longest, batch) for length, logits in lengths for longest in contexts for batch in batches]
+
+        def prepare(length: int, need_logits: bool, longest: int, batch: int) -> bool:
+            key = (length, longest, need_logits, not need_logits)
+            return self._graphs.prepare(pool, key, self._program(pool, *key), batch, 0, _idle(pool, length, longest))
+
+        return warm_up(partial(prepare, *size) for size in sizes)
+
+    def _program(self, pool: StatePool, length: int, longest: int, need_logits: bool, need_deltas: bool) -> Program[_Committed]:
+        def program(ints: Tensor, reals: Tensor) -> _Committed:
+            rows = PagedRows(pool, self._tower.kernels, *state_views(ints[:, length:]), longest)
+            h, changes = self._tower.forward_rows(ints[:, :length].contiguous(), rows, need_hidden=need_logits)
+            kept: Changes = changes if need_deltas else {}
+            return _Committed(kept, _pack(kept), self._tower.logits(h) if need_logits else None)
+
+        return program
+
+
+def _idle(pool: StatePool, length: int, longest: int) -> Tensor:
+    """A row that nobody reads: token 0, at the scratch place."""
+    return torch.cat([torch.zeros(length, dtype=torch.int64), scratch_ints(pool, longest)])
 
 
 def _tensors(change: ScanFactors | KVDelta) -> Iterator[Tensor]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from twotower.engine.commit_graphs import CommitGraphs
-from twotower.engine.graphs import common_pool
+from twotower.engine.graphs import WarmUp, common_pool
 from twotower.engine.logprobs import token_logprobs
 from twotower.engine.sampling import filters, uniforms
 from twotower.engine.session import Session
 from twotower.errors import NonFiniteLogits
 from twotower.model.context_tower import ContextTower
 from twotower.model.delta_batch import DeltaBatch
+from twotower.model.pool import StatePool
 from twotower.model.rows import rows_of
 from twotower.model.state import ContextState, Delta
 from twotower.request import GenerationParams, Mode
@@ -57,19 +58,21 @@ class ContextEngine:
 
         When it raises, the states of all these sessions are lost: see `restart`.
         """
+        tokens, need_logits = [], []
         for session, count in chunks:
             start = session.state.length
-            chunk = session.prompt[start : start + count]
-            last = start + count == len(session.prompt)
-            tokens = torch.tensor(chunk, dtype=torch.int64, device=self.tower.device)
-            need_logits = last and session.params.mode is Mode.AR
-            session.logits = self.tower.prefill(tokens, session.state, need_logits=need_logits)
+            tokens.append(torch.tensor(session.prompt[start : start + count], dtype=torch.int64, device=self.tower.device))
+            need_logits.append(start + count == len(session.prompt) and session.params.mode is Mode.AR)
+        logits = self.tower.prefill(tokens, [session.state for session, _ in chunks], need_logits=need_logits)
+        for (session, _), row in zip(chunks, logits, strict=True):
+            session.logits = row
 
     @staticmethod
     def restart(session: Session) -> None:
-        """Let a session whose prompt is not read to its end begin again, in the same place."""
+        """Let a session whose state is lost begin again, in the same place: the same forwards give it the same bits."""
         session.state.length = 0
         session.logits = None
+        session.rewrite()
 
     def commit(self, work: Sequence[tuple[Session, Sequence[int]]]) -> list[Delta]:
         """Extend each session's state by its finished block; returns each one's delta."""
@@ -84,9 +87,16 @@ class ContextEngine:
         return [deltas[row] for row in range(len(work))]
 
     def commit_together(self, work: Sequence[tuple[Session, Sequence[int]]]) -> DeltaBatch:
-        """As `commit`, for blocks of one size: one forward, whose deltas stay together. Fastest in the order of slots."""
+        """As `commit`, for blocks of one size: one forward, whose deltas stay together. Fastest in the order of slots.
+
+        When the forward raises, no state has changed; on a GPU it may have, but there the device is lost then.
+        """
         tokens = torch.tensor([list(block) for _, block in work], dtype=torch.int64)
-        return self.extend(tokens, [session.state for session, _ in work])[0]
+        states = [session.state for session, _ in work]
+        if self.tower.kernels.paged or (self.tower.compiled and len(states) == 1):
+            return self.extend(tokens, states)[0]
+        verified = self.tower.verify(tokens.to(self.tower.device), states, need_logits=False)
+        return self.tower.accept_all(states, verified)
 
     def decode(self, sessions: Sequence[Session]) -> list[int | NonFiniteLogits]:
         """The next AR token of each prefilled session: drawn, not yet emitted. One forward for all that need one.
@@ -96,7 +106,7 @@ class ContextEngine:
         behind = sorted((s for s in sessions if s.pending is not None), key=lambda session: session.state.slot)
         if behind:
             tokens = torch.tensor([[session.pending] for session in behind], dtype=torch.int64)
-            _, logits = self.extend(tokens, [session.state for session in behind], need_logits=True)
+            _, logits = self.extend(tokens, [session.state for session in behind], need_logits=True, need_deltas=False)
             assert logits is not None
             for session, row in zip(behind, logits, strict=True):
                 session.logits, session.pending = row, None
@@ -107,25 +117,32 @@ class ContextEngine:
 
     @torch.inference_mode()
     def extend(
-        self, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool = False
+        self, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool = False, need_deltas: bool = True
     ) -> tuple[DeltaBatch, Tensor | None]:
         """Extend each state by its row of tokens (B, L), on the host, in one forward; as a replay where that is possible.
 
-        Returns what changed, and the logits of the last position (B, vocab) fp32 where needed.
+        Returns what changed (a replay: where needed), and the logits of the last position (B, vocab) fp32 where needed.
+        When it raises, the states are lost: see `restart`.
         """
         for state in states:
             state.begin()
         if self._graphs is not None and (pool := common_pool(self.tower, states)) is not None:
-            return self._graphs.commit(pool, tokens, states, need_logits=need_logits)
+            return self._graphs.commit(pool, tokens, states, need_logits=need_logits, need_deltas=need_deltas)
         tokens, length = tokens.to(self.tower.device), tokens.shape[1]
         if self.tower.compiled and len(states) == 1:
             (delta,), logits = self.tower.commit(tokens, states, need_logits=need_logits)
             return DeltaBatch.of(delta), logits
-        rows = rows_of(states, self.tower.kernels)
-        h, changes = self.tower.forward_rows(tokens, rows, prefill=False, need_hidden=need_logits)
+        h, changes = self.tower.forward_rows(tokens, rows_of(states, self.tower.kernels), need_hidden=need_logits)
         for state in states:
             state.length += length
         return DeltaBatch(length, changes), self.tower.logits(h) if need_logits else None
+
+    def warm_up(self, pool: StatePool, *, batches: Iterable[int], contexts: Iterable[int], ar: bool = True) -> WarmUp:
+        """Compile and capture commits of the trained block size, and AR steps: see `CommitGraphs.warm_up`."""
+        if self._graphs is None:
+            return WarmUp(0, 0, 0.0)
+        size = self.tower.config.block_size
+        return self._graphs.warm_up(pool, batches=batches, contexts=contexts, block_size=size, ar=ar)
 
     @torch.inference_mode()
     def _draw(self, sessions: Sequence[Session]) -> list[int | NonFiniteLogits]:

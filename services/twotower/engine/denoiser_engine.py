@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from twotower.engine.graphs import Graphs, batch_bucket, common_pool, scratch_ints, state_ints, state_views, token_bucket
+from twotower.engine.graphs import (
+    Graphs,
+    Program,
+    WarmUp,
+    batch_bucket,
+    common_pool,
+    scratch_ints,
+    state_ints,
+    state_views,
+    token_bucket,
+    warm_up,
+)
 from twotower.engine.logprobs import token_logprobs
 from twotower.engine.refinement import Refinement
 from twotower.engine.sampling import Filters, filters, uniforms
@@ -67,26 +79,51 @@ class DenoiserEngine:
             stepped = self._replay(pool, blocks, before)
         told = stepped.told[: len(blocks)].cpu()  # the one word from the device
         tokens, masked, finite = told[:, :size], told[:, size : 2 * size].bool(), told[:, -1].tolist()
-        for i, (block, left) in enumerate(zip(blocks, masked.sum(-1).tolist(), strict=True)):
-            logprobs = self._logprobs(block, stepped.logits[i], tokens[i], before[i] & ~masked[i])
-            block.advance(tokens[i], masked[i], left, bool(finite[i]), logprobs)
+        rows = zip(blocks, tokens.unbind(), masked.unbind(), masked.sum(-1).tolist(), strict=True)
+        for i, (block, new, still, left) in enumerate(rows):
+            asked = block.params.logprobs is not None
+            logprobs = self._logprobs(block, stepped.logits[i], new, before[i] & ~still) if asked else None
+            block.advance(new, still, left, bool(finite[i]), logprobs)
 
     def _replay(self, pool: StatePool, blocks: Sequence[Refinement], before: Tensor) -> _Stepped:
         assert self._graphs is not None
         longest = token_bucket(max(block.state.length for block in blocks))
         size, missing = before.shape[1], batch_bucket(len(blocks)) - len(blocks)
+        idle = self._idle(pool, size, longest)
+        ints, reals = _rows(blocks, before)
+        numbers = state_ints(pool, [b.state for b in blocks], longest)
+        ints = torch.cat([torch.cat([ints, idle[: ints.shape[1]].expand(missing, -1)]), numbers], 1)
+        reals = torch.cat([reals, torch.zeros(missing, reals.shape[1], dtype=torch.float64)])
+        program, common = self._replayed(pool, size, longest), size == self.tower.config.block_size
+        return self._graphs.run(pool, longest, program, ints, reals, idle, common=common)
 
+    @torch.inference_mode()
+    def warm_up(self, pool: StatePool, *, batches: Iterable[int], contexts: Iterable[int]) -> WarmUp:
+        """Compile and capture steps of the trained block size before the first request, at scratch places of `pool`.
+
+        batches, contexts: of rows and of tokens, as `batch_buckets` and `token_buckets` list them. No effect without graphs.
+        """
+        graphs, size = self._graphs, self.tower.config.block_size
+        if graphs is None:
+            return WarmUp(0, 0, 0.0)
+
+        def prepare(longest: int, batch: int) -> bool:
+            idle = self._idle(pool, size, longest)
+            return graphs.prepare(pool, longest, self._replayed(pool, size, longest), batch, size + 3, idle)
+
+        return warm_up(partial(prepare, longest, batch) for longest in contexts for batch in batches)
+
+    def _replayed(self, pool: StatePool, size: int, longest: int) -> Program[_Stepped]:
         def program(ints: Tensor, reals: Tensor) -> _Stepped:
             slots, table, lengths = state_views(ints[:, 2 * size + 1 :])
             rows = PagedRows(pool, self.tower.kernels, slots, table, lengths, longest)
             return self._program(ints, reals, lambda tokens, t: self.tower.forward_rows(tokens, t, rows), UNFILTERED)
 
-        # A row that nobody reads: all masks, one step left.
-        idle = torch.tensor([*[self.mask_id] * size, *[1] * size, 1])
-        ints, reals = _rows(blocks, before)
-        ints = torch.cat([torch.cat([ints, idle.expand(missing, -1)]), state_ints(pool, [b.state for b in blocks], longest)], 1)
-        reals = torch.cat([reals, torch.zeros(missing, reals.shape[1], dtype=torch.float64)])
-        return self._graphs.run(pool, longest, program, ints, reals, torch.cat([idle, scratch_ints(pool, longest)]))
+        return program
+
+    def _idle(self, pool: StatePool, size: int, longest: int) -> Tensor:
+        """A row that nobody reads: all masks, one step left, at the scratch place."""
+        return torch.cat([torch.tensor([*[self.mask_id] * size, *[1] * size, 1]), scratch_ints(pool, longest)])
 
     def _program(self, ints: Tensor, reals: Tensor, forward: Callable[[Tensor, Tensor], Tensor], choice: Filters) -> _Stepped:
         """One step of blocks from the rows of `_rows`, all on the device. forward: tokens and t -> logits."""
@@ -108,12 +145,11 @@ class DenoiserEngine:
         return _Stepped(torch.cat([result.tokens, result.masked.long(), result.finite.long().unsqueeze(1)], 1), logits)
 
     def _logprobs(self, block: Refinement, logits: Tensor, tokens: Tensor, chosen: Tensor) -> dict[int, TokenLogprob]:
-        """By position, of the tokens that a forward has chosen, if the block's request asks for them.
+        """By position, of the tokens that a forward has chosen; for a block whose request asks for them.
 
         logits (L, V) fp32; tokens (L,) int64 and chosen (L,) bool, on the host.
         """
-        if block.params.logprobs is None:
-            return {}
+        assert block.params.logprobs is not None
         places = chosen.nonzero().squeeze(-1)
         of_places, at = logits[places.to(logits.device)], tokens[places].to(logits.device)
         return dict(zip(places.tolist(), token_logprobs(of_places, at, block.params.logprobs, self.mask_id), strict=True))

@@ -7,9 +7,12 @@ them. Batches are filled up to a power of two with rows of the pool's scratch pl
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +27,8 @@ MIN_TOKENS = 512
 """The smallest bucket of context lengths; each next one is twice as long."""
 WARM_UPS = 2
 """Forwards before a capture: kernels are compiled and libraries choose their algorithms outside of it."""
+MOST_GRAPHS = 256
+"""Graphs of one tower; of more, the one that has not run for longest is dropped. Each holds some megabytes of a GPU."""
 
 Out = TypeVar("Out")
 Program = Callable[[Tensor, Tensor], Out]
@@ -54,6 +59,11 @@ class Graph(Generic[Out]):
                 self._out = program(ints, reals)
             self._graph = graph
 
+    @property
+    def captured(self) -> bool:
+        """Whether `run` is a replay."""
+        return self._graph is not None
+
     def run(self, ints: Tensor, reals: Tensor) -> Out:
         """Compute rows from the host; what is returned is overwritten by the next run."""
         self._ints.copy_(ints, non_blocking=True)
@@ -64,37 +74,92 @@ class Graph(Generic[Out]):
         return self._out
 
 
-class Graphs(Generic[Out]):
-    """Graphs by size, made when a size is first met. Where capturing fails, which is logged, programs run as they are."""
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """What was made ready before the first request."""
 
-    def __init__(self, device: torch.device) -> None:
+    sizes: int
+    """Graphs that were made, each of a batch, a block and a context."""
+    captured: int
+    """Of these, how many replay; the others run launch by launch, since they could not be captured."""
+    seconds: float
+
+    def __add__(self, other: WarmUp) -> WarmUp:
+        return WarmUp(self.sizes + other.sizes, self.captured + other.captured, self.seconds + other.seconds)
+
+    def __str__(self) -> str:
+        return f"{self.sizes} sizes in {self.seconds:.1f} s, {self.captured} of them captured"
+
+
+class Graphs(Generic[Out]):
+    """Graphs by size. A size is made when it is first met, or before (`prepare`); a capture that fails costs that size only."""
+
+    def __init__(self, device: torch.device, limit: int = MOST_GRAPHS) -> None:
+        """limit: how many are kept."""
         self._capture = device.type == "cuda"
         self._device = device
+        self._limit = limit
         self._memory: Any = None
         self._graphs: dict[Hashable, Graph[Out]] = {}
+        """The one that ran last is the last."""
         self._pool: StatePool | None = None
 
-    def run(self, pool: StatePool, key: Hashable, program: Program[Out], ints: Tensor, reals: Tensor, idle: Tensor) -> Out:
-        """Run `program`, whose graph is known by `key` and the shapes of its rows. idle: ints of a row that nobody reads."""
+    def run(
+        self,
+        pool: StatePool,
+        key: Hashable,
+        program: Program[Out],
+        ints: Tensor,
+        reals: Tensor,
+        idle: Tensor,
+        *,
+        common: bool = True,
+    ) -> Out:
+        """Run `program`, whose graph is known by `key` and the shapes of its rows. idle: ints of a row that nobody reads.
+
+        common: whether it is of a size that is worth a graph, which is the caller's to bound: a capture takes a second, and
+        what clients can ask for must not cause one at every request. Others run launch by launch.
+        """
+        if not common:
+            return program(ints.to(self._device), reals.to(self._device))
+        return self._graph(pool, key, program, ints.shape[0], reals.shape[1], idle).run(ints, reals)
+
+    def prepare(self, pool: StatePool, key: Hashable, program: Program[Out], rows: int, reals: int, idle: Tensor) -> bool:
+        """Make the graph that `run` would for so many rows of so many reals; returns whether it replays."""
+        return self._graph(pool, key, program, rows, reals, idle).captured
+
+    def _graph(self, pool: StatePool, key: Hashable, program: Program[Out], rows: int, reals: int, idle: Tensor) -> Graph[Out]:
         if pool is not self._pool:  # graphs hold addresses of its tensors
             self._graphs, self._pool = {}, pool
-        name = (key, ints.shape, reals.shape)
-        graph = self._graphs.get(name)
+        name = (key, rows, idle.shape[0], reals)
+        graph = self._graphs.pop(name, None)
         if graph is None:
-            graph = self._graphs[name] = self._make(program, idle.expand_as(ints), torch.ones_like(reals))
-        return graph.run(ints, reals)
+            while len(self._graphs) >= self._limit:
+                del self._graphs[next(iter(self._graphs))]
+            graph = self._make(name, program, idle.repeat(rows, 1), torch.ones(rows, reals, dtype=torch.float64))
+        self._graphs[name] = graph
+        return graph
 
-    def _make(self, program: Program[Out], ints: Tensor, reals: Tensor) -> Graph[Out]:
-        # Copies: inputs may be views of one row, and the graph writes to its own.
-        own = ints.to(self._device, copy=True).contiguous(), reals.to(self._device, copy=True)
+    def _make(self, name: Hashable, program: Program[Out], ints: Tensor, reals: Tensor) -> Graph[Out]:
+        ints, reals = ints.to(self._device), reals.to(self._device)
         if self._capture:
+            if self._memory is None or not any(graph.captured for graph in self._graphs.values()):
+                # The memory of a handle is given back with the last graph that used it, and the handle is dead from then on.
+                self._memory = torch.cuda.graph_pool_handle()
             try:
-                self._memory = self._memory or torch.cuda.graph_pool_handle()
-                return Graph(program, *own, capture=True, memory=self._memory)
+                return Graph(program, ints, reals, capture=True, memory=self._memory)
             except RuntimeError as error:
-                log.warning("forwards are not captured as graphs, which costs speed: %s", str(error).splitlines()[0])
-                self._capture = False
-        return Graph(program, *own, capture=False, memory=None)
+                reason = str(error).splitlines()[0]
+                self._memory = None  # the allocator may still hold it for the capture that failed
+                log.warning("forwards of size %s are not captured as a graph, which costs speed: %s", name, reason)
+        return Graph(program, ints, reals, capture=False, memory=None)
+
+
+def warm_up(sizes: Iterable[Callable[[], bool]]) -> WarmUp:
+    """Prepare each size, and time it all; what each returns: whether it replays."""
+    started = time.perf_counter()
+    captured = [prepare() for prepare in sizes]
+    return WarmUp(len(captured), sum(captured), time.perf_counter() - started)
 
 
 def common_pool(tower: ContextTower | DenoiserTower, states: Sequence[ContextState]) -> StatePool | None:
@@ -113,16 +178,31 @@ def token_bucket(tokens: int) -> int:
     return max(MIN_TOKENS, 1 << max(0, tokens - 1).bit_length())
 
 
+def batch_buckets(most: int) -> list[int]:
+    """Every `batch_bucket` of up to `most` rows."""
+    return [1 << i for i in range(batch_bucket(most).bit_length())]
+
+
+def token_buckets(most: int) -> list[int]:
+    """Every `token_bucket` of up to `most` tokens."""
+    buckets = [MIN_TOKENS]
+    while buckets[-1] < most:
+        buckets.append(2 * buckets[-1])
+    return buckets
+
+
 def state_ints(pool: StatePool, states: Sequence[ContextState], longest: int) -> Tensor:
     """Rows of integers for `state_views`: (bucket of B, 2 + pages of `longest`) int64, on the host."""
     width = longest // PAGE
-    out = torch.zeros(batch_bucket(len(states)), 2 + width, dtype=torch.int64)
-    out[:] = scratch_ints(pool, longest)
-    slots, table, lengths = pool.numbers(states)
-    rows, used = len(states), min(width, table.shape[1])
-    out[:rows, 0], out[:rows, 1] = slots, lengths
-    out[:rows, 2 : 2 + used] = table[:, :used]
-    return out
+    out = np.empty((batch_bucket(len(states)), 2 + width), dtype=np.int64)  # numpy: torch takes microseconds an element
+    out[:] = scratch_ints(pool, longest).numpy()
+    for row, state in zip(out, states, strict=False):
+        place = state.place
+        assert place is not None
+        used = min(width, len(place.pages))
+        row[0], row[1], row[2] = place.slot, state.length, 0
+        row[2 : 2 + used] = place.pages[:used]
+    return torch.from_numpy(out)
 
 
 def scratch_ints(pool: StatePool, longest: int) -> Tensor:

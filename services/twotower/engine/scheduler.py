@@ -40,7 +40,7 @@ class Schedulable(Protocol):
 
     @property
     def alone(self) -> bool:
-        """Its prompt shares no forward, since one that it was in has failed."""
+        """It shares no forward over prompts or AR tokens, since one that it was in has failed."""
         ...
 
 
@@ -63,8 +63,8 @@ class Plan(Generic[S]):
 def plan(sessions: Iterable[S], *, budget: int, chunk: int) -> Plan[S]:
     """The next iteration, over sessions in the order of their arrival.
 
-    A worker waits for its commit and an AR client for its token, so that all of these are taken; prompts share what is
-    left of the `budget` of tokens, at least one chunk. Chunks end at multiples of `chunk`, wherever a prompt's reading
+    A worker waits for its commit and an AR client for its token, so that all of these are taken (of tokens, those of the
+    first session alone, if it must be alone); prompts share what is left of the `budget` of tokens, at least one chunk. Chunks end at multiples of `chunk`, wherever a prompt's reading
     began: its state has the same bits however its chunks fall into iterations.
     """
     out: Plan[S] = Plan()
@@ -78,7 +78,7 @@ def plan(sessions: Iterable[S], *, budget: int, chunk: int) -> Plan[S]:
         elif (block := session.block) is not None:
             out.commits.append(session)
             room -= len(block)
-        elif session.decodes:
+        elif session.decodes and not (out.decodes and (session.alone or out.decodes[0].alone)):
             out.decodes.append(session)
             room -= 1
     for session in read:

@@ -61,7 +61,9 @@ class Session:
         self.room = room_for(len(tokens), generated, params)
         """Tokens that the state will hold at most."""
         self.transcript = Transcript(params, generated)
-        self.blocks = deque(list(tokens[i : i + block]) for i in range(prompt_end, len(tokens), block))
+        self.written = list(tokens[prompt_end:])
+        """What has been written so far; after the beginning, kept in AR mode only."""
+        self.blocks = deque(self.written[i : i + block] for i in range(0, generated, block))
         """Blocks that are written, but not yet in the state."""
         self.logits: Tensor | None = None
         """(vocab,) of the next token, in AR mode."""
@@ -71,6 +73,12 @@ class Session:
         """Of `pending`, if asked for."""
         if params.mode is not Mode.DIFFUSION and self.blocks:
             (self.pending,) = self.blocks.pop()
+
+    def rewrite(self) -> None:
+        """Have all that is written taken into the state again: in AR mode, or before anything was committed."""
+        if self.params.mode is not Mode.DIFFUSION and self.written:
+            self.blocks = deque([token] for token in self.written[:-1])
+            self.pending = self.written[-1]
 
     @property
     def prefill_left(self) -> int:
@@ -89,4 +97,7 @@ class Session:
 
     def emit(self, tokens: Sequence[int]) -> list[int]:
         """See `Transcript.emit`."""
-        return self.transcript.emit(tokens)
+        shown = self.transcript.emit(tokens)
+        if self.params.mode is not Mode.DIFFUSION:
+            self.written += shown
+        return shown

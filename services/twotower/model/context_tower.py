@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from twotower.model.config import ATTENTION, MAMBA, ModelConfig
+from twotower.model.delta_batch import DeltaBatch
 from twotower.model.layers import Attention, Mamba2, linear
-from twotower.model.rows import Rows, StateRows, rows_of
+from twotower.model.partial import Changes, Verified, first_deltas, take_first
+from twotower.model.passes import CommitPass, Pass, PrefillPass, VerifyPass
+from twotower.model.rows import Rows, rows_of
 from twotower.model.state import ContextState, Delta, KVDelta, MambaDelta
 from twotower.model.tower import Layer, LazyGraph, Tower
 from twotower_kernels.block import ScanFactors
 from twotower_kernels.kernels import TORCH
-
-Changes = Mapping[int, ScanFactors | KVDelta]
-"""By layer, what a commit changed in it; all tensors with a batch axis in front."""
+from twotower_kernels.prefill import Segments
 
 
 class ContextTower(nn.Module):
@@ -54,15 +55,33 @@ class ContextTower(nn.Module):
         return {i: _mamba(self.context_tower.layers[i]).decay_rate() for i in self.config.layers_of(MAMBA)}
 
     @torch.inference_mode()
-    def prefill(self, tokens: Tensor, state: ContextState, *, need_logits: bool = True) -> Tensor | None:
-        """Extend `state` by a chunk of a prompt: tokens (L,) int64, L >= 1.
+    def prefill(
+        self, chunks: Sequence[Tensor], states: Sequence[ContextState], *, need_logits: bool | Sequence[bool] = True
+    ) -> list[Tensor | None]:
+        """Extend each state by a chunk of its prompt, all chunks in one forward.
 
-        Returns the logits of the last position (vocab,) fp32, or None where they are not needed.
+        chunks: (L_i,) int64 each, of any lengths L_i >= 1; states, distinct, of any lengths; need_logits: for each
+        chunk, or for all. Returns for each the logits of its last position (vocab,) fp32, or None where they are not needed.
+
+        What a chunk comes to, its logits and its state, does not depend on those beside it. To the bit that holds
+        for the C++ kernels in bf16, where the model's sizes fit all of them, as the shipped checkpoint's do; there it does
+        not depend on where a prompt is cut into chunks either, if that is at multiples of 64 tokens. In
+        plain torch, in any dtype, and on a GPU the products are a library's, which choose the order of
+        their sums by the number of rows: there, last bits may differ.
         """
-        state.begin()
-        h, _ = self._forward(tokens.unsqueeze(0), [state], prefill=True, need_hidden=need_logits)
-        state.length += tokens.shape[0]
-        return self.logits(h)[0] if need_logits else None
+        assert len(chunks) == len(states)
+        needed = [need_logits] * len(chunks) if isinstance(need_logits, bool) else need_logits
+        for state in states:
+            state.begin()
+        segments = Segments([chunk.shape[0] for chunk in chunks], self.device)
+        tokens = chunks[0] if len(chunks) == 1 else torch.cat(tuple(chunks))
+        lasts = [end - 1 for end, need in zip(segments.ends, needed, strict=True) if need]
+        wanted = torch.tensor(lasts, device=self.device) if lasts else None
+        h = self._run(tokens.unsqueeze(0), PrefillPass(rows_of(states, self.kernels), segments), wanted)
+        for state, length in zip(states, segments.lengths, strict=True):
+            state.length += length
+        logits = iter(self._head(h)[0] if lasts else ())
+        return [next(logits) if need else None for need in needed]
 
     @torch.inference_mode()
     def commit(
@@ -76,56 +95,107 @@ class ContextTower(nn.Module):
         for state in states:
             state.begin()
         forward = self._graph.get() if self.compiled and len(states) == 1 else self._forward
-        h, deltas = forward(tokens, states, prefill=False, need_hidden=need_logits)
+        h, deltas = forward(tokens, states, need_hidden=need_logits)
         for state in states:
             state.length += tokens.shape[1]
         return deltas, self.logits(h) if need_logits else None
 
+    @torch.inference_mode()
+    def verify(self, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool = True) -> Verified:
+        """Run a forward over drafted tokens (B, L), of which `accept` then takes the first of each row.
+
+        The states stay as they are, but for K and V behind their lengths, which nobody else reads: no other forward may
+        run over these states before they accept. Returns the logits after every token (B, L, vocab) fp32, where needed.
+        """
+        for state in states:
+            state.begin()
+        verify = VerifyPass(rows_of(states, self.kernels))
+        h = self._run(tokens, verify, slice(None) if need_logits else None)
+        return Verified(tokens.shape[1], verify.changes, verify.columns, self._head(h) if need_logits else None)
+
+    @torch.inference_mode()
+    def accept(self, states: Sequence[ContextState], verified: Verified, counts: Sequence[int]) -> list[Delta]:
+        """Extend each state by its first counts[i] of the L tokens that were verified, 1 <= counts[i] <= L.
+
+        states: those of `verify`, in its order. Returns what changed, per row. A worker that applies it has the
+        context's bits; with all L tokens they are those of `commit` (but for a compiled graph's, see `LazyGraph`).
+        Steps of one token, or commits in other pieces, give the same but for the order of sums in
+        the forward, on which the factors depend: about 1e-6 of a value in fp32.
+        """
+        assert len(counts) == len(states)
+        assert all(1 <= count <= verified.length for count in counts)
+        kept = torch.tensor(counts, device=self.device)
+        rates = {i: _mamba(self.context_tower.layers[i]).scan_weights().a for i in verified.columns}
+        tails = take_first(verified, kept, rows_of(states, self.kernels), rates, self.kernels)
+        for state, count in zip(states, counts, strict=True):
+            state.length += count
+        return first_deltas(verified, counts, tails)
+
+    @torch.inference_mode()
+    def accept_all(self, states: Sequence[ContextState], verified: Verified) -> DeltaBatch:
+        """As `accept` of all L tokens, to the bits of `commit`; the deltas stay together."""
+        rows = rows_of(states, self.kernels)
+        for i, change in verified.changes.items():
+            if isinstance(change, ScanFactors):
+                conv, ssm, slots = rows.seed(i)
+                a = _mamba(self.context_tower.layers[i]).scan_weights().a
+                self.kernels.apply_factors_(ssm, change.x, change.b, change.dt, a, slots=slots)
+                if slots is None:
+                    conv.copy_(change.conv)
+                else:
+                    conv.index_copy_(0, slots, change.conv)
+                rows.keep(i, conv, ssm)
+        for state in states:
+            state.length += verified.length
+        return DeltaBatch(verified.length, verified.changes)
+
     def logits(self, h: Tensor) -> Tensor:
         """h (B, L, hidden) -> (B, vocab) of the last position."""
-        logits: Tensor = self.context_lm_head(self.context_tower.norm_f(h[:, -1:]), wide=True)
-        return logits[:, 0]
+        return self._head(h[:, -1:])[:, 0]
 
-    def _forward(
-        self, tokens: Tensor, states: Sequence[ContextState], *, prefill: bool, need_hidden: bool
-    ) -> tuple[Tensor, list[Delta]]:
-        rows = StateRows(states, self.kernels) if prefill else rows_of(states, self.kernels)
-        h, changes = self.forward_rows(tokens, rows, prefill=prefill, need_hidden=need_hidden)
+    def _head(self, h: Tensor) -> Tensor:
+        """h (B, L, hidden) -> logits (B, L, vocab) fp32."""
+        logits: Tensor = self.context_lm_head(self.context_tower.norm_f(h), wide=True)
+        return logits
+
+    def _forward(self, tokens: Tensor, states: Sequence[ContextState], *, need_hidden: bool) -> tuple[Tensor, list[Delta]]:
+        h, changes = self.forward_rows(tokens, rows_of(states, self.kernels), need_hidden=need_hidden)
         return h, deltas_of(tokens.shape[1], changes, len(states))
 
-    def forward_rows(self, tokens: Tensor, rows: Rows, *, prefill: bool, need_hidden: bool) -> tuple[Tensor, Changes]:
+    def forward_rows(self, tokens: Tensor, rows: Rows, *, need_hidden: bool) -> tuple[Tensor, Changes]:
         """Run the layers over tokens (B, L); update S, conv tails and KV in place, but not the lengths.
 
-        Returns h (B, L, hidden) and, but for a prefill's, what changed. Nothing here waits for the device.
+        Returns h (B, L, hidden) and what changed. Nothing here waits for the device.
         """
-        changes: dict[int, ScanFactors | KVDelta] = {}
+        commit = CommitPass(rows)
+        h = self._run(tokens, commit, slice(None) if need_hidden else None)
+        return h, commit.changes
+
+    def _run(self, tokens: Tensor, states: Pass, wanted: Tensor | slice | None) -> Tensor:
+        """Run the layers over tokens (B, L). Returns h (B, wanted, hidden) of the positions `wanted`; None: of no use."""
         h, x = self.context_tower.embeddings(tokens), None
         for i, layer in enumerate(self.context_tower.layers):
-            if not need_hidden and i > self._last_stateful:
-                break  # nothing behind it changes the state
+            if i == self._last_stateful + 1:
+                if wanted is None:
+                    break  # nothing from here on changes a state
+                h, x = h[:, wanted], None if x is None else x[:, wanted]
             assert isinstance(layer, Layer)
             if x is None:
                 x = layer.norm(h)
             else:
                 h, x = layer.norm.after(h, x, None, None, layer.order)
             if layer.kind == MAMBA:
-                conv, ssm, slots = rows.seed(i)
-                if prefill:  # a long chunk: S comes from the chunked scan itself
-                    assert slots is None
-                    x = _mamba(layer).prefill(x, conv, ssm)
-                else:
-                    x, changes[i] = _mamba(layer).commit(x, conv, ssm, slots)
-                rows.keep(i, conv, ssm)
+                assert isinstance(layer.mixer, Mamba2)
+                x = states.scan(i, layer.mixer, x)
             elif layer.kind == ATTENTION:
                 assert isinstance(layer.mixer, Attention)
-                q, k, v = layer.mixer.project(x)
-                x = layer.mixer.output(rows.attend(i, q, k, v, causal=True))
-                if not prefill:
-                    changes[i] = KVDelta(k, v)
+                x = states.attend(i, layer.mixer, x)
             else:
                 x = layer.mixer(x)
         assert x is not None
-        return h + x, changes
+        out: Tensor = h + x
+        ended_stateful = self._last_stateful == len(self.context_tower.layers) - 1
+        return out[:, wanted] if ended_stateful and wanted is not None else out
 
 
 def deltas_of(length: int, changes: Changes, rows: int) -> list[Delta]:

@@ -18,6 +18,7 @@ from twotower_kernels.block import ScanFactors, ScanWeights, finish
 from twotower_kernels.experts import wide_down
 from twotower_kernels.kernels import TORCH, Kernels
 from twotower_kernels.norms import Order
+from twotower_kernels.prefill import Segments
 
 
 class Linear(nn.Linear):
@@ -131,10 +132,20 @@ class Mamba2(nn.Module):
         y, factors = self.kernels.block_scan_commit(self.in_proj(h), conv_tail, ssm, self.scan_weights(), slots=slots)
         return self.out_proj(y), factors
 
-    def prefill(self, h: Tensor, conv_tail: Tensor, ssm: Tensor) -> Tensor:
-        """As `commit`, over a long chunk, and without the factors."""
-        projected, chunk = self.in_proj(h), self.config.chunk_size
-        return self.out_proj(self.kernels.prefill_scan(projected, conv_tail, ssm, self.scan_weights(), chunk=chunk))
+    def verify(
+        self, h: Tensor, conv_tail: Tensor, ssm: Tensor, slots: Tensor | None = None
+    ) -> tuple[Tensor, ScanFactors, Tensor]:
+        """As `commit`, but the seed stays. Returns the raw xBC (B, L, conv_dim), too, from which any tail can be made."""
+        projected = self.in_proj(h)
+        y, factors = self.kernels.block_scan_factors(projected, conv_tail, ssm, self.scan_weights(), slots=slots)
+        return self.out_proj(y), factors, projected.narrow(-1, self.config.d_inner, self.config.conv_dim)
+
+    def prefill(self, h: Tensor, segments: Segments, conv_tail: Tensor, ssm: Tensor, slots: Tensor | None = None) -> Tensor:
+        """As `commit`, over chunks of prompts, one behind the other in h (1, N, hidden), and without the factors."""
+        y = self.kernels.prefill_scan(
+            self.in_proj(h)[0], segments, conv_tail, ssm, self.scan_weights(), chunk=self.config.chunk_size, slots=slots
+        )
+        return self.out_proj(y.unsqueeze(0))
 
     def finish(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
         """Scan output y (B, L, heads, head_dim) fp32, x alike, z (B, L, d_inner) -> (B, L, hidden)."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from twotower.model.pool import PAGE, StatePool
 from twotower.model.state import ContextState
 from twotower_kernels.kernels import Kernels
+from twotower_kernels.prefill import Segments
 
 
 class Rows(Protocol):
@@ -31,6 +32,13 @@ class Rows(Protocol):
         """A block's attention over [context, block]: q (B, heads, L, d), k and v (B, kv_heads, L, d) -> (B, heads, L, d).
 
         Every position sees the whole block, and k and v are forgotten; or, `causal`, those up to its own, and they are kept.
+        """
+        ...
+
+    def attend_chunks(self, layer: int, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        """Causal attention of chunks of prompts, one of each session: q (1, heads, N, d), k and v alike, which are kept.
+
+        Returns (1, heads, N, d).
         """
         ...
 
@@ -90,6 +98,17 @@ class StateRows:
             rows.append(one)
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
+    def attend_chunks(self, layer: int, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        """See `Rows`. Laid out as (1, N, heads, d), so that joining the heads is a view."""
+        out = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2) if len(self._states) > 1 else q
+        for state, (start, end) in zip(self._states, segments.spans, strict=True):
+            keys, values = state.kv[layer].write(state.length, k[0, :, start:end], v[0, :, start:end])
+            one = self._kernels.attend(q[:, :, start:end], keys.unsqueeze(0), values.unsqueeze(0), causal=True)
+            if len(self._states) == 1:
+                return one
+            out[:, :, start:end] = one
+        return out
+
 
 class PagedRows:
     """Sessions of one pool, named by numbers on the device alone: nothing on the host depends on which they are.
@@ -135,6 +154,20 @@ class PagedRows:
             written = torch.stack((k, v)).transpose(1, 2).flatten(2, 3)  # (2, kv_heads, B L, d)
             self._pool.kv[layer].index_copy_(2, self._behind(q.shape[2]), written)
         return out
+
+    def attend_chunks(self, layer: int, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        """See `Rows`. K and V are put into the pages first: attention then reads nothing else."""
+        self._pool.kv[layer].index_copy_(2, self._chunk_places(segments), torch.cat((k, v)))
+        out = self._kernels.prompt_attention(q[0], *self._pool.pages(layer), self._table, self._lengths, segments)
+        return out.unsqueeze(0)
+
+    def _chunk_places(self, segments: Segments) -> Tensor:
+        """Where in the pool the chunks behind the contexts lie: (N,) int64."""
+        if self._places is None:
+            rows, places = segments.numbers
+            at = self._lengths.long()[rows] + places
+            self._places = self._table.long()[rows, at // PAGE] * PAGE + at % PAGE
+        return self._places
 
     def _behind(self, length: int) -> Tensor:
         """Where in the pool the `length` tokens behind each context lie: (B L,) int64."""

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from twotower_kernels import block as plain
+from twotower_kernels import prefill
 from twotower_kernels.block import ScanWeights
 from twotower_kernels.cpu import factors as cpu_factors
 from twotower_kernels.cpu import mamba as cpu
 from twotower_kernels.cpu.build import load
+from twotower_kernels.prefill import Segments
 from twotower_kernels.scan import apply_factors_
 
 pytestmark = pytest.mark.skipif(load() is None, reason="no AVX-512 BF16, or no compiler")
 
+CPU = torch.device("cpu")
 HEADS, HEAD_DIM, GROUPS, STATE = 4, 32, 2, 48
 CHANNELS = HEADS * HEAD_DIM + 2 * GROUPS * STATE
 
@@ -85,11 +88,31 @@ def test_as_plain_torch(batch: int, length: int) -> None:
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
 def test_prompts(length: int) -> None:
     c = case(1, length)
-    tail, ssm = c.tail.clone(), c.ssm.clone()
-    expected = plain.prefill_scan(c.projected, tail, ssm, c.weights, chunk=32)
-    close(cpu.prefill_scan(c.projected, c.tail, c.ssm, c.weights, chunk=32), expected)
+    tail, ssm, segments = c.tail.clone(), c.ssm.clone(), Segments([length], CPU)
+    expected = prefill.prefill_scan(c.projected[0], segments, tail, ssm, c.weights, chunk=32)
+    close(cpu.prefill_scan(c.projected[0], segments, c.tail, c.ssm, c.weights, chunk=32), expected)
     assert torch.equal(c.tail, tail)
     close(c.ssm, ssm)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("lengths", [(1, 1), (64, 3, 65, 1), (200, 2, 7, 129, 16)])
+def test_prompts_together_have_the_bits_of_each_alone(lengths: tuple[int, ...], pooled: bool, threads: int) -> None:
+    c, segments = case(6, sum(lengths)), Segments(lengths, CPU)
+    rows = [5, 0, 3, 4, 1][: len(lengths)] if pooled else list(range(len(lengths)))
+    tail, ssm, projected = c.tail[rows].clone(), c.ssm[rows].clone(), c.projected[0]
+    mine, slots = ((c.tail, c.ssm), torch.tensor(rows)) if pooled else ((c.tail[: len(rows)], c.ssm[: len(rows)]), None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    out = cpu.prefill_scan(projected, segments, *mine, c.weights, chunk=32, slots=slots)
+    torch.set_num_threads(before)
+    for i, (row, (start, end)) in enumerate(zip(rows, segments.spans, strict=True)):
+        one = (tail[i : i + 1], ssm[i : i + 1])
+        alone = cpu.prefill_scan(projected[start:end].clone(), Segments([end - start], CPU), *one, c.weights, chunk=32)
+        assert torch.equal(out[start:end], alone)
+        assert torch.equal(c.tail[row], one[0][0])
+        assert torch.equal(c.ssm[row], one[1][0])
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 4, 8])

@@ -14,7 +14,9 @@ from twotower_kernels import attention as plain
 pytest.importorskip("triton")
 
 from twotower_kernels.triton.attention import block_attention
-from twotower_kernels.triton.scan import interpreted
+from twotower_kernels.triton.common import interpreted
+
+pytestmark = pytest.mark.device
 
 DEVICE = "cpu" if interpreted() else "cuda"
 DTYPES = [torch.float32, torch.bfloat16]

@@ -24,9 +24,11 @@ def test_every_launch_compiles_for_an_h200() -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     tensor_cores = json.loads(result.stdout)
-    scan = {"_block_scan_kernel", "_apply_kernel", "_norm_kernel"}
-    experts = {"_route_kernel", "_plan_kernel", "_project_kernel", "_sum_kernel"}
+    scan = {"_mix_kernel", "_block_scan_kernel", "_apply_kernel", "_norm_kernel"}
+    experts = {"_logits_kernel", "_choose_kernel", "_plan_kernel", "_project_kernel", "_sum_kernel"}
     unmask = {"_scan_kernel", "_commit_kernel"}
-    assert tensor_cores.keys() == {*scan, *experts, *unmask, "_attention_kernel", "_combine_kernel"}
+    prefill = {"_prompt_mix_kernel", "_prompt_scan_kernel", "_prompt_attention_kernel"}
+    assert tensor_cores.keys() == {*scan, *experts, *unmask, *prefill, "_attention_kernel", "_combine_kernel"}
     assert tensor_cores["_project_kernel"]
     assert tensor_cores["_attention_kernel"]
+    assert tensor_cores["_prompt_attention_kernel"]

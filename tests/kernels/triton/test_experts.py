@@ -12,8 +12,10 @@ from twotower_kernels import experts as plain
 
 pytest.importorskip("triton")
 
+from twotower_kernels.triton.common import interpreted
 from twotower_kernels.triton.experts import choose_rows, grouped_experts
-from twotower_kernels.triton.scan import interpreted
+
+pytestmark = pytest.mark.device
 
 DEVICE = "cpu" if interpreted() else "cuda"
 DTYPES = [torch.float32, torch.bfloat16]

@@ -16,6 +16,8 @@ from twotower_kernels.norms import Order
 
 DTYPES = [torch.float32, torch.bfloat16]
 ORDERS: list[Order] = ["modulate_first", "norm_first"]
+pytestmark = pytest.mark.device
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
 

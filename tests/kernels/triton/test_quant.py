@@ -14,8 +14,10 @@ from twotower_kernels.quant import E4M3, Format, Packed, dequantize, quantize
 
 pytest.importorskip("triton")
 
+from twotower_kernels.triton.common import interpreted
 from twotower_kernels.triton.quant import quantized_experts
-from twotower_kernels.triton.scan import interpreted
+
+pytestmark = pytest.mark.device
 
 DEVICE = "cpu" if interpreted() else "cuda"
 DTYPES = [torch.float32, torch.bfloat16]

@@ -12,8 +12,10 @@ from twotower_kernels import experts as plain
 
 pytest.importorskip("triton")
 
+from twotower_kernels.triton.common import interpreted
 from twotower_kernels.triton.router import route
-from twotower_kernels.triton.scan import interpreted
+
+pytestmark = pytest.mark.device
 
 DEVICE = "cpu" if interpreted() else "cuda"
 
@@ -41,9 +43,10 @@ def _check(
     normalize: bool = True,
     scale: float = 2.3,
     block_tokens: int | None = None,
+    library: bool | None = None,
 ) -> None:
     rule = {"top_k": top_k, "groups": groups, "top_groups": top_groups, "normalize": normalize, "scale": scale}
-    experts, weights = route(*inputs, **rule, block_tokens=block_tokens)
+    experts, weights = route(*inputs, **rule, block_tokens=block_tokens, library=library)
     expected, expected_weights = plain.route(*inputs, **rule)
     assert experts.dtype is torch.int64
     assert weights.dtype is torch.float32
@@ -52,10 +55,12 @@ def _check(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n", [1, 5, 33])
+@pytest.mark.parametrize("n", [1, 5, 33, 80])
 def test_without_groups(n: int, dtype: torch.dtype) -> None:
     _check(_inputs(n, dtype))
     _check(_inputs(n, dtype), normalize=False, block_tokens=4)
+    _check(_inputs(n, dtype), library=True)
+    _check(_inputs(n, dtype), library=False)
 
 
 def test_weights_in_fp64_are_read_as_they_are() -> None:
@@ -82,8 +87,9 @@ def test_numbers_that_are_no_powers_of_two(experts: int, hidden: int, top_k: int
     _check(_inputs(6, experts=experts, hidden=hidden), top_k=top_k)
 
 
-def test_the_real_size() -> None:
-    _check(_inputs(2, torch.bfloat16, experts=128, hidden=2688), top_k=6, scale=2.5)
+@pytest.mark.parametrize("n", [1, 2, 16])
+def test_the_real_size(n: int) -> None:
+    _check(_inputs(n, torch.bfloat16, experts=128, hidden=2688), top_k=6, scale=2.5)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e2, 1e4])

@@ -16,7 +16,11 @@ from twotower_kernels.conv import causal_conv
 pytest.importorskip("triton")
 
 from twotower_kernels.block import ScanFactors, ScanWeights
-from twotower_kernels.triton.scan import apply_factors, block_scan, block_scan_commit, interpreted
+from twotower_kernels.triton.common import interpreted
+from twotower_kernels.triton.factors import apply_factors
+from twotower_kernels.triton.scan import block_scan, block_scan_commit
+
+pytestmark = pytest.mark.device
 
 DEVICE = "cpu" if interpreted() else "cuda"
 DTYPES = [torch.float32, torch.bfloat16]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
@@ -14,8 +14,10 @@ from twotower_kernels.unmask import Unmasked
 
 pytest.importorskip("triton")
 
-from twotower_kernels.triton.scan import interpreted
+from twotower_kernels.triton.common import interpreted
 from twotower_kernels.triton.unmask import unmask
+
+pytestmark = pytest.mark.device
 
 DEVICE = "cpu" if interpreted() else "cuda"
 MASK = 3
@@ -58,7 +60,7 @@ def _case(
         heat,
         torch.rand(batch, length, dtype=torch.float64, generator=g),
     )
-    return Case(*(getattr(case, name).to(DEVICE) for name in Case.__slots__)) if DEVICE != "cpu" else case
+    return Case(*(getattr(case, field.name).to(DEVICE) for field in fields(Case)))
 
 
 def _run(case: Case, chunk: int | None = None) -> tuple[Unmasked, Unmasked]:
@@ -231,6 +233,6 @@ def test_top_k_and_top_p_are_those_of_torch() -> None:
 
 
 def test_a_batch_without_rows() -> None:
-    got, _ = _run(Case(*(getattr(_case(1), name)[:0] for name in Case.__dataclass_fields__)))
+    got, _ = _run(Case(*(getattr(_case(1), name)[:0] for name in (field.name for field in fields(Case)))))
     assert got.tokens.shape == (0, 16)
     assert got.finite.shape == (0,)
