@@ -120,7 +120,7 @@ PART = link_pb2.ContextMessage(committed=link_pb2.BlocksCommitted(rows=[ROW], bl
     ("messages", "said"),
     [
         ([STATE], "expected welcome"),
-        ([WELCOME, STATE, STATE], "the transfer ends before all tensors have come"),
+        ([WELCOME, STATE, STATE], "frame 'conv' of layer 0: missing"),
         ([WELCOME, STATE, _frame(dtype=2, shape=[1])], "frame 'conv' of layer 0: dtype"),
         ([WELCOME, STATE, _frame(dtype=1, shape=[1])], "frame 'conv' of layer 0: shape"),
         ([WELCOME, STATE, _frame(name="weights")], "frame 'weights' of layer 0: not expected"),

@@ -110,7 +110,10 @@ class WorkerLink:
     # The stream
 
     async def run(self, read: Read, write: Write) -> None:
-        """Until the worker ends the stream. Raises LeaseLost when it is silent, Incompatible when it talks nonsense."""
+        """Until the worker ends the stream; the outlet is the caller's to close.
+
+        Raises LeaseLost when the worker is silent, Incompatible when it talks nonsense.
+        """
         tasks = [asyncio.create_task(work) for work in (self._read(read), self._send(write), self._watch())]
         why = "the worker has gone"
         try:
@@ -123,7 +126,6 @@ class WorkerLink:
         finally:
             self._sessions.lost(self, why)
             await end_tasks(*tasks)
-            await self._outlet.close()
 
     async def _read(self, read: Read) -> None:
         while (message := await read()) is not None:

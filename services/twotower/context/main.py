@@ -21,6 +21,7 @@ from twotower.context.prefixes import PrefixCache
 from twotower.context.service import ContextService
 from twotower.context.sessions import Sessions
 from twotower.engine.context_engine import ContextEngine
+from twotower.engine.graphs import batch_buckets, token_buckets
 from twotower.engine.pacing import ContextPacing, Pacing
 from twotower.engine.progress import Progress, ends_when_stuck
 from twotower.engine.thread import EngineThread
@@ -30,7 +31,7 @@ from twotower.internal.v1 import context_pb2, context_pb2_grpc
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.context_tower import ContextTower
 from twotower.model.memory import prefix_budget, state_budget
-from twotower.model.pool import PoolSize, StatePool
+from twotower.model.pool import PAGE, PoolSize, StatePool
 from twotower.model.weights import load_context_tower, resolve_device, resolve_dtype
 from twotower.prefix.chain import ChainSpec
 from twotower.prefix.metrics import PrefixMetrics
@@ -71,6 +72,11 @@ async def _run(config: ContextConfig) -> None:
         await thread.run(_warm_up, engine)
         pool = StatePool(tower.config, tower.dtype, tower.device, _pool_size(config, checkpoint, tower))
         log.debug("state memory: %d slots, %d pages", pool.size.slots, pool.size.pages)
+        tokens = min(checkpoint.limits.max_context, pool.size.pages * PAGE)
+        contexts, batches = token_buckets(tokens), batch_buckets(pool.size.slots)
+        warm = await thread.run(lambda: engine.warm_up(pool, batches=batches, contexts=contexts))
+        if warm.sizes:
+            log.info("warm: %s", warm)
         queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
         async with _prefixes(config, checkpoint, engine) as prefixes:
             with recording(config.trace, f"context-{os.getpid()}") as tracer:

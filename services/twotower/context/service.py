@@ -78,10 +78,14 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         hello = first.hello
         check_hello(hello, self._checkpoint.identity, self._pool.dtype)
         outlet, choice = self._transports.attach(hello.transport, context.peer())
-        link = WorkerLink(self.sessions, hello.worker_id, outlet, self._checkpoint.limits, self._tracer, self._silence_s)
-        welcome = link_pb2.Welcome(transport=choice, silence_s=self._silence_s)
-        await context.write(link_pb2.ContextMessage(welcome=welcome))
-        await link.run(read, context.write)
+        try:
+            welcome = link_pb2.Welcome(transport=choice, silence_s=self._silence_s)
+            await context.write(link_pb2.ContextMessage(welcome=welcome))
+            limits = self._checkpoint.limits
+            link = WorkerLink(self.sessions, hello.worker_id, outlet, limits, self._tracer, self._silence_s)
+            await link.run(read, context.write)
+        finally:
+            await outlet.close()
 
     def _checked(self, request: context_pb2.OpenRequest) -> tuple[LiveSession, list[int]]:
         """A session, and all tokens that are known of it. Raises InvalidArgument."""

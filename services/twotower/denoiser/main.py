@@ -16,6 +16,7 @@ from twotower.denoiser.config import DenoiserConfig
 from twotower.denoiser.loop import DenoiserLoop
 from twotower.denoiser.worker import Worker
 from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.graphs import batch_buckets, token_buckets
 from twotower.engine.pacing import Pacing, SharedPacing
 from twotower.engine.progress import Progress, ends_when_stuck
 from twotower.engine.thread import EngineThread
@@ -24,7 +25,7 @@ from twotower.garbage import spare_what_is_loaded
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.memory import state_budget
-from twotower.model.pool import PoolSize, StatePool
+from twotower.model.pool import PAGE, PoolSize, StatePool
 from twotower.model.state import ContextState
 from twotower.model.weights import load_denoiser_tower, resolve_device, resolve_dtype
 from twotower.request import GenerationParams
@@ -58,6 +59,11 @@ async def _run(config: DenoiserConfig) -> None:
         await thread.run(_warm_up, engine)
         pool = StatePool(tower.config, tower.dtype, tower.device, _pool_size(config, checkpoint, tower))
         log.debug("state memory: %d slots, %d pages", pool.size.slots, pool.size.pages)
+        tokens = min(checkpoint.limits.max_context, pool.size.pages * PAGE)
+        contexts, batches = token_buckets(tokens), batch_buckets(pool.size.slots)
+        warm = await thread.run(lambda: engine.warm_up(pool, batches=batches, contexts=contexts))
+        if warm.sizes:
+            log.info("warm: %s", warm)
         queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
         worker_id = f"{socket.gethostname()}-{os.getpid()}"
         with recording(config.trace, f"denoiser-{os.getpid()}") as tracer:

@@ -64,8 +64,9 @@ def plan(sessions: Iterable[S], *, budget: int, chunk: int) -> Plan[S]:
     """The next iteration, over sessions in the order of their arrival.
 
     A worker waits for its commit and an AR client for its token, so that all of these are taken (of tokens, those of the
-    first session alone, if it must be alone); prompts share what is left of the `budget` of tokens, at least one chunk. Chunks end at multiples of `chunk`, wherever a prompt's reading
-    began: its state has the same bits however its chunks fall into iterations.
+    first session alone, if it must be alone); prompts share what is left of the `budget` of tokens, at least one chunk.
+    Chunks end at multiples of `chunk`, wherever a prompt's reading began: its state has the same bits however its chunks
+    fall into iterations.
     """
     out: Plan[S] = Plan()
     read: list[S] = []
