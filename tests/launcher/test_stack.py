@@ -9,12 +9,12 @@ import socket
 import stat
 import sys
 import tempfile
-from os.path import exists
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.checkpoints import write_sharded_checkpoint, write_tiny_checkpoint
 from tests.support.redis_server import embedded_redis
 from tests.support.waiting import until
 from twotower.client.grpc_client import GatewayClient
@@ -65,6 +65,27 @@ async def test_towers_of_different_precision_serve_together(tmp_path: Path) -> N
             pass
 
 
+async def test_two_stacks_on_one_redis_share_nothing_unless_it_is_sure_that_they_may(tmp_path: Path) -> None:
+    """Two checkpoints that differ in every weight, and look the same: each stack answers as its own does alone."""
+    paths = [write_sharded_checkpoint(tmp_path / str(seed), seed) for seed in range(2)]
+    prompt, params = list(range(3, 60)), GenerationParams(max_tokens=24, steps=4, gamma=1.0)
+    log: list[str] = []
+    async with embedded_redis() as server, AsyncExitStack() as stacks:
+        asks = []
+        for path in paths:
+            config = UpConfig(path, redis_url=server.url, threads=1)
+            running = await stacks.enter_async_context(stack(config, log.append))
+            asks.append(await stacks.enter_async_context(GatewayClient(running.grpc_address)))
+        got: list[list[int]] = []
+        for client in (*asks, *asks):  # the second time, what is cached is found
+            events = client.generate(prompt, max_tokens=24, steps=4, gamma=1.0, ignore_eos=True)
+            got.append([token async for event in events if isinstance(event, Block) for token in event.token_ids])
+    expected = [LocalEngine(path, threads=1).generate(prompt, params).token_ids for path in paths]
+    assert expected[0] != expected[1]
+    assert got == expected * 2
+    assert sum("cached prefixes in Redis are this stack's alone; name its --revision" in line for line in log) == 2
+
+
 def test_threads_are_shared_out(tmp_path: Path) -> None:
     cores = usable_cores()
     for config in (UpConfig(tmp_path), UpConfig(tmp_path, denoisers=3), UpConfig(tmp_path, contexts=100, denoisers=1000)):
@@ -82,7 +103,7 @@ async def test_the_embedded_redis_is_its_users_alone_and_leaves_nothing() -> Non
         path = server.url.removeprefix("unix://")
         assert stat.S_ISSOCK(os.stat(path).st_mode)
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-    assert not exists(path)
+    assert not _exists(path)
 
 
 async def test_a_socket_that_nobody_listens_on_any_more_is_swept_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,9 +113,9 @@ async def test_a_socket_that_nobody_listens_on_any_more_is_swept_away(monkeypatc
             stale = f"{directory}/{embedded.NAME}0.sock"
             with socket.socket(socket.AF_UNIX) as bound:
                 bound.bind(stale)
-            assert exists(stale)
+            assert _exists(stale)
             async with embedded_redis() as second:
-                assert not exists(stale)
+                assert not _exists(stale)
                 assert await first.answers(5)  # one that is listened on stays
                 assert await second.answers(5)
         assert os.listdir(directory) == []
@@ -116,3 +137,7 @@ def test_cores_that_may_not_be_used_do_not_count(tmp_path: Path) -> None:
         assert UpConfig(tmp_path).tower_threads == 1
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+def _exists(path: str) -> bool:
+    return os.path.lexists(path)

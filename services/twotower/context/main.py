@@ -52,7 +52,9 @@ SERVICE_NAME = context_pb2.DESCRIPTOR.services_by_name["ContextTower"].full_name
 async def run(config: ContextConfig) -> None:
     """Serve until SIGTERM, then drain. Raises CheckpointError, ConfigError, BrokerUnavailable before it serves."""
     stop = stop_requested()
-    checkpoint = Checkpoint.open(config.checkpoint, ("context",), context_experts=config.experts)
+    checkpoint = Checkpoint.open_shared(
+        config.checkpoint, ("context",), context_experts=config.experts, revision=config.revision
+    )
     device = resolve_device(config.device)
     turns = Turns(config.turns if device.type == "cpu" else None)
     redis = await connect(config.redis_url)

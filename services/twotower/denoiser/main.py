@@ -39,7 +39,9 @@ log = logging.getLogger(__name__)
 async def run(config: DenoiserConfig) -> None:
     """Work until SIGTERM, then hand sessions back. Raises CheckpointError, ConfigError, BrokerUnavailable before it works."""
     stop = stop_requested()
-    checkpoint = Checkpoint.open(config.checkpoint, ("denoiser",), context_experts=config.context_experts)
+    checkpoint = Checkpoint.open_shared(
+        config.checkpoint, ("denoiser",), context_experts=config.context_experts, revision=config.revision
+    )
     device = resolve_device(config.device)
     turns = Turns(config.turns if device.type == "cpu" else None)
     redis = await connect(config.redis_url)
