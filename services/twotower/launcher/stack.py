@@ -6,7 +6,7 @@ import asyncio
 import os
 import secrets
 import sys
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from twotower.broker.connection import connect
@@ -146,10 +146,7 @@ class Stack:
         return await service.wait_ready(self._config.start_s)
 
     def _supervised(self, service: ServiceProcess) -> Supervised:
-        def ask(timeout_s: float) -> Awaitable[bool]:
-            return answers(service.addresses, timeout_s, must_serve=service is not self.gateway)
-
-        return Supervised(service, lambda: self._start(service), ask)
+        return Supervised(service, lambda: self._start(service), lambda timeout_s: answers(service.addresses, timeout_s))
 
 
 @asynccontextmanager
