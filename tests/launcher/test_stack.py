@@ -47,8 +47,8 @@ async def test_services_that_die_again_and_again_do_not_end_the_stack(tmp_path: 
         assert not serving.done()
         await end_tasks(serving)
     assert "[up] denoiser-0 was killed by signal 9; starting it again" in log
-    assert "[up] denoiser-0: broken; starting it again in 0.5 s: end 2 in a row" in log
-    assert "[up] denoiser-0: broken; starting it again in 1 s: end 3 in a row" in log
+    assert "[up] denoiser-0: broken; starting it again in 0.25 s: end 2 in a row" in log
+    assert "[up] denoiser-0: broken; starting it again in 0.5 s: end 3 in a row" in log
 
 
 async def test_towers_of_different_precision_serve_together(tmp_path: Path) -> None:
