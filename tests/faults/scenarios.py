@@ -25,6 +25,7 @@ def scenarios() -> dict[str, Scenario]:
             options=("--contexts", 1, "--denoisers", 1, "--max-sessions", 8),
             clients=24,
             leave=0.6,
+            room=8,
         ),
         Scenario(
             "kill",
