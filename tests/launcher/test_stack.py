@@ -110,12 +110,16 @@ async def test_a_socket_that_nobody_listens_on_any_more_is_swept_away(monkeypatc
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:  # short, as a socket's path must be
         monkeypatch.setattr(tempfile, "tempdir", directory)
         async with embedded_redis() as first:
-            stale = f"{directory}/{embedded.NAME}0.sock"
-            with socket.socket(socket.AF_UNIX) as bound:
-                bound.bind(stale)
-            assert _exists(stale)
+            stale, young = (f"{directory}/{embedded.NAME}{name}.sock" for name in ("stale", "young"))
+            for path in (stale, young):
+                with socket.socket(socket.AF_UNIX) as bound:
+                    bound.bind(path)
+            os.utime(stale, (0, 0))
+            os.utime(first.url.removeprefix("unix://"), (0, 0))
             async with embedded_redis() as second:
                 assert not _exists(stale)
+                assert _exists(young)
+                os.unlink(young)
                 assert await first.answers(5)  # one that is listened on stays
                 assert await second.answers(5)
         assert os.listdir(directory) == []
