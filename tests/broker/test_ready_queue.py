@@ -117,10 +117,25 @@ async def test_a_server_that_is_gone() -> None:
     async with embedded_redis() as server:
         client = await connect(server.url)
     queue = ReadyQueue(client, "abc")
-    for call in (queue.push(_session(1)), queue.pull("a", 1, 0.01), queue.done(NEVER), queue.contains(NEVER)):
+    for call in (queue.push(_session(1), wait_s=0.3), queue.pull("a", 1, 0.01), queue.done(NEVER), queue.contains(NEVER)):
         with pytest.raises(BrokerUnavailable):
             await call
     await client.aclose()
+
+
+async def test_a_push_waits_for_a_server_that_is_started_again() -> None:
+    async with embedded_redis() as server:
+        client = await connect(server.url)
+        queue = ReadyQueue(client, "abc")
+        assert server.process is not None
+        await server.process.kill()
+        pushing = asyncio.create_task(queue.push(_session(1)))
+        await asyncio.sleep(0.5)
+        assert not pushing.done()
+        await server.restart()
+        entry = await pushing
+        assert [pulled for pulled, _ in await _pull_some(queue, "a")] == [entry]
+        await client.aclose()
 
 
 async def test_a_server_that_forgets_while_a_worker_waits(redis: Redis) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -56,10 +55,3 @@ def alike(count: int, seed: int = 21) -> list[Ask]:
     preamble = "".join(f"{problem.question}\n{problem.solution}\n\n" for problem in islice(found, 4))
     asks = [Ask(preamble + problem.question, {"max_tokens": MAX_TOKENS}) for problem in found]
     return asks + [Ask(ask.prompt, {**ask.settings, "mode": "ar"}) for ask in asks[: count // 10]]
-
-
-def shuffled(asks: list[Ask], seed: int) -> list[int]:
-    """Their indices in another order."""
-    order = list(range(len(asks)))
-    random.Random(seed).shuffle(order)
-    return order

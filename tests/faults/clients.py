@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -53,7 +54,11 @@ class Clients:
         except httpx.HTTPError as error:
             raise Failed(f"{face}: connection: {type(error).__name__}") from None
 
-    async def _over_grpc(self, ask: Ask) -> Answer:
+    async def watched(self, ask: Ask, began: Callable[[], None]) -> None:
+        """Send it over gRPC, and say when its first block has come. Raises Refused, Failed."""
+        await self._over_grpc(ask, began)
+
+    async def _over_grpc(self, ask: Ask, began: Callable[[], None] = lambda: None) -> Answer:
         settings = dict(ask.settings)
         mode = Mode(settings.pop("mode", Mode.DIFFUSION.value))
         tokens: list[int] = []
@@ -64,6 +69,8 @@ class Clients:
                     if isinstance(event, Block):
                         if event.index != blocks:
                             raise Failed(f"grpc: block {event.index} came where {blocks} was due")
+                        if not blocks:
+                            began()
                         blocks += 1
                         tokens += event.token_ids
                         text += event.text

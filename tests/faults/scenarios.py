@@ -25,6 +25,7 @@ def scenarios() -> dict[str, Scenario]:
             options=("--contexts", 1, "--denoisers", 1, "--max-sessions", 8),
             clients=24,
             leave=0.6,
+            room=8,
         ),
         Scenario(
             "kill",
@@ -59,9 +60,9 @@ def scenarios() -> dict[str, Scenario]:
         ),
         Scenario(
             "redis-stop",
-            "Redis does not answer for five seconds, again and again: requests wait",
+            "Redis does not answer for so long that all announcements expire, again and again: requests wait",
             mixed(64),
-            strike=strikes.stop(("redis",), for_s=5.0, rest_s=8.0),
+            strike=strikes.stop(("redis",), for_s=8.0, rest_s=8.0),
             must_wait=True,
         ),
         Scenario("equal-texts", "a text among others is the text alone", mixed(160), clients=17),

@@ -31,6 +31,8 @@ PATIENCE_S = 90.0
 """How long a client goes on asking again after refusals."""
 AGAIN_S = 0.05
 """What a client waits after a refusal."""
+LONG_TOKENS = 480
+"""Of a text that is under way for long enough that all others begin meanwhile."""
 LEAVES_AFTER_S = 0.3
 """A client that leaves does so within this time."""
 SETTLE_S = 45.0
@@ -53,6 +55,8 @@ class Scenario:
     strike: Strike | None = None
     hung_s: float = 120.0
     """A request that takes this long counts as failed: it hangs."""
+    room: int = 0
+    """Sessions that both towers hold at once; as many must still fit afterwards. 0: not tried (there must be one of each)."""
     must_wait: bool = False
     """Requests must wait for what is away: a refusal counts as a failure."""
 
@@ -146,7 +150,7 @@ class Storm:
             await self._settled(self._calm)
             tally = self.report.phases["afterwards"] = Tally()
             await self._each_once(tally)
-            self.report.left = (await self._settled(self._calm)).beyond(self._calm)
+            self.report.left = (await self._settled(self._calm)).beyond(self._calm) + await self._lost_room()
         self.report.tracebacks = sum("Traceback" in line for line in self._up.log)
 
     def _struck(self, what: str) -> None:
@@ -207,6 +211,26 @@ class Storm:
             except TimeoutError:
                 tally.failed[f"{face}: no end within {self._scenario.hung_s:.0f} s"] += 1
                 return
+
+    async def _lost_room(self) -> list[str]:
+        """Ask for as many long texts as fit: one that begins only when another has ended waited for a slot that is lost."""
+        begun, ended = 0, asyncio.Event()
+
+        def began() -> None:
+            nonlocal begun
+            begun += not ended.is_set()
+
+        async def one(index: int) -> None:
+            ask = self._scenario.asks[index % len(self._scenario.asks)]
+            await self._clients.watched(Ask(ask.prompt, {"max_tokens": LONG_TOKENS, "ignore_eos": True}), began)
+            ended.set()
+
+        try:
+            await asyncio.gather(*map(one, range(self._scenario.room)))
+        except (Refused, Failed) as error:
+            return [f"room: {error}"]
+        lost = self._scenario.room - begun
+        return [f"slots: {lost} of {self._scenario.room} are lost"] if lost else []
 
     async def _settled(self, calm: Remains | None) -> Remains:
         """What the stack holds, once that is nothing beyond `calm`; or what it is then, after a while."""

@@ -46,7 +46,8 @@ async def test_what_it_died_of_is_told_once() -> None:
     [
         ("sys.exit(3)", "x-0 ended with status 3"),
         ("print('Segmentation', file=sys.stderr); sys.exit(4)", "x-0 ended with status 4: Segmentation"),
-        ("os.kill(os.getpid(), 9)", "x-0 was killed by signal 9"),
+        ("print('all is well', file=sys.stderr); os.kill(os.getpid(), 9)", "x-0 was killed by signal 9"),
+        ("print('bad magic', file=sys.stderr); os.abort()", "x-0 was killed by signal 6: bad magic"),
     ],
 )
 async def test_deaths_without_a_word(code: str, why: str) -> None:

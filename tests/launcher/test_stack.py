@@ -9,12 +9,12 @@ import socket
 import stat
 import sys
 import tempfile
-from os.path import exists
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.checkpoints import write_sharded_checkpoint, write_tiny_checkpoint
 from tests.support.redis_server import embedded_redis
 from tests.support.waiting import until
 from twotower.client.grpc_client import GatewayClient
@@ -47,8 +47,8 @@ async def test_services_that_die_again_and_again_do_not_end_the_stack(tmp_path: 
         assert not serving.done()
         await end_tasks(serving)
     assert "[up] denoiser-0 was killed by signal 9; starting it again" in log
-    assert "[up] denoiser-0: broken; starting it again in 0.5 s: end 2 in a row" in log
-    assert "[up] denoiser-0: broken; starting it again in 1 s: end 3 in a row" in log
+    assert "[up] denoiser-0: broken; starting it again in 0.25 s: end 2 in a row" in log
+    assert "[up] denoiser-0: broken; starting it again in 0.5 s: end 3 in a row" in log
 
 
 async def test_towers_of_different_precision_serve_together(tmp_path: Path) -> None:
@@ -63,6 +63,27 @@ async def test_towers_of_different_precision_serve_together(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="experts"):
         async with stack(UpConfig(path, experts="fp5"), lambda line: None):
             pass
+
+
+async def test_two_stacks_on_one_redis_share_nothing_unless_it_is_sure_that_they_may(tmp_path: Path) -> None:
+    """Two checkpoints that differ in every weight, and look the same: each stack answers as its own does alone."""
+    paths = [write_sharded_checkpoint(tmp_path / str(seed), seed) for seed in range(2)]
+    prompt, params = list(range(3, 60)), GenerationParams(max_tokens=24, steps=4, gamma=1.0)
+    log: list[str] = []
+    async with embedded_redis() as server, AsyncExitStack() as stacks:
+        asks = []
+        for path in paths:
+            config = UpConfig(path, redis_url=server.url, threads=1)
+            running = await stacks.enter_async_context(stack(config, log.append))
+            asks.append(await stacks.enter_async_context(GatewayClient(running.grpc_address)))
+        got: list[list[int]] = []
+        for client in (*asks, *asks):  # the second time, what is cached is found
+            events = client.generate(prompt, max_tokens=24, steps=4, gamma=1.0, ignore_eos=True)
+            got.append([token async for event in events if isinstance(event, Block) for token in event.token_ids])
+    expected = [LocalEngine(path, threads=1).generate(prompt, params).token_ids for path in paths]
+    assert expected[0] != expected[1]
+    assert got == expected * 2
+    assert sum("cached prefixes in Redis are this stack's alone; name its --revision" in line for line in log) == 2
 
 
 def test_threads_are_shared_out(tmp_path: Path) -> None:
@@ -82,19 +103,23 @@ async def test_the_embedded_redis_is_its_users_alone_and_leaves_nothing() -> Non
         path = server.url.removeprefix("unix://")
         assert stat.S_ISSOCK(os.stat(path).st_mode)
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-    assert not exists(path)
+    assert not _exists(path)
 
 
 async def test_a_socket_that_nobody_listens_on_any_more_is_swept_away(monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:  # short, as a socket's path must be
         monkeypatch.setattr(tempfile, "tempdir", directory)
         async with embedded_redis() as first:
-            stale = f"{directory}/{embedded.NAME}0.sock"
-            with socket.socket(socket.AF_UNIX) as bound:
-                bound.bind(stale)
-            assert exists(stale)
+            stale, young = (f"{directory}/{embedded.NAME}{name}.sock" for name in ("stale", "young"))
+            for path in (stale, young):
+                with socket.socket(socket.AF_UNIX) as bound:
+                    bound.bind(path)
+            os.utime(stale, (0, 0))
+            os.utime(first.url.removeprefix("unix://"), (0, 0))
             async with embedded_redis() as second:
-                assert not exists(stale)
+                assert not _exists(stale)
+                assert _exists(young)
+                os.unlink(young)
                 assert await first.answers(5)  # one that is listened on stays
                 assert await second.answers(5)
         assert os.listdir(directory) == []
@@ -116,3 +141,7 @@ def test_cores_that_may_not_be_used_do_not_count(tmp_path: Path) -> None:
         assert UpConfig(tmp_path).tower_threads == 1
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+def _exists(path: str) -> bool:
+    return os.path.lexists(path)

@@ -212,13 +212,18 @@ def test_a_host_that_is_not_ours(checkpoint: Path) -> None:
     assert "192.0.2.1:0 (--grpc-port)" in said
 
 
-def test_a_stopped_service_is_replaced(checkpoint: Path) -> None:
+def test_what_is_stopped_is_replaced(checkpoint: Path) -> None:
     with up(checkpoint, "--unhealthy-after", 2) as stack:
-        stopped = stack.child("denoiser")
-        os.kill(stopped, signal.SIGSTOP)
-        assert _gone([stopped])
-        assert any("denoiser-0 has not answered for 2 s: killing it" in line for line in stack.log)
-        again = run_cli("generate", "the quick", "--target", stack.grpc, "--max-tokens", 20, "--no-eos")
+        stopped = [stack.of_kind(kind)[0] for kind in ("denoiser", "gateway", "redis")]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        assert _gone(stopped)
+        for name in ("denoiser-0", "gateway", "redis"):
+            assert any(f"{name} has not answered for 2 s: killing it" in line for line in stack.log)
+        deadline = time.monotonic() + 60
+        while not (again := run_cli("generate", "the quick", "--target", stack.grpc, "--max-tokens", 20, "--no-eos")).stdout:
+            assert time.monotonic() < deadline, again.stderr
+            time.sleep(0.2)
         assert "[20 tokens, 2 blocks, " in again.stderr
         assert stack.terminate() == 0
 

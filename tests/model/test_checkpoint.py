@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import write_sharded_checkpoint, write_tiny_checkpoint
-from twotower.errors import CheckpointError
+from twotower.errors import CheckpointError, ConfigError
 from twotower.model.checkpoint import Checkpoint
 
 
@@ -74,11 +75,78 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_a_worker_needs_its_own_shard_only(tmp_path: Path) -> None:
     path = write_sharded_checkpoint(tmp_path)
-    whole = Checkpoint.open(path).identity
     (path / "model-00002-of-00002.safetensors").unlink()
-    assert Checkpoint.open(path, ("context",)).identity == whole
+    Checkpoint.open(path, ("context",))
     with pytest.raises(CheckpointError, match="model-00002-of-00002"):
         Checkpoint.open(path, ("denoiser",))
+
+
+def _identities(*paths: Path, **named: str) -> set[str]:
+    return {Checkpoint.open(path, **named).identity for path in paths}  # type: ignore[arg-type]
+
+
+def test_shards_that_say_what_they_hold_are_told_apart(tmp_path: Path) -> None:
+    first, again, other = (
+        write_sharded_checkpoint(tmp_path / name, int(seed), hashed=True) for name, seed in ("a0", "b0", "c1")
+    )
+    assert len(_identities(first, again)) == 1
+    assert len(_identities(first, other)) == 2
+    assert Checkpoint.open_shared(first, context_experts="auto", revision=None).unsure is None
+    # One shard of two is another's: that is a third model.
+    shard = "model-00002-of-00002.safetensors"
+    shutil.copy(other / shard, again / shard)
+    assert len(_identities(first, again, other)) == 3
+    assert len({Checkpoint.open(again, towers).identity for towers in (("context",), ("denoiser",))}) == 1
+
+
+def test_shards_that_do_not_say_what_they_hold_are_not_shared_unless_their_revision_is_named(tmp_path: Path) -> None:
+    first, other = (write_sharded_checkpoint(tmp_path / name, int(seed)) for name, seed in ("a0", "b1"))
+    assert len(_identities(first, other)) == 1  # their headers are equal, so ...
+    for path in (first, other):
+        with pytest.raises(ConfigError, match=r"^revision: .* holds no hash of its content.*--revision NAME"):
+            Checkpoint.open_shared(path, context_experts="auto", revision=None)
+    named = [
+        Checkpoint.open_shared(path, context_experts="auto", revision=name).identity
+        for path, name in ((first, "v1"), (other, "v2"), (first, "v1"))
+    ]
+    assert named[0] == named[2] != named[1]
+    with pytest.raises(ConfigError, match="revision: must not be empty"):
+        Checkpoint.open(first, revision="")
+
+
+def test_a_single_file_without_a_hash_is_not_shared_either(tmp_path: Path) -> None:
+    file = write_tiny_checkpoint(tmp_path) / "model.safetensors"
+    assert Checkpoint.open(tmp_path).unsure is None
+    save_file(load_file(file), file)
+    with pytest.raises(ConfigError, match="revision"):
+        Checkpoint.open_shared(tmp_path, context_experts="auto", revision=None)
+
+
+def test_a_missing_shard_makes_the_identity_unsure_unless_the_index_or_a_revision_speaks_for_it(tmp_path: Path) -> None:
+    path = write_sharded_checkpoint(tmp_path, hashed=True)
+    shard, index = path / "model-00002-of-00002.safetensors", path / "model.safetensors.index.json"
+    whole = Checkpoint.open(path, revision="v1").identity
+    told = json.loads(index.read_text())
+    shard.rename(path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"lacks model-00002-of-00002\.safetensors"):
+        Checkpoint.open_shared(path, ("context",), context_experts="auto", revision=None)
+    assert Checkpoint.open_shared(path, ("context",), context_experts="auto", revision="v1").identity == whole
+    index.write_text(json.dumps({**told, "metadata": {"content_sha256": "ab" * 32}}))
+    alone = Checkpoint.open_shared(path, ("context",), context_experts="auto", revision=None).identity
+    (path / "elsewhere").rename(shard)
+    assert Checkpoint.open(path).identity == alone
+    index.write_text(json.dumps({**told, "metadata": {"content_sha256": "cd" * 32}}))
+    assert Checkpoint.open(path).identity != alone
+
+
+def test_a_snapshot_of_the_hub_names_its_own_revision(tmp_path: Path) -> None:
+    first, other = (
+        Checkpoint.open_shared(
+            write_sharded_checkpoint(tmp_path / "snapshots" / (digit * 40)), context_experts="auto", revision=None
+        )
+        for digit in "ab"
+    )
+    assert first.identity != other.identity
 
 
 @pytest.mark.parametrize("index", ["", "{}", '{"weight_map": 3}', "[]"])

@@ -14,6 +14,7 @@ from tests.support.checkpoints import write_tiny_checkpoint
 from twotower.cli.options import DEFAULT_CHECKPOINT
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.context_tower import ContextTower
+from twotower.model.delta_batch import DeltaBatch
 from twotower.model.pool import PAGE, PoolSize, StatePool
 from twotower.model.state import ContextState, Delta, Extension, apply_all
 from twotower.model.weights import load_context_tower
@@ -113,15 +114,22 @@ def test_workers_have_the_bits_and_all_tokens_are_a_commit(tmp_path: Path, form:
         deltas = tower.accept(states, found, counts)
         for state, worker, delta, count in zip(states, workers, deltas, counts, strict=True):
             assert delta.length == count
-            spec = delta_spec(tower.config, tower.dtype, count)
-            assert {key: (one.dtype, tuple(one.shape)) for key, one in delta_tensors(delta)} == {
+            spec = delta_spec(tower.config, tower.dtype, 1, count)
+            assert {key: (one.dtype, tuple(one.shape)) for key, one in delta_tensors(DeltaBatch.of(delta))} == {
                 key: (one.dtype, one.shape) for key, one in spec.items()
             }
             worker.apply(_sent(delta), rates, tower.kernels)
             assert _same(state, worker)
         apply_all([Extension(f, _sent(d), rates) for f, d in zip(followers, deltas, strict=True)], tower.kernels)
         assert all(map(_same, states, followers))
+        if not tower.kernels.paged:
+            at_once = _copies(tower, whole, pooled=pooled)
+            together = tower.accept_all(at_once, tower.verify(blocks, at_once, need_logits=False))
         committed, last = tower.commit(blocks, whole, need_logits=True)
+        if not tower.kernels.paged:
+            assert all(map(_same, at_once, whole))
+            for i, delta in enumerate(committed):
+                assert all(map(torch.equal, _parts(together.row(i)), _parts(delta)))
         assert last is not None
         full = [i for i, count in enumerate(counts) if count == size]
         assert full
@@ -132,7 +140,7 @@ def test_workers_have_the_bits_and_all_tokens_are_a_commit(tmp_path: Path, form:
 
 
 def _parts(delta: Delta) -> list[Tensor]:
-    return [tensor for _, tensor in delta_tensors(delta)]
+    return [tensor for _, tensor in delta_tensors(DeltaBatch.of(delta))]
 
 
 def _sent(delta: Delta) -> Delta:

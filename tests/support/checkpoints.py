@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twotower.model.config import ModelConfig
 from twotower.model.tensors import context_tensors, denoiser_tensors
-from twotower.model.weights import save_checkpoint
+from twotower.model.weights import save_checkpoint, write_tensors
 
 TINY: dict[str, Any] = {
     "model_type": "nemotron_h",
@@ -73,8 +73,8 @@ def write_tiny_checkpoint(path: Path, seed: int = 0, **overrides: Any) -> Path:
     return path
 
 
-def write_sharded_checkpoint(path: Path, seed: int = 0, **overrides: Any) -> Path:
-    """The same, with the context tower and the denoiser in a shard each."""
+def write_sharded_checkpoint(path: Path, seed: int = 0, *, hashed: bool = False, **overrides: Any) -> Path:
+    """The same, with the context tower and the denoiser in a shard each. hashed: each says what it holds, as ours do."""
     raw = {**TINY, **overrides}
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(raw))
@@ -84,7 +84,11 @@ def write_sharded_checkpoint(path: Path, seed: int = 0, **overrides: Any) -> Pat
     for name, tensor in tensors.items():
         shards[first if name.startswith("context") else second][name] = tensor
     for file, held in shards.items():
-        save_file(held, path / file)
+        (write_tensors if hashed else _plain)(path / file, held)
     weight_map = {name: file for file, held in shards.items() for name in held}
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return path
+
+
+def _plain(file: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, file)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 START_S = 90
+ORPHAN_S = 10
 
 
 def run_cli(*words: object, stdin: str | None = None, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
@@ -97,7 +98,10 @@ def up(checkpoint: Path, *options: object, env: Mapping[str, str] | None = None)
         if process.poll() is None:
             process.kill()
         process.wait()
-        for pid in children:
+        deadline = time.monotonic() + ORPHAN_S
+        while alive(children) and time.monotonic() < deadline:  # they end by themselves, and clean up
+            time.sleep(0.02)
+        for pid in alive(children):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for reader in running._readers:

@@ -17,6 +17,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from twotower.broker.connection import broker_errors
 from twotower.broker.keys import ready_stream
+from twotower.errors import BrokerUnavailable
 from twotower.request import Priority
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 GROUP = "denoisers"
 CLAIM_IDLE_MS = 5_000
 """An entry that was delivered this long ago and never taken off belongs to a worker that died."""
+PUSH_WAIT_S = 15.0
+"""How long a session waits for a Redis that is away: longer than it takes to start one again."""
+PUSH_AGAIN_S = 0.2
 FORGET_IDLE_MS = 3_600_000
 """A worker that was given nothing this long, and holds nothing, may be gone; if not, it is known again with its next entry."""
 FORGET_WORKERS = """
@@ -79,16 +83,27 @@ class ReadyQueue:
         self._done: list[EntryId] = []
         self._pulling = False
 
-    async def push(self, entry: ReadySession, priority: Priority = Priority.NORMAL) -> EntryId:
-        """Queue a session; returns the entry's id."""
+    async def push(self, entry: ReadySession, priority: Priority = Priority.NORMAL, *, wait_s: float = PUSH_WAIT_S) -> EntryId:
+        """Queue a session; returns the entry's id. While Redis is away, it is tried again for up to `wait_s` seconds.
+
+        If only Redis' answer was lost, the session is queued twice, which does no harm.
+        """
         fields: dict[Any, Any] = {
             "session": entry.session_id,
             "lease": entry.lease,
             "context": entry.context_address,
             "tokens": entry.tokens,
         }
-        with broker_errors():
-            return EntryId(priority, str(await self._redis.xadd(self._streams[priority], fields)))
+        clock = asyncio.get_running_loop().time
+        give_up = clock() + wait_s
+        while True:
+            try:
+                with broker_errors():
+                    return EntryId(priority, str(await self._redis.xadd(self._streams[priority], fields)))
+            except BrokerUnavailable:
+                if clock() >= give_up:
+                    raise
+                await asyncio.sleep(PUSH_AGAIN_S)
 
     async def pull(self, worker_id: str, count: int, wait_s: float) -> Pulled:
         """About `count` sessions, waiting up to `wait_s` seconds, in the server, for the first.

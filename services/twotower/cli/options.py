@@ -29,6 +29,16 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    """``--revision NAME``."""
+    parser.add_argument(
+        "--revision",
+        metavar="NAME",
+        help="what tells the checkpoint from others of its shape, if it holds no hash of its content and is no snapshot in the "
+        "Hugging Face cache; services that are given the same share states in Redis",
+    )
+
+
 def add_redis(parser: argparse.ArgumentParser, default: str | None, meaning: str) -> None:
     """``--redis URL``. default: where neither it nor the environment names one, which `meaning` says."""
     parser.add_argument(

@@ -15,6 +15,7 @@ from twotower.cli.options import (
     add_place,
     add_prefix_memory,
     add_redis,
+    add_revision,
     add_state_memory,
     add_trace,
     add_transport,
@@ -70,6 +71,7 @@ def run_gateway(args: argparse.Namespace) -> None:
     config = GatewayConfig(
         checkpoint=args.checkpoint,
         redis_url=args.redis,
+        revision=args.revision,
         host=args.host,
         grpc_port=args.grpc_port,
         http_port=args.http_port,
@@ -93,6 +95,7 @@ def run_context(args: argparse.Namespace) -> None:
     config = ContextConfig(
         checkpoint=args.checkpoint,
         redis_url=args.redis,
+        revision=args.revision,
         host=args.host,
         port=args.port,
         advertise=args.advertise,
@@ -127,6 +130,7 @@ def run_denoiser(args: argparse.Namespace) -> None:
     config = DenoiserConfig(
         checkpoint=args.checkpoint,
         redis_url=args.redis,
+        revision=args.revision,
         host=args.host,
         port=args.port,
         dtype=args.dtype,
@@ -148,6 +152,7 @@ def run_denoiser(args: argparse.Namespace) -> None:
 def _add(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, description: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=description, description=description, allow_abbrev=False)
     add_checkpoint(parser)
+    add_revision(parser)
     add_redis(parser, DEFAULT_REDIS, DEFAULT_REDIS)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     add_drain(parser)

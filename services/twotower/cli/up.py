@@ -15,6 +15,7 @@ from twotower.cli.options import (
     add_place,
     add_prefix_memory,
     add_redis,
+    add_revision,
     add_stack_size,
     add_state_memory,
     add_trace,
@@ -27,6 +28,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Register the command."""
     parser = commands.add_parser("up", help="start the whole stack on this machine", allow_abbrev=False)
     add_checkpoint(parser)
+    add_revision(parser)
     add_stack_size(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--grpc-port", type=int, default=50051, metavar="P", help="default 50051; 0: any free port")
@@ -65,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
         grpc_port=args.grpc_port,
         http_port=args.http_port,
         redis_url=args.redis,
+        revision=args.revision,
         dtype=args.dtype,
         experts=args.experts,
         context_experts=args.context_experts or args.experts,

@@ -12,6 +12,8 @@ class ContextConfig:
 
     checkpoint: Path
     redis_url: str
+    revision: str | None = None
+    """What tells the checkpoint from others of its shape, where it does not say so itself."""
     host: str = "127.0.0.1"
     port: int = 0
     """0: any free port."""

@@ -60,7 +60,9 @@ async def run(config: ContextConfig) -> None:
 
 async def _run(config: ContextConfig) -> None:
     stop = stop_requested()
-    checkpoint = Checkpoint.open(config.checkpoint, ("context",), context_experts=config.experts)
+    checkpoint = Checkpoint.open_shared(
+        config.checkpoint, ("context",), context_experts=config.experts, revision=config.revision
+    )
     device = resolve_device(config.device)
     turns = Turns(config.turns if device.type == "cpu" else None)
     redis = await connect(config.redis_url)

@@ -47,7 +47,9 @@ async def run(config: DenoiserConfig) -> None:
 
 async def _run(config: DenoiserConfig) -> None:
     stop = stop_requested()
-    checkpoint = Checkpoint.open(config.checkpoint, ("denoiser",), context_experts=config.context_experts)
+    checkpoint = Checkpoint.open_shared(
+        config.checkpoint, ("denoiser",), context_experts=config.context_experts, revision=config.revision
+    )
     device = resolve_device(config.device)
     turns = Turns(config.turns if device.type == "cpu" else None)
     redis = await connect(config.redis_url)

@@ -13,6 +13,8 @@ class GatewayConfig:
     checkpoint: Path
     """Only its headers, config and tokenizer are read."""
     redis_url: str
+    revision: str | None = None
+    """What tells the checkpoint from others of its shape, where it does not say so itself."""
     host: str = "127.0.0.1"
     grpc_port: int = 0
     """0: any free port."""

@@ -42,7 +42,7 @@ async def run(config: GatewayConfig) -> None:
     """
     stop = stop_requested()
     allow_many_files()  # each HTTP client has a connection of its own
-    checkpoint = Checkpoint.open(config.checkpoint, context_experts=config.context_experts)
+    checkpoint = Checkpoint.open_shared(config.checkpoint, context_experts=config.context_experts, revision=config.revision)
     redis = await connect(config.redis_url)
     try:
         replicas = Registry(redis, checkpoint.identity)

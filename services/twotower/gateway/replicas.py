@@ -97,8 +97,8 @@ class ReplicaPool:
         self._keep_s = keep_s
         self._clock = clock
         self._refreshed = clock()
-        self._named: dict[Kind, float] = {}
-        """When the registry last named anybody of a kind."""
+        self._empty_since: dict[Kind, float] = {}
+        """When the registry first named nobody of a kind after it had named somebody; infinity: it still names somebody."""
         self._away = False
         self._live: dict[str, ContextReplica] = {}
         self._gone: list[ContextReplica] = []
@@ -149,12 +149,13 @@ class ReplicaPool:
             self._away = True
             if self._clock() - self._refreshed < self._keep_s:
                 return
-            contexts = denoisers = []
-        else:
-            if self._away:
-                log.warning("the registry answers again")
-            self._away = False
-            self._refreshed = self._clock()
+            self.denoisers = 0
+            await self._take(())
+            return
+        if self._away:
+            log.warning("the registry answers again")
+        self._away = False
+        self._refreshed = self._clock()
         if not self._forgotten("denoiser", denoisers):
             self.denoisers = sum(replica.capacity > 0 for replica in denoisers)
         if not self._forgotten("context", contexts):
@@ -162,11 +163,14 @@ class ReplicaPool:
 
     def _forgotten(self, kind: Kind, named: Sequence[Replica]) -> bool:
         """Whether a list that is empty all at once should not be believed yet."""
-        now = self._clock()
         if named:
-            self._named[kind] = now
+            self._empty_since[kind] = math.inf
             return False
-        return now - self._named.get(kind, -math.inf) < FORGOTTEN_S
+        # From the first empty list on, not from the last one that was not: Redis may have been away in between.
+        since = self._empty_since.get(kind, -math.inf)
+        if since == math.inf:
+            since = self._empty_since[kind] = self._clock()
+        return self._clock() - since < FORGOTTEN_S
 
     async def _take(self, contexts: Sequence[Replica]) -> None:
         taking = {replica.address: replica for replica in contexts if replica.capacity > 0}  # 0: it drains

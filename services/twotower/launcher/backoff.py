@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FIRST_S = 0.5
+FIRST_S = 0.25
 MAX_S = 30.0
-STABLE_S = 10.0
+STABLE_S = 5.0
 
 
 @dataclass(slots=True)

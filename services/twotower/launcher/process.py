@@ -20,6 +20,9 @@ SPINS = "100000"
 TAIL = 20
 """Lines of stderr that are kept to explain a death."""
 
+CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
+"""Signals that a process gets for what it did itself."""
+
 Say = Callable[[str], None]
 
 
@@ -108,7 +111,12 @@ class ServiceProcess:
             if line.startswith("error: "):
                 return f"{self.name}: {line.removeprefix('error: ')}"
         code = self._process.returncode if self._process is not None else None
-        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
+        if code is not None and code < 0:
+            how = f"was killed by signal {-code}"
+            if -code not in CRASHES:  # somebody else did, and what it said last was no reason
+                return f"{self.name} {how}"
+        else:
+            how = f"ended with status {code}"
         return f"{self.name} {how}" + (f": {self._tail[-1]}" if self._tail else "")
 
     async def stop(self, grace_s: float, hurry: asyncio.Event | None = None) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import sys
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from twotower.broker.connection import connect
@@ -33,6 +34,7 @@ class Stack:
         self._hurry = hurry
         self._redis: EmbeddedRedis | None = None
         self._supervisors: list[asyncio.Task[None]] = []
+        self._revision = config.revision
         self._turns_file = os.memfd_create("twotower-turns", os.MFD_CLOEXEC) if config.turns else None
         """Open to the towers as long as this process lives; nothing is left of it."""
         self.towers: list[ServiceProcess] = []
@@ -44,8 +46,15 @@ class Stack:
     async def start(self) -> None:
         """Check what can be checked, start everything, wait until requests succeed. Raises TwoTowerError: one, and first."""
         config = self._config
-        checkpoint = Checkpoint.open(config.checkpoint, context_experts=config.context_experts)
+        checkpoint = Checkpoint.open(config.checkpoint, context_experts=config.context_experts, revision=config.revision)
         resolve_experts(config.experts, checkpoint.config.denoiser_experts)
+        if checkpoint.unsure is not None:
+            self._revision = f"stack-{secrets.token_hex(8)}"
+            if config.redis_url is not None:
+                self._say(
+                    f"[up] checkpoint {config.checkpoint} {checkpoint.unsure} so that cached prefixes in Redis are this "
+                    "stack's alone; name its --revision to share and to keep them"
+                )
         for port, option in ((config.grpc_port, "--grpc-port"), (config.http_port, "--http-port")):
             check_port(config.host, port, option)  # 0, any free port, tells whether the host is ours
         if config.redis_url is None:
@@ -127,8 +136,9 @@ class Stack:
     def _process(self, name: str, kind: str, *options: object) -> ServiceProcess:
         config = self._config
         common = ("--checkpoint", config.checkpoint, "--drain", config.drain_s)
+        revision = () if self._revision is None else ("--revision", self._revision)
         debug = ("--debug",) if config.debug else ()
-        argv = (sys.executable, "-m", "twotower.cli.main", *debug, kind, *common, *options)
+        argv = (sys.executable, "-m", "twotower.cli.main", *debug, kind, *common, *revision, *options)
         return ServiceProcess(name, [str(word) for word in argv], self._say, env={REDIS_VARIABLE: self.redis_url})
 
     async def _start(self, service: ServiceProcess) -> dict[str, str]:
@@ -136,10 +146,7 @@ class Stack:
         return await service.wait_ready(self._config.start_s)
 
     def _supervised(self, service: ServiceProcess) -> Supervised:
-        def ask(timeout_s: float) -> Awaitable[bool]:
-            return answers(service.addresses, timeout_s, must_serve=service is not self.gateway)
-
-        return Supervised(service, lambda: self._start(service), ask)
+        return Supervised(service, lambda: self._start(service), lambda timeout_s: answers(service.addresses, timeout_s))
 
 
 @asynccontextmanager

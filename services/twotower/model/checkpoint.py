@@ -6,7 +6,6 @@ checkpoint before it loads anything.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from twotower.errors import CheckpointError, ConfigError
 from twotower.model.config import PRECISIONS, ModelConfig
+from twotower.model.identity import identify, revision_of
 from twotower.model.tensors import CONTEXT_PREFIXES, DENOISER_PREFIXES, context_tensors, denoiser_tensors, stored_dtypes
 from twotower.request import ModelLimits
 
@@ -41,46 +41,78 @@ class Checkpoint:
     path: Path
     config: ModelConfig
     identity: str
-    """Equal for equal checkpoints: a hash of the config and of all safetensors headers (names, dtypes,
-    shapes, sizes and the metadata, where our own writer puts a hash of the content), and of the precision at which the
-    *context's* experts run, where they are quantized at load: contexts of one identity compute the same states,
-    whereas a denoiser's precision touches no state, and is its own affair."""
+    """Equal for equal checkpoints: a hash of the config, of the headers of all files (see `model.identity`), of the
+    revision, where one is named, and of the precision at which the *context's* experts run, where they are quantized at
+    load: contexts of one identity compute the same states, whereas a denoiser's precision touches no state, and is its
+    own affair."""
+    unsure: str | None
+    """Why another checkpoint may have the same identity; None if none can."""
     tensors: Mapping[str, TensorEntry]
 
     @classmethod
-    def open(cls, path: Path, towers: Iterable[str] = ("context", "denoiser"), *, context_experts: str = "auto") -> Checkpoint:
+    def open(
+        cls,
+        path: Path,
+        towers: Iterable[str] = ("context", "denoiser"),
+        *,
+        context_experts: str = "auto",
+        revision: str | None = None,
+    ) -> Checkpoint:
         """Read config and headers, and check every tensor of the given towers against the config.
 
         A shard that holds nothing of these towers need not be there. context_experts: precision at which the experts
-        of the contexts run, with which this process works (`resolve_experts`). Raises CheckpointError, which names
-        the file or the tensor, and ConfigError.
+        of the contexts run, with which this process works (`resolve_experts`). revision: what tells this checkpoint from
+        others of the same architecture, where it does not say so itself. Raises CheckpointError, which names the file or
+        the tensor, and ConfigError.
         """
         path = Path(path)
         if not path.is_dir():
             raise CheckpointError(
                 f"checkpoint {path} is not a directory" if path.exists() else f"checkpoint {path} does not exist"
             )
+        if revision == "":
+            raise ConfigError("revision: must not be empty")
         config = ModelConfig.from_file(path / "config.json")
-        digest = hashlib.sha256(repr(config).encode())
         prefixes = tuple(p for tower in towers for p in _PREFIXES[tower])
+        index: dict[str, object] | None = None
+        headers: dict[str, dict[str, object] | None] = {}
         tensors: dict[str, TensorEntry] = {}
         if (path / INDEX_FILE).exists():
-            index = _read_index(path / INDEX_FILE)
-            digest.update(json.dumps(index, sort_keys=True).encode())
-            for file in sorted({f for name, f in index.items() if name.startswith(prefixes)}):
-                entries, _ = _read_header(path / file)
-                tensors |= {name: entry for name, entry in entries.items() if index.get(name) == file}
+            index, weight_map = _read_index(path / INDEX_FILE)
+            needed = {file for name, file in weight_map.items() if name.startswith(prefixes)}
+            for file in sorted(set(weight_map.values())):
+                try:
+                    entries, headers[file] = _read_header(path / file)
+                except CheckpointError:
+                    if file in needed:
+                        raise
+                    headers[file] = None
+                    continue
+                tensors |= {name: entry for name, entry in entries.items() if weight_map.get(name) == file}
         elif (path / SINGLE_FILE).exists():
-            tensors, header = _read_header(path / SINGLE_FILE)
-            digest.update(json.dumps(header, sort_keys=True).encode())  # writers order it as they like
+            tensors, headers[SINGLE_FILE] = _read_header(path / SINGLE_FILE)
         else:
             raise CheckpointError(f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
         for tower in towers:
             _check_tensors(path, config, tensors, dict(_EXPECTED[tower](config)))
         running = resolve_experts(context_experts, config.context_experts)
-        if running != "bf16" and config.context_experts == "bf16":  # the other way round, the weights are the same
-            digest.update(f"context experts {running}".encode())
-        return cls(path, config, digest.hexdigest()[:16], tensors)
+        # The other way round, the weights are the same.
+        extra = f"context experts {running}" if running != "bf16" and config.context_experts == "bf16" else ""
+        identity, unsure = identify(repr(config), index, headers, revision or revision_of(path), extra)
+        return cls(path, config, identity, unsure, tensors)
+
+    @classmethod
+    def open_shared(
+        cls, path: Path, towers: Iterable[str] = ("context", "denoiser"), *, context_experts: str, revision: str | None
+    ) -> Checkpoint:
+        """`open`, for a process that finds others, and their states, by the identity. Raises ConfigError if that is unsure."""
+        checkpoint = cls.open(path, towers, context_experts=context_experts, revision=revision)
+        if checkpoint.unsure is not None:
+            raise ConfigError(
+                f"revision: checkpoint {path} {checkpoint.unsure} so that another model of its shape could be taken for it; "
+                "give all services of this checkpoint the same --revision NAME"
+            )
+        return checkpoint
 
     @property
     def limits(self) -> ModelLimits:
@@ -119,11 +151,11 @@ _PREFIXES = {"context": CONTEXT_PREFIXES, "denoiser": DENOISER_PREFIXES}
 _EXPECTED = {"context": context_tensors, "denoiser": denoiser_tensors}
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file, as Hugging Face writes it."""
+def _read_index(path: Path) -> tuple[dict[str, object], dict[str, str]]:
+    """The whole index, as Hugging Face writes it, and in it tensor name -> file."""
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
+        index = json.loads(path.read_text(encoding="utf-8"))
+        return index, {str(name): str(file) for name, file in index["weight_map"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is no safetensors index: {error!r}") from None
 

@@ -16,6 +16,7 @@ from twotower.errors import ConfigError
 from twotower.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, resolve_experts
 from twotower.model.config import ModelConfig
 from twotower.model.experts import EXPERT, quantize_named
+from twotower.model.identity import CONTENT_KEY, combined_content
 from twotower.model.tensors import CONTEXT_PREFIXES, EXPERT_PARTS, context_tensors, denoiser_tensors
 from twotower.model.weights import read_tensors, write_tensors
 
@@ -55,14 +56,15 @@ def quantize_checkpoint(
     if len(shards) > 1:
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     index: dict[str, str] = {}
+    contents: dict[str, str] = {}
     after = 0
     for file, names in zip(files, shards, strict=True):
         tensors = _converted(checkpoint, new, names)
-        write_tensors(out / file, tensors)
+        contents[file] = write_tensors(out / file, tensors)
         index |= dict.fromkeys(tensors, file)
         after += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if len(shards) > 1:
-        told = {"metadata": {"total_size": after}, "weight_map": index}
+        told = {"metadata": {"total_size": after, CONTENT_KEY: combined_content(contents)}, "weight_map": index}
         (out / INDEX_FILE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     raw: dict[str, Any] = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
     (out / "config.json").write_text(json.dumps({**raw, **wanted}, indent=1) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from twotower.model.checkpoint import SINGLE_FILE, Checkpoint, resolve_experts
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.experts import ExpertStacks
+from twotower.model.identity import CONTENT_KEY
 from twotower.model.layers import Mamba2, MoE, use_kernels
 from twotower.model.packed import PackedExperts
 from twotower.model.tensors import context_tensors, denoiser_tensors
@@ -124,14 +125,15 @@ def save_checkpoint(path: Path, config: Mapping[str, Any], tensors: Mapping[str,
     write_tensors(path / SINGLE_FILE, tensors)
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, with a hash of the content in the header."""
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file, with a hash of the content in the header; returns that hash."""
     tensors = {name: tensors[name].detach().contiguous().cpu() for name in sorted(tensors)}
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(name.encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    save_file(tensors, file, metadata={"format": "pt", "content_sha256": digest.hexdigest()})
+    save_file(tensors, file, metadata={"format": "pt", CONTENT_KEY: digest.hexdigest()})
+    return digest.hexdigest()
 
 
 def export_tensors(tower: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
