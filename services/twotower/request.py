@@ -117,6 +117,11 @@ def check_request(prompt: Sequence[int], params: GenerationParams, limits: Model
         )
     if not 1 <= params.block_size <= MAX_BLOCK_SIZE:
         raise InvalidArgument("block_size", f"must be in [1, {MAX_BLOCK_SIZE}], not {params.block_size}")
+    usable = max(limits.block_size, params.max_tokens)
+    if params.mode is Mode.DIFFUSION and params.block_size > usable:
+        raise InvalidArgument(
+            "block_size", f"must be at most {usable} with max_tokens {params.max_tokens}: nobody would see the rest of the block"
+        )
     if params.steps < 1:
         raise InvalidArgument("steps", f"must be at least 1, not {params.steps}")
     if not (0.0 <= params.gamma <= 1.0):  # also refuses NaN

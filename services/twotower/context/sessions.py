@@ -239,7 +239,7 @@ class Sessions:
         give_up = clock() + BROKER_WAIT_S
         while not live.over and live.lease == lease and live.link is None:
             try:
-                entry = await self._queue.push(ready, live.priority)
+                entry = await self._queue.push(ready, live.priority, wait_s=0)
             except BrokerUnavailable as error:
                 if clock() >= give_up:
                     live.fail(error)

@@ -87,6 +87,7 @@ async def _run(config: DenoiserConfig) -> None:
                 loop.inbox.put(None)
                 transports.close()
             await working
+            log.info("drained: %d slots and %d pages in use", pool.used_slots, pool.used_pages)
     finally:
         thread.close()
         turns.close()
