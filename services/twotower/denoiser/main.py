@@ -90,16 +90,16 @@ async def _work(
 
     await registry.announce(describe())
     running = asyncio.create_task(loop.run())
-    pulling, flushing, beating = (
-        asyncio.create_task(work) for work in (worker.pull(), worker.flush(), heartbeat(registry, describe))
+    pulling, flushing, beating, own_port = (
+        asyncio.create_task(work) for work in (worker.pull(), worker.flush(), heartbeat(registry, describe), server.watch())
     )
     await server.set_serving(True)
     spare_what_is_loaded()
     print(f"ready grpc={server.address}", flush=True)
-    await until_stopped(stop, running, pulling, flushing, beating)
+    await until_stopped(stop, running, pulling, flushing, beating, own_port)
     log.info("draining %d sessions", worker.load)
     await server.set_serving(False)
-    await end_tasks(pulling, flushing, beating)
+    await end_tasks(pulling, flushing, beating, own_port)
     with contextlib.suppress(Exception):
         await registry.withdraw(describe())
     await worker.drain(config.drain_s)

@@ -77,11 +77,12 @@ async def serve(
 
         ready = asyncio.Event()
         watch = asyncio.create_task(pool.watch(_Readiness(core, pool, metrics, rpc, ready)))
-        stack.push_async_callback(end_tasks, watch)
-        if await _first(ready, stop):
+        own_port = asyncio.create_task(rpc.watch())
+        stack.push_async_callback(end_tasks, watch, own_port)
+        if await _first(ready, stop, watch, own_port):
             spare_what_is_loaded()
             announce(f"ready grpc={rpc.address} http={http.address}")
-            await until_stopped(stop, watch)
+            await until_stopped(stop, watch, own_port)
         core.refuse()  # first: the watch would call a gateway ready that takes requests
         await rpc.set_serving(False)
         await end_tasks(watch)
@@ -113,10 +114,14 @@ class _Readiness:
             self._ready.set()
 
 
-async def _first(ready: asyncio.Event, stop: asyncio.Event) -> bool:
-    """Wait for either; whether it was `ready`."""
+async def _first(ready: asyncio.Event, stop: asyncio.Event, *tasks: asyncio.Task[None]) -> bool:
+    """Wait for either; whether it was `ready`. Raises what a task raises meanwhile."""
+    either = asyncio.Event()
     waits = [asyncio.create_task(event.wait()) for event in (ready, stop)]
-    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:
-        wait.cancel()
+        wait.add_done_callback(lambda _: either.set())
+    try:
+        await until_stopped(either, *tasks)
+    finally:
+        await end_tasks(*waits)
     return ready.is_set()

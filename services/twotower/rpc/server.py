@@ -11,10 +11,13 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from twotower.errors import PortInUse, TwoTowerError
+from twotower.errors import PortInUse, ServiceFailed, TwoTowerError
 from twotower.rpc.address import check_port, join_address
+from twotower.rpc.aio_server import make_server
 from twotower.rpc.channel import SIZE_OPTIONS, ChannelOptions
 from twotower.rpc.errors import MAX_DETAILS, error_metadata
+from twotower.rpc.logs import quiet_grpc_log
+from twotower.rpc.self_check import watch_port
 from twotower.status import status_of
 
 log = logging.getLogger(__name__)
@@ -38,11 +41,14 @@ class RpcServer:
     """
 
     def __init__(self, host: str, port: int, option: str = "--port") -> None:
-        self.server = grpc.aio.server(interceptors=[_ErrorInterceptor()], options=SERVER_OPTIONS)
+        quiet_grpc_log()
+        self.server = make_server([_ErrorInterceptor()], SERVER_OPTIONS)
         self._host = host
         self._port = port
         self._option = option
         self._services: tuple[str, ...] = ()
+        self._dead = False
+        """The port was given up (see `watch`)."""
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # absent from the stubs
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
 
@@ -73,10 +79,21 @@ class RpcServer:
         for name in ("", *self._services):
             await self._health.set(name, status)
 
+    async def watch(self) -> None:
+        """Dial the own port every second, until cancelled. When it no longer answers, health says so, and this
+        raises ServiceFailed: the process should end, for its supervisor to start it again."""
+        try:
+            await watch_port(self._host, self._port)
+        except ServiceFailed:
+            self._dead = True
+            await self.set_serving(False)
+            raise
+
     async def stop(self, grace_s: float) -> None:
         """Take no new calls, wait for running ones up to `grace_s`, cancel the rest."""
         await self.set_serving(False)
-        await self.server.stop(grace_s)
+        if not self._dead:  # what is left of a server whose loop died crashes when it is stopped
+            await self.server.stop(grace_s)
 
 
 Behavior = Callable[[Any, Any], Any]
