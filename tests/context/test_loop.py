@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from twotower.engine.local import LocalEngine
 from twotower.engine.session import Session
 from twotower.engine.thread import EngineThread
 from twotower.engine.turns import Turns
+from twotower.model.state import Delta
 from twotower.request import GenerationParams
 
 BLOCK = list(range(5, 21))
@@ -105,3 +107,34 @@ async def test_prompts_are_not_held_up_by_blocks_that_wait(shared: _Loop) -> Non
         await asyncio.wait_for(shared.loop.prefill(session), 30)
         await asyncio.wait_for(waiting, 30)
     assert session.prefill_left == 0
+
+
+async def test_work_planned_for_a_session_that_leaves_is_not_run(alone: _Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slot may be another session's by then: what it reads would become part of that one's state."""
+    engine = alone.engine.context
+    began, go = threading.Event(), threading.Event()
+    read: list[str] = []
+    prefill, commit = engine.prefill, engine.commit
+
+    def slow_commit(work: Sequence[tuple[Session, list[int]]]) -> list[Delta]:
+        began.set()
+        assert go.wait(30)
+        return commit(work)
+
+    def noted_prefill(session: Session, budget: int) -> int:
+        read.append(session.id)
+        return prefill(session, budget)
+
+    committing = alone.commit(Finish("a", 1, 1))
+    monkeypatch.setattr(engine, "commit", slow_commit)
+    monkeypatch.setattr(engine, "prefill", noted_prefill)
+    leaving, staying = (engine.open(name, [5] * 20, GenerationParams()) for name in ("leaves", "stays"))
+    leaves, stays = (asyncio.create_task(alone.loop.prefill(session)) for session in (leaving, staying))
+    while not began.is_set():
+        await asyncio.sleep(0.001)
+    leaves.cancel()
+    await asyncio.gather(leaves, return_exceptions=True)
+    go.set()
+    await asyncio.wait_for(asyncio.gather(committing, stays), 30)
+    assert set(read) == {"stays"}
+    assert leaving.state.length == 0

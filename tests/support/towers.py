@@ -76,10 +76,13 @@ class RunningWorker:
 class Towers:
     """One context, any number of workers."""
 
-    def __init__(self, checkpoint: Checkpoint, service: ContextService, server: RpcServer, redis: Redis) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, service: ContextService, server: RpcServer, redis: Redis, redis_url: str
+    ) -> None:
         self.checkpoint = checkpoint
         self.service = service
         self.redis = redis
+        self.redis_url = redis_url
         self.queue = ReadyQueue(redis, checkpoint.identity, claim_idle_ms=200)
         self.channel = open_channel(server.address)
         self.stub = context_pb2_grpc.ContextTowerStub(self.channel)
@@ -140,7 +143,7 @@ async def towers(
         await rpc.start(["twotower.v1.ContextTower"])
         service.address = rpc.address
         tasks = [asyncio.create_task(loop.run()), asyncio.create_task(service.watch_queue())]
-        running = Towers(checkpoint, service, rpc, redis)
+        running = Towers(checkpoint, service, rpc, redis, server.url)
         try:
             yield running
         finally:

@@ -174,11 +174,16 @@ class ContextLoop:
         It should after commits and prompts, which give denoisers more to do at a time; AR tokens alternate with their steps.
         """
         plan = self._scheduler.plan()
-        if plan.commits:
-            _deliver(await self._thread.run(self._commit, plan.commits))
-        if plan.decodes:
-            _deliver(await self._thread.run(self._decode, plan.decodes))
+        # A session may end at any await. Its slot can be another session's by the time its planned work would run,
+        # so each part of the plan is looked at again in the moment in which it is handed to the thread; a slot is
+        # given back only behind what the thread has begun (`settle`).
+        if commits := _wanted(plan.commits):
+            _deliver(await self._thread.run(self._commit, commits))
+        if decodes := _wanted(plan.decodes):
+            _deliver(await self._thread.run(self._decode, decodes))
         for work, tokens in plan.prefills:
+            if not _wanted([work]):
+                continue
             _deliver(await self._thread.run(self._prefill, work, tokens))
             if self._scheduler.urgent:
                 break  # a worker or an AR client waits; what is left to read is planned again
@@ -262,6 +267,11 @@ class ContextLoop:
         except Exception as error:
             return _all_failed([work], error)
         return [] if work.tokens else [(work, None)]
+
+
+def _wanted(works: list[_Work]) -> list[_Work]:
+    """Those whose sessions still wait for them."""
+    return [work for work in works if not work.result.done()]
 
 
 def _deliver(outcomes: list[Outcome]) -> None:

@@ -96,15 +96,19 @@ async def _work(
     await server.set_serving(True)
     spare_what_is_loaded()
     print(f"ready grpc={server.address}", flush=True)
-    await until_stopped(stop, running, pulling, flushing, beating, own_port)
-    log.info("draining %d sessions", worker.load)
-    await server.set_serving(False)
-    await end_tasks(pulling, flushing, beating, own_port)
-    with contextlib.suppress(Exception):
-        await registry.withdraw(describe())
-    await worker.drain(config.drain_s)
-    await end_tasks(running)
-    await server.stop(0.5)
+    drain_s = 0.0
+    try:
+        await until_stopped(stop, running, pulling, flushing, beating, own_port)
+        drain_s = config.drain_s
+        log.info("draining %d sessions", worker.load)
+    finally:  # a loop that has failed leaves sessions behind, which the context gives to others as soon as they are let go
+        await server.set_serving(False)
+        await end_tasks(pulling, flushing, beating, own_port)
+        with contextlib.suppress(Exception):
+            await registry.withdraw(describe())
+        await worker.drain(drain_s)
+        await end_tasks(running)
+        await server.stop(0.5)
 
 
 def _pool_size(config: DenoiserConfig, checkpoint: Checkpoint, tower: DenoiserTower) -> PoolSize:
