@@ -118,7 +118,9 @@ async def _serve(
         )
 
     await registry.announce(describe())
-    tasks = [asyncio.create_task(work) for work in (loop.run(), service.watch_queue(), heartbeat(registry, describe), server.watch())]
+    tasks = [
+        asyncio.create_task(work) for work in (loop.run(), service.watch_queue(), heartbeat(registry, describe), server.watch())
+    ]
     await server.set_serving(True)
     spare_what_is_loaded()
     print(f"ready grpc={server.address}", flush=True)

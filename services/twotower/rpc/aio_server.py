@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import grpc
-from grpc._cython import cygrpc  # type: ignore[import-untyped]
-from grpc.aio import _server as aio  # type: ignore[attr-defined]  # absent from the stubs
+from grpc._cython import cygrpc
+from grpc.aio import _server as aio
 
 from twotower.rpc.channel import ChannelOptions
 
@@ -32,10 +32,10 @@ def make_server(
     """As `grpc.aio.server`. Services must register their methods, as generated code does; generic handlers are not asked."""
     if not GUARDED:
         return grpc.aio.server(interceptors=interceptors, options=options)
-    return _Server(interceptors, options)
+    return cast(grpc.aio.Server, _Server(interceptors, options))
 
 
-class _Server(aio.Server):  # type: ignore[misc]
+class _Server(aio.Server):
     """grpc.aio.Server over a core of ours."""
 
     def __init__(self, interceptors: Sequence[Any], options: ChannelOptions) -> None:

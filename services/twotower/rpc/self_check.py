@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import threading
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -19,6 +21,9 @@ TIMEOUT_S = 2.0
 """Of one try. A process that was stopped for a while loses one try, and not its life."""
 TRIES = 3
 """That fail in a row: then the port is given up. A refused connection fails at once, so that this takes some 3 s."""
+
+END_S = 10.0
+"""How long a process whose port was given up may take to end in order. What is left of a gRPC server may hold it up."""
 
 ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 
@@ -47,3 +52,10 @@ async def watch_port(host: str, port: int) -> None:
             log.warning("the port %s does not answer this process itself (%d of %d)", join_address(host, port), failed, TRIES)
     log.error("the port %s is given up: this process ends", join_address(host, port))
     raise ServiceFailed(f"the gRPC port {join_address(host, port)} no longer answers")
+
+
+def end_soon() -> None:
+    """End this process with status 1 in `END_S` if it has not ended by then, whatever it waits for."""
+    ending = threading.Timer(END_S, os._exit, (1,))
+    ending.daemon = True
+    ending.start()

@@ -17,7 +17,7 @@ from twotower.rpc.aio_server import make_server
 from twotower.rpc.channel import SIZE_OPTIONS, ChannelOptions
 from twotower.rpc.errors import MAX_DETAILS, error_metadata
 from twotower.rpc.logs import quiet_grpc_log
-from twotower.rpc.self_check import watch_port
+from twotower.rpc.self_check import end_soon, watch_port
 from twotower.status import status_of
 
 log = logging.getLogger(__name__)
@@ -80,13 +80,13 @@ class RpcServer:
             await self._health.set(name, status)
 
     async def watch(self) -> None:
-        """Dial the own port every second, until cancelled. When it no longer answers, health says so, and this
-        raises ServiceFailed: the process should end, for its supervisor to start it again."""
+        """Dial the own port every second, until cancelled. When it no longer answers, raise ServiceFailed: the process must
+        end, for its supervisor to start it again, and does so within seconds, whatever holds it up."""
         try:
             await watch_port(self._host, self._port)
         except ServiceFailed:
             self._dead = True
-            await self.set_serving(False)
+            end_soon()
             raise
 
     async def stop(self, grace_s: float) -> None:
