@@ -1,0 +1,124 @@
+"""What every call passes through: a message that is no protobuf, and what a servicer raises, as statuses."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from twotower.errors import InvalidArgument, TwoTowerError
+from twotower.rpc.errors import MAX_DETAILS, error_metadata
+from twotower.rpc.logs import MAX_LINE
+from twotower.status import status_of
+
+log = logging.getLogger(__name__)
+
+Behavior = Callable[[Any, Any], Any]
+
+
+MALFORMED = object()
+"""Stands for a message that could not be parsed, on its way to where a status can be given."""
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+    """Ends a call that raised with the status of status.py; what is not ours is logged and told as "internal error".
+
+    A message that is no protobuf is an InvalidArgument and a line in the log.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """The method's handler, wrapped; None where there is none."""
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:  # no such method
+            return None
+        make, kind = _HANDLER_KINDS[handler.request_streaming, handler.response_streaming]
+        return make(
+            _wrap(getattr(handler, kind), handler_call_details.method, handler.request_streaming),
+            request_deserializer=_forgiving(handler.request_deserializer),
+            response_serializer=handler.response_serializer,
+        )
+
+
+_HANDLER_KINDS: dict[tuple[bool, bool], tuple[Callable[..., Any], str]] = {
+    (False, False): (grpc.unary_unary_rpc_method_handler, "unary_unary"),
+    (False, True): (grpc.unary_stream_rpc_method_handler, "unary_stream"),
+    (True, False): (grpc.stream_unary_rpc_method_handler, "stream_unary"),
+    (True, True): (grpc.stream_stream_rpc_method_handler, "stream_stream"),
+}
+
+
+def _forgiving(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """`deserializer`, which does not raise: gRPC would answer UNKNOWN, and log a traceback."""
+
+    def parse(message: bytes) -> Any:
+        try:
+            return deserializer(message)
+        except Exception as error:
+            log.warning("a message that is not valid protobuf was refused: %s", str(error)[:MAX_LINE])
+            return MALFORMED
+
+    return parse
+
+
+class _Messages:
+    """The messages of a call, none of them malformed."""
+
+    def __init__(self, requests: AsyncIterable[Any]) -> None:
+        self._requests = aiter(requests)
+
+    def __aiter__(self) -> _Messages:
+        return self
+
+    async def __anext__(self) -> Any:
+        return _parsed(await anext(self._requests))
+
+
+def _parsed(request: Any) -> Any:
+    if request is MALFORMED:
+        raise InvalidArgument("message", "is not valid protobuf for this method")
+    return request
+
+
+def _wrap(behavior: Behavior, method: str, request_streaming: bool) -> Behavior:
+    """`behavior`, an async function or async generator: given valid messages only, and its errors turned into statuses."""
+    check = _Messages if request_streaming else _parsed
+    if inspect.isasyncgenfunction(behavior):
+
+        async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
+            responses = None
+            try:
+                responses = behavior(check(request), context)
+                async for response in responses:
+                    yield response
+            except Exception as error:
+                await _abort(error, context, method)
+            finally:
+                if responses is not None:
+                    await responses.aclose()  # a cancelled call ends its generator now, not when it is collected
+
+        return generate
+    assert inspect.iscoroutinefunction(behavior), f"{method} is not async"
+
+    async def call(request: Any, context: Any) -> Any:
+        try:
+            return await behavior(check(request), context)
+        except Exception as error:
+            await _abort(error, context, method)
+
+    return call
+
+
+async def _abort(error: Exception, context: Any, method: str) -> None:
+    if isinstance(error, grpc.aio.AbortError):  # the servicer chose its status itself
+        raise error
+    if isinstance(error, TwoTowerError):
+        await context.abort(status_of(error).grpc, str(error)[:MAX_DETAILS], error_metadata(error))
+    log.error("%s failed", method, exc_info=error)
+    await context.abort(grpc.StatusCode.INTERNAL, "internal error", error_metadata(TwoTowerError()))
