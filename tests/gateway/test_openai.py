@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from twotower.errors import InvalidArgument
-from twotower.gateway.openai import DEFAULT_MAX_TOKENS, CompletionCall, parse_completion, parse_json
+from twotower.gateway.json_body import parse_json
+from twotower.gateway.openai import DEFAULT_MAX_TOKENS, CompletionCall, parse_completion
 from twotower.gateway.request import Request
 from twotower.request import Mode, Priority
 

@@ -23,7 +23,8 @@ from twotower.events import Accepted, Block, Event, Finished
 from twotower.gateway import openai_replies as replies
 from twotower.gateway.bodies import Bodies
 from twotower.gateway.core import Core, Prepared
-from twotower.gateway.openai import CompletionCall, parse_completion, parse_json
+from twotower.gateway.json_body import parse_json
+from twotower.gateway.openai import CompletionCall, parse_completion
 from twotower.gateway.openai_logprobs import ChoiceLogprobs
 from twotower.status import status_of
 
@@ -86,13 +87,16 @@ class Completions:
         arrived = asyncio.get_running_loop().time()
         try:
             async with self._bodies.read(Request(scope, receive)) as body:
-                await self._serve(self._parse(body), arrived, scope, receive, send)
+                call = await self._parse(body)
+                del body
+                await self._serve(call, arrived, scope, receive, send)
         except ClientDisconnect:
             return
 
-    def _parse(self, body: bytes) -> CompletionCall:
+    async def _parse(self, body: bytes) -> CompletionCall:
+        most = self._core.max_in_flight
         try:
-            call = parse_completion(parse_json(body), self._core.max_in_flight)
+            call = await self._core.read(len(body), lambda: parse_completion(parse_json(body), most))
         except TwoTowerError:
             self._core.metrics.requests.labels("unknown", "invalid").inc()
             raise
@@ -121,9 +125,9 @@ class Completions:
 
     async def _answer(self, call: CompletionCall, arrived: float, scope: Scope, receive: Receive, send: Send) -> None:
         deadline = None if call.timeout_s is None else arrived + call.timeout_s
-        prepared = [await self._core.prepare(request) for request in call.requests]
-        reply = replies.Completion(prepared[0].job.request_id, int(time.time()), self._core.model.name)
-        with self._core.admit(prepared):
+        with self._core.admit(call.requests):
+            prepared = await self._core.prepare(call.requests)
+            reply = replies.Completion(prepared[0].job.request_id, int(time.time()), self._core.model.name)
             async with aclosing(_merged([self._core.run(request, deadline) for request in prepared])) as events:
                 if call.stream:
                     await self._stream(call, reply, prepared, events, send)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
+from twotower.gateway.http_protocol import BoundedProtocol
 from twotower.rpc.address import join_address, listening_socket
 
 
@@ -26,7 +27,7 @@ class HttpServer:
         self._host = host
         self._socket = listening_socket(host, port, option)
         config = uvicorn.Config(
-            app, http="httptools", ws="none", lifespan="off", log_config=None, log_level="warning", access_log=False
+            app, http=BoundedProtocol, ws="none", lifespan="off", log_config=None, log_level="warning", access_log=False
         )
         self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -16,9 +17,10 @@ from twotower.garbage import spare_what_is_loaded
 from twotower.gateway.bodies import Bodies
 from twotower.gateway.config import GatewayConfig
 from twotower.gateway.core import Core, ServedModel
-from twotower.gateway.grpc_face import SERVICE_NAME, InferenceService
+from twotower.gateway.grpc_face import SERVICE_NAME, InferenceService, max_message_bytes
 from twotower.gateway.http_face import make_app
 from twotower.gateway.http_server import HttpServer
+from twotower.gateway.json_body import MAX_DIGITS
 from twotower.gateway.metrics import Metrics
 from twotower.gateway.replicas import ReplicaPool, ReplicaSource
 from twotower.model.checkpoint import Checkpoint
@@ -31,6 +33,12 @@ from twotower.v1 import inference_pb2_grpc
 
 log = logging.getLogger(__name__)
 
+SWITCH_S = 0.001
+"""How soon a thread that reads a request makes way for the streams of others. (Python's default is 5 ms.)"""
+
+OTHER_CALLS = 256
+"""Calls at once beside those that generate: they ask for the model, or wait to be refused."""
+
 FLUSH_S = 1.0
 """After the drain: for last bytes to leave."""
 
@@ -41,6 +49,8 @@ async def run(config: GatewayConfig) -> None:
     Raises TwoTowerError for what cannot be started.
     """
     stop = stop_requested()
+    sys.set_int_max_str_digits(MAX_DIGITS)
+    sys.setswitchinterval(SWITCH_S)
     allow_many_files()  # each HTTP client has a connection of its own
     checkpoint = Checkpoint.open(config.checkpoint, context_experts=config.context_experts)
     redis = await connect(config.redis_url)
@@ -66,10 +76,17 @@ async def serve(
         pool = ReplicaPool(replicas, config.snapshot_keep_s, time.monotonic)
         stack.push_async_callback(pool.close)
         core = Core(model, pool, metrics, max_in_flight=config.max_in_flight, reopen_wait_s=config.reopen_wait_s)
+        stack.callback(core.close)
         bodies = Bodies(config.max_body_bytes, config.max_bodies_bytes)
         http = HttpServer(make_app(core, bodies), config.host, config.http_port, "--http-port")
         stack.push_async_callback(http.stop, FLUSH_S)
-        rpc = RpcServer(config.host, config.grpc_port, "--grpc-port")
+        rpc = RpcServer(
+            config.host,
+            config.grpc_port,
+            "--grpc-port",
+            max_calls=config.max_in_flight + OTHER_CALLS,
+            max_message_bytes=max_message_bytes(model),
+        )
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(core), rpc.server)
         await rpc.start([SERVICE_NAME])
         stack.push_async_callback(rpc.stop, FLUSH_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
@@ -11,6 +12,8 @@ import grpc
 
 from twotower.errors import InvalidArgument, TwoTowerError
 from twotower.rpc.errors import MAX_DETAILS, error_metadata
+from twotower.rpc.health import CHECK
+from twotower.rpc.limits import CallLimits
 from twotower.rpc.logs import MAX_LINE
 from twotower.status import status_of
 
@@ -26,8 +29,12 @@ MALFORMED = object()
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """Ends a call that raised with the status of status.py; what is not ours is logged and told as "internal error".
 
-    A message that is no protobuf is an InvalidArgument and a line in the log.
+    A message that is no protobuf is an InvalidArgument and a line in the log. To gRPC every method's requests are a stream,
+    so that a single one, too, is read here, within the limits; on the wire there is no difference.
     """
+
+    def __init__(self, limits: CallLimits) -> None:
+        self._limits = limits
 
     async def intercept_service(
         self,
@@ -38,19 +45,21 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         handler: Any = await continuation(handler_call_details)
         if handler is None:  # no such method
             return None
-        make, kind = _HANDLER_KINDS[handler.request_streaming, handler.response_streaming]
+        method = handler_call_details.method
+        kind = _KINDS[handler.request_streaming, handler.response_streaming]
+        make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
         return make(
-            _wrap(getattr(handler, kind), handler_call_details.method, handler.request_streaming),
+            _wrap(getattr(handler, kind), method, handler.request_streaming, self._limits),
             request_deserializer=_forgiving(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
 
-_HANDLER_KINDS: dict[tuple[bool, bool], tuple[Callable[..., Any], str]] = {
-    (False, False): (grpc.unary_unary_rpc_method_handler, "unary_unary"),
-    (False, True): (grpc.unary_stream_rpc_method_handler, "unary_stream"),
-    (True, False): (grpc.stream_unary_rpc_method_handler, "stream_unary"),
-    (True, True): (grpc.stream_stream_rpc_method_handler, "stream_stream"),
+_KINDS = {
+    (False, False): "unary_unary",
+    (False, True): "unary_stream",
+    (True, False): "stream_unary",
+    (True, True): "stream_stream",
 }
 
 
@@ -68,7 +77,7 @@ def _forgiving(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 
 class _Messages:
-    """The messages of a call, none of them malformed."""
+    """The messages of a call. Raises InvalidArgument for one that is malformed."""
 
     def __init__(self, requests: AsyncIterable[Any]) -> None:
         self._requests = aiter(requests)
@@ -77,26 +86,31 @@ class _Messages:
         return self
 
     async def __anext__(self) -> Any:
-        return _parsed(await anext(self._requests))
+        request = await anext(self._requests)
+        if request is MALFORMED:
+            raise InvalidArgument("message", "is not valid protobuf for this method")
+        return request
 
 
-def _parsed(request: Any) -> Any:
-    if request is MALFORMED:
-        raise InvalidArgument("message", "is not valid protobuf for this method")
-    return request
-
-
-def _wrap(behavior: Behavior, method: str, request_streaming: bool) -> Behavior:
+def _wrap(behavior: Behavior, method: str, request_streaming: bool, limits: CallLimits) -> Behavior:
     """`behavior`, an async function or async generator: given valid messages only, and its errors turned into statuses."""
-    check = _Messages if request_streaming else _parsed
+    # Whoever asks how this process is gets an answer, however much it has to do.
+    call = contextlib.nullcontext if method == CHECK else limits.call
+
+    async def given(requests: Any) -> Any:
+        """What `behavior` is called with."""
+        messages = _Messages(requests)
+        return messages if request_streaming else await limits.first_message(messages)
+
     if inspect.isasyncgenfunction(behavior):
 
-        async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
+        async def generate(requests: Any, context: Any) -> AsyncIterator[Any]:
             responses = None
             try:
-                responses = behavior(check(request), context)
-                async for response in responses:
-                    yield response
+                with call():
+                    responses = behavior(await given(requests), context)
+                    async for response in responses:
+                        yield response
             except Exception as error:
                 await _abort(error, context, method)
             finally:
@@ -106,13 +120,14 @@ def _wrap(behavior: Behavior, method: str, request_streaming: bool) -> Behavior:
         return generate
     assert inspect.iscoroutinefunction(behavior), f"{method} is not async"
 
-    async def call(request: Any, context: Any) -> Any:
+    async def answer(requests: Any, context: Any) -> Any:
         try:
-            return await behavior(check(request), context)
+            with call():
+                return await behavior(await given(requests), context)
         except Exception as error:
             await _abort(error, context, method)
 
-    return call
+    return answer
 
 
 async def _abort(error: Exception, context: Any, method: str) -> None:

@@ -10,19 +10,26 @@ from grpc_reflection.v1alpha import reflection
 from twotower.errors import PortInUse, ServiceFailed
 from twotower.rpc.address import check_port, join_address
 from twotower.rpc.aio_server import make_server
-from twotower.rpc.channel import SIZE_OPTIONS, ChannelOptions
+from twotower.rpc.channel import MAX_MESSAGE_BYTES, ChannelOptions
+from twotower.rpc.health import HealthServicer
 from twotower.rpc.interceptor import ErrorInterceptor
+from twotower.rpc.limits import CallLimits
 from twotower.rpc.logs import quiet_grpc_log
 from twotower.rpc.self_check import end_soon, watch_port
 
+MAX_STREAMS = 1024
+"""Calls of one connection; the client's library holds back what is more."""
+
 SERVER_OPTIONS: ChannelOptions = (
-    *SIZE_OPTIONS,
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # two services on one port must be an error, not a lottery
     # Peers ping every few seconds while a call is open (see channel.py); that is no abuse.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # for a connection's first bytes
 )
 
 
@@ -30,19 +37,29 @@ class RpcServer:
     """A gRPC server on one address. Add servicers to `.server`, then `start`.
 
     `option`: the setting that names the port, for the error when it is taken.
+    `max_calls`: that are open at once; one more is refused as overloaded. `max_message_bytes`: of one that is received.
     Must be made inside a running event loop.
     """
 
-    def __init__(self, host: str, port: int, option: str = "--port") -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        option: str = "--port",
+        *,
+        max_calls: int = 4096,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
         quiet_grpc_log()
-        self.server = make_server([ErrorInterceptor()], SERVER_OPTIONS)
+        size = ("grpc.max_receive_message_length", max_message_bytes)
+        self.server = make_server([ErrorInterceptor(CallLimits(max_calls))], (*SERVER_OPTIONS, size))
         self._host = host
         self._port = port
         self._option = option
         self._services: tuple[str, ...] = ()
         self._dead = False
         """The port was given up (see `watch`)."""
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # absent from the stubs
+        self._health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
 
     @property
