@@ -51,13 +51,16 @@ def grpc_message(message: bytes) -> bytes:
     return b"\x00" + struct.pack(">I", len(message)) + message
 
 
-async def call(address: str, headers: Sequence[Header], message: bytes = b"", wait_s: float = 5.0) -> bytes:
-    """Open a connection, make one call on it, and return what came until its stream ended (at most `wait_s`)."""
+async def call(address: str, headers: Sequence[Header], data: bytes | None = None, wait_s: float = 5.0) -> bytes:
+    """Open a connection, make one call on it, and return what came until its stream ended (at most `wait_s`).
+
+    `data`: of a call that goes on after it; None: an empty message, and the call's end.
+    """
     host, _, port = address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
         writer.write(PREFACE + frame(SETTINGS, 0, 0) + frame(HEADERS, END_HEADERS, 1, header_block(headers)))
-        writer.write(frame(DATA, END_STREAM, 1, grpc_message(message)))
+        writer.write(frame(DATA, END_STREAM, 1, grpc_message(b"")) if data is None else frame(DATA, 0, 1, data))
         await writer.drain()
         got = b""
         try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import _async as health
+from grpc_health.v1 import health_pb2
 
 from twotower.errors import Overloaded
 
@@ -13,7 +14,7 @@ CHECK = "/grpc.health.v1.Health/Check"
 MAX_WATCHES = 100
 
 
-class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc]
+class HealthServicer(health.HealthServicer):  # type: ignore[misc]
     """The library's, with bounded watches."""
 
     def __init__(self) -> None:
