@@ -135,6 +135,7 @@ async def test_a_long_url_is_refused(running: RunningGateway) -> None:
 
 async def test_of_too_many_beginners_the_oldest_goes(running: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_protocol, "MAX_BEGINNING", 10)
+    monkeypatch.setattr(http_protocol, "YIELD_S", 0.0)
     held = []
     for _ in range(25):
         host, _, port = running.http.removeprefix("http://").rpartition(":")

@@ -95,27 +95,27 @@ async def test_a_call_without_a_message_is_the_callers_fault() -> None:
 
 async def test_calls_that_do_not_begin_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_BEGINNING", 4)
-    monkeypatch.setattr(limits, "YIELD_S", 60.0)
+    monkeypatch.setattr(limits, "YIELD_S", 0.1)
     async with serving() as (_, address, channel):
-        stalled = [asyncio.create_task(call(address, GENERATE, HALF, wait_s=20)) for _ in range(4)]
+        stalled = [asyncio.create_task(call(address, GENERATE, HALF, wait_s=20)) for _ in range(8)]
+        await asyncio.wait(stalled, timeout=0.5)
         stub = inference_pb2_grpc.InferenceStub(channel)
-        async with asyncio.timeout(20):
-            error: Exception | None = None
-            while error is None:  # until they have arrived
-                try:
-                    await stub.GetModel(inference_pb2.GetModelRequest())
-                except grpc.aio.AioRpcError as refused:
-                    error = error_from_rpc(refused)
-        assert isinstance(error, Overloaded)
-        monkeypatch.setattr(limits, "YIELD_S", 0.0)
-        for _ in range(8):
+        for _ in range(6):
             assert (await stub.GetModel(inference_pb2.GetModelRequest())).model == "m"
-        done, others = await asyncio.wait(stalled, return_when=asyncio.FIRST_COMPLETED, timeout=20)
+        done, others = await asyncio.wait(stalled, timeout=0.5)
         assert all(b"came too slowly" in task.result() for task in done)
-        assert done
-        assert others  # as much room as was needed, no more
+        assert 5 <= len(done) <= 6  # as much room as was needed, no more
         for task in others:
             task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+
+async def test_many_that_begin_at_once_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_BEGINNING", 4)
+    async with serving() as (_, _, channel):
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        answers = await asyncio.gather(*(stub.GetModel(inference_pb2.GetModelRequest()) for _ in range(200)))
+        assert {answer.model for answer in answers} == {"m"}
 
 
 async def test_one_call_too_many_is_refused_and_health_is_not() -> None:

@@ -17,14 +17,16 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 200
 REST_S = 5.0
 """For the rest of a body whose request has been answered; it is read and dropped, so that the client sees the answer."""
-MAX_BEGINNING = 1024
-"""Connections that have not yet sent a whole head; one more, and the oldest of them is closed."""
+MAX_BEGINNING = 512
+"""Connections that have not yet sent a whole head, before the oldest gives way."""
+YIELD_S = 0.5
+"""How old it must be for that: many connections at once are no fault."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """One connection. Bodies are bounded where they are read (bodies.py)."""
 
-    _beginning: dict[BoundedProtocol, None] = {}  # noqa: RUF012  # of all connections, oldest first
+    _beginning: dict[BoundedProtocol, float] = {}  # noqa: RUF012  # of all connections, and since when; the oldest first
     _limit: asyncio.TimerHandle | None = None
     _in_head = True
     _head_bytes = 0
@@ -91,9 +93,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def _begin(self) -> None:
         self._in_head, self._head_bytes = True, 0
         self._arm(HEAD_S, self._too_slow)
-        self._beginning[self] = None
-        if len(self._beginning) > MAX_BEGINNING:
-            next(iter(self._beginning))._close()
+        now = self.loop.time()
+        self._beginning[self] = now
+        oldest = next(iter(self._beginning))
+        if len(self._beginning) > MAX_BEGINNING and now - self._beginning[oldest] >= YIELD_S:
+            oldest._close()
 
     def _too_slow(self) -> None:
         if self._whole:  # nothing was begun
