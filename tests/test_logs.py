@@ -37,4 +37,4 @@ def test_the_command_line_bounds_its_log(capfd: pytest.CaptureFixture[str]) -> N
         "main.main(['gateway', '--checkpoint', '/'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert 50 <= len(done.stderr.splitlines()) < 100
+    assert 10 <= len(done.stderr.splitlines()) < 50

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-BURST = 50
+BURST = 10
 """Lines that one place may write at once."""
 LINES_A_SECOND = 1.0
 

@@ -119,18 +119,22 @@ async def test_many_that_begin_at_once_are_no_fault(monkeypatch: pytest.MonkeyPa
 
 
 async def test_one_call_too_many_is_refused_and_health_is_not() -> None:
-    async with serving(max_calls=3) as (servicer, _, channel):
+    async with serving(max_calls=3) as (servicer, address, channel):
         stub = inference_pb2_grpc.InferenceStub(channel)
         held = [stub.Generate(inference_pb2.GenerateRequest()) for _ in range(3)]
         await until(lambda: servicer.running == 3)
         for _ in range(2):
             assert isinstance(await ended_with(stub.Generate(inference_pb2.GenerateRequest())), Overloaded)
             await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        # Those that do not begin are not counted: they can keep nobody out.
+        stalled = [asyncio.create_task(call(address, GENERATE, HALF, wait_s=20)) for _ in range(8)]
+        await asyncio.wait(stalled, timeout=0.3)
         held[0].cancel()
         await until(lambda: servicer.running == 2)
         assert (await stub.GetModel(inference_pb2.GetModelRequest())).model == "m"
-        for going_on in held:
+        for going_on in (*held, *stalled):
             going_on.cancel()
+        await asyncio.gather(*stalled, return_exceptions=True)
 
 
 async def test_watches_are_for_a_few(monkeypatch: pytest.MonkeyPatch) -> None:

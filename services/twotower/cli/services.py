@@ -31,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     gateway.add_argument("--model-name", metavar="NAME", help="name under which the model is served (default: the directory's)")
     gateway.add_argument("--max-in-flight", type=int, default=256, metavar="N", help="requests at once (default 256)")
     gateway.add_argument("--max-body", default="8M", metavar="SIZE", help="of one HTTP request's body (default 8M)")
-    gateway.add_argument("--max-bodies", default="32M", metavar="SIZE", help="of all HTTP requests' bodies (default 32M)")
+    gateway.add_argument("--max-bodies", default="16M", metavar="SIZE", help="of all HTTP requests' bodies (default 16M)")
     add_context_experts(gateway, "auto", "as the checkpoint stores them")
     gateway.set_defaults(run=run_gateway)
 

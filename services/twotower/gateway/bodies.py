@@ -46,8 +46,8 @@ class Bodies:
         self.held_bytes = 0
 
     @asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """The body; its bytes count for as long as the context lasts.
+    async def read(self, request: Request) -> AsyncIterator[bytearray]:
+        """The body; its bytes count for as long as the context lasts, though whoever has parsed it should clear it.
 
         Raises HTTPException (413 for one that is too large, 408 for one that comes too slowly), Overloaded where others
         leave too little room, ClientDisconnect.
@@ -55,7 +55,7 @@ class Bodies:
         self._check_size(request.headers.get("content-length"))
         clock = asyncio.get_running_loop().time
         end = clock() + WHOLE_S
-        chunks: list[bytes] = []
+        body = bytearray()
         upload = _Upload(asyncio.timeout(STALL_S), clock())
         self._uploads[upload] = None
         try:
@@ -63,7 +63,7 @@ class Bodies:
                 async with upload.limit:
                     async for chunk in request.stream():
                         self._take(upload, len(chunk))
-                        chunks.append(chunk)
+                        body += chunk
                         upload.last = clock()
                         upload.limit.reschedule(min(end, upload.last + STALL_S))
                         self._uploads[upload] = self._uploads.pop(upload)
@@ -71,7 +71,7 @@ class Bodies:
                 raise HTTPException(408, "the body came too slowly", CLOSE) from None
             finally:
                 self._uploads.pop(upload, None)
-            yield b"".join(chunks)
+            yield body
         finally:
             if not upload.lost:
                 self.held_bytes -= upload.size

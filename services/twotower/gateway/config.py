@@ -26,7 +26,7 @@ class GatewayConfig:
     """Requests served at once; one more is refused as overloaded."""
     max_body_bytes: int = 8 * 1024 * 1024
     """Largest HTTP request body; a larger one is refused as such."""
-    max_bodies_bytes: int = 32 * 1024 * 1024
+    max_bodies_bytes: int = 16 * 1024 * 1024
     """Bodies of all HTTP requests in flight together; one more is refused as overloaded."""
     drain_s: float = 30.0
     """How long running requests may take after SIGTERM."""

@@ -88,12 +88,12 @@ class Completions:
         try:
             async with self._bodies.read(Request(scope, receive)) as body:
                 call = await self._parse(body)
-                del body
+                body.clear()
                 await self._serve(call, arrived, scope, receive, send)
         except ClientDisconnect:
             return
 
-    async def _parse(self, body: bytes) -> CompletionCall:
+    async def _parse(self, body: bytearray) -> CompletionCall:
         most = self._core.max_in_flight
         try:
             call = await self._core.read(len(body), lambda: parse_completion(parse_json(body), most))

@@ -15,7 +15,7 @@ MAX_DIGITS = 640
 """Of an integer: more take time that grows with their square. (The least that Python lets one set.)"""
 
 
-def parse_json(body: bytes) -> Mapping[str, Any]:
+def parse_json(body: bytes | bytearray) -> Mapping[str, Any]:
     """The JSON object in `body`. Raises InvalidArgument."""
     if _separators(body) > MAX_VALUES and not _few_outside_strings(body):
         raise InvalidArgument("body", f"holds more than {MAX_VALUES} values")
@@ -34,12 +34,12 @@ def kind_of(value: Any) -> str:
     return names.get(type(value)) or f"the number {str(value)[:40]}"
 
 
-def _separators(body: bytes) -> int:
+def _separators(body: bytes | bytearray) -> int:
     """At least as many as there are values, within two."""
     return body.count(b",") + body.count(b"[") + body.count(b"{")
 
 
-def _few_outside_strings(body: bytes) -> bool:
+def _few_outside_strings(body: bytes | bytearray) -> bool:
     """Whether the separators that are no part of a string are few. Right for valid JSON; what is not will not parse."""
     plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     if plain.count(b'"') > 2 * MAX_VALUES:

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from twotower.broker.connection import connect
 from twotower.broker.registry import Registry
-from twotower.garbage import spare_what_is_loaded
+from twotower.garbage import give_back_large_blocks, spare_what_is_loaded
 from twotower.gateway.bodies import Bodies
 from twotower.gateway.config import GatewayConfig
 from twotower.gateway.core import Core, ServedModel
@@ -39,6 +39,9 @@ SWITCH_S = 0.001
 OTHER_CALLS = 256
 """Calls at once beside those that generate: they ask for the model, or wait to be refused."""
 
+MAX_STREAMS = 256
+"""Calls at once on one gRPC connection."""
+
 FLUSH_S = 1.0
 """After the drain: for last bytes to leave."""
 
@@ -51,6 +54,7 @@ async def run(config: GatewayConfig) -> None:
     stop = stop_requested()
     sys.set_int_max_str_digits(MAX_DIGITS)
     sys.setswitchinterval(SWITCH_S)
+    give_back_large_blocks()
     allow_many_files()  # each HTTP client has a connection of its own
     checkpoint = Checkpoint.open(config.checkpoint, context_experts=config.context_experts)
     redis = await connect(config.redis_url)
@@ -85,6 +89,7 @@ async def serve(
             config.grpc_port,
             "--grpc-port",
             max_calls=config.max_in_flight + OTHER_CALLS,
+            max_streams=MAX_STREAMS,
             max_message_bytes=max_message_bytes(model),
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(core), rpc.server)

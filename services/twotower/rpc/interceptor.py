@@ -107,8 +107,9 @@ def _wrap(behavior: Behavior, method: str, request_streaming: bool, limits: Call
         async def generate(requests: Any, context: Any) -> AsyncIterator[Any]:
             responses = None
             try:
+                asked = await given(requests)
                 with call():
-                    responses = behavior(await given(requests), context)
+                    responses = behavior(asked, context)
                     async for response in responses:
                         yield response
             except Exception as error:
@@ -122,8 +123,9 @@ def _wrap(behavior: Behavior, method: str, request_streaming: bool, limits: Call
 
     async def answer(requests: Any, context: Any) -> Any:
         try:
+            asked = await given(requests)
             with call():
-                return await behavior(await given(requests), context)
+                return await behavior(asked, context)
         except Exception as error:
             await _abort(error, context, method)
 

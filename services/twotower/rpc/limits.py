@@ -28,7 +28,7 @@ class CallLimits:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """One call, for as long as the context lasts. Raises Overloaded."""
+        """One call that has begun, for as long as the context lasts. Raises Overloaded."""
         if self.calls >= self._max_calls:
             raise Overloaded(f"{self.calls} calls are open, and {self._max_calls} is the most; try again")
         self.calls += 1

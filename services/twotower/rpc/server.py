@@ -17,9 +17,6 @@ from twotower.rpc.limits import CallLimits
 from twotower.rpc.logs import quiet_grpc_log
 from twotower.rpc.self_check import end_soon, watch_port
 
-MAX_STREAMS = 1024
-"""Calls of one connection; the client's library holds back what is more."""
-
 SERVER_OPTIONS: ChannelOptions = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # two services on one port must be an error, not a lottery
@@ -28,7 +25,6 @@ SERVER_OPTIONS: ChannelOptions = (
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.max_concurrent_streams", MAX_STREAMS),
     ("grpc.server_handshake_timeout_ms", 10_000),  # for a connection's first bytes
 )
 
@@ -37,7 +33,8 @@ class RpcServer:
     """A gRPC server on one address. Add servicers to `.server`, then `start`.
 
     `option`: the setting that names the port, for the error when it is taken.
-    `max_calls`: that are open at once; one more is refused as overloaded. `max_message_bytes`: of one that is received.
+    `max_calls`: that are open at once; one more is refused as overloaded. `max_streams`: calls of one connection; the
+    client's library holds back what is more. `max_message_bytes`: of one that is received.
     Must be made inside a running event loop.
     """
 
@@ -48,11 +45,12 @@ class RpcServer:
         option: str = "--port",
         *,
         max_calls: int = 4096,
+        max_streams: int = 4096,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         quiet_grpc_log()
-        size = ("grpc.max_receive_message_length", max_message_bytes)
-        self.server = make_server([ErrorInterceptor(CallLimits(max_calls))], (*SERVER_OPTIONS, size))
+        limits = (("grpc.max_receive_message_length", max_message_bytes), ("grpc.max_concurrent_streams", max_streams))
+        self.server = make_server([ErrorInterceptor(CallLimits(max_calls))], (*SERVER_OPTIONS, *limits))
         self._host = host
         self._port = port
         self._option = option

@@ -57,24 +57,26 @@ class Tokenizer:
         result may still be longer. Other threads run meanwhile. Raises InvalidArgument for such a text, and for a string
         that is no Unicode text (a lone surrogate).
         """
+        if most is not None and self.max_token_bytes is not None and len(text) > most * self.max_token_bytes:
+            raise _no_room(text, most)  # a character has a byte or more
         try:
             size = len(text.encode())
         except UnicodeEncodeError as error:
             raise InvalidArgument("prompt", f"is not valid Unicode: {error.reason} at position {error.start}") from None
-        if most is not None:
+        if most is not None and size > most:  # else a byte or more each, it fits
             self._check_room(text, size, most)
         return self._ids(text)
 
     def _check_room(self, text: str, size: int, most: int) -> None:
         if self.max_token_bytes is not None and size > most * self.max_token_bytes:
-            raise InvalidArgument("prompt", f"{size} bytes of text leave no room in the context of {most} tokens")
-        if size <= most or len(text) <= PIECE:  # a byte or more each: it fits; or it is little work
+            raise _no_room(text, most)
+        if len(text) <= PIECE:  # it is little work to find out
             return
         tokens = 0
         for start in range(0, len(text), PIECE):
             tokens += len(self._ids(text[start : start + PIECE]))
             if tokens > DOUBT * most:
-                raise InvalidArgument("prompt", f"{len(text)} characters of text leave no room in the context of {most} tokens")
+                raise _no_room(text, most)
 
     def _ids(self, text: str) -> list[int]:
         (encoding,) = self._inner.encode_batch_fast([text])  # unlike `encode`, it lets other threads run
@@ -96,6 +98,10 @@ class Tokenizer:
                 text = self._inner.id_to_token(token_id) or str(token_id)
             self._names[token_id] = text
         return self._names[token_id]
+
+
+def _no_room(text: str, most: int) -> InvalidArgument:
+    return InvalidArgument("prompt", f"{len(text)} characters of text leave no room in the context of {most} tokens")
 
 
 def _max_token_bytes(spec: dict[str, Any]) -> int | None:
