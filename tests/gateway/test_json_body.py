@@ -13,6 +13,7 @@ from twotower.gateway.openai import parse_completion
 @pytest.fixture(autouse=True)
 def few_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_body, "MAX_VALUES", 1000)
+    monkeypatch.setattr(json_body, "SLICE", 7)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,15 @@ def test_millions_of_values_are_refused_unparsed(body: bytes, monkeypatch: pytes
 def test_a_text_may_contain_anything(text: str, ensure_ascii: bool) -> None:
     body = json.dumps({"prompt": text, "stop": [text]}, ensure_ascii=ensure_ascii).encode()
     assert parse_json(body) == {"prompt": text, "stop": [text]}
+
+
+@pytest.mark.parametrize("number", [b"9" * 500, b"-" + b"1" * 500, b"0." + b"0" * 500 + b"1", b"1e" + b"1" * 500])
+def test_a_number_of_many_digits_is_refused_unparsed(number: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_body, "SLICE", 1024)
+    assert parse_json(b'{"prompt": "%s"}' % number) == {"prompt": number.decode()}
+    monkeypatch.setattr(json, "loads", lambda *args, **kwargs: pytest.fail("it was parsed"))
+    with pytest.raises(InvalidArgument, match=r"^body: holds a number of more than 100 digits"):
+        parse_json(b'{"max_tokens": %s}' % number)
 
 
 def test_a_thousand_values_are_taken() -> None:

@@ -20,7 +20,6 @@ from twotower.gateway.core import Core, ServedModel
 from twotower.gateway.grpc_face import SERVICE_NAME, InferenceService, max_message_bytes
 from twotower.gateway.http_face import make_app
 from twotower.gateway.http_server import HttpServer
-from twotower.gateway.json_body import MAX_DIGITS
 from twotower.gateway.metrics import Metrics
 from twotower.gateway.replicas import ReplicaPool, ReplicaSource
 from twotower.model.checkpoint import Checkpoint
@@ -52,7 +51,6 @@ async def run(config: GatewayConfig) -> None:
     Raises TwoTowerError for what cannot be started.
     """
     stop = stop_requested()
-    sys.set_int_max_str_digits(MAX_DIGITS)
     sys.setswitchinterval(SWITCH_S)
     give_back_large_blocks()
     allow_many_files()  # each HTTP client has a connection of its own
