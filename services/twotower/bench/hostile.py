@@ -1,4 +1,4 @@
-"""Clients that try to stall a gateway, as a process: ``python -m twotower.bench.hostile --grpc A --http A --seconds S``.
+"""Clients that try to stall a gateway, as a process: ``python -m twotower.bench.hostile --grpc A --http A --body N``.
 
 Every kind of them at once, again and again. What they get back is counted by kind and printed as one JSON object.
 """
@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from twotower.rpc.files import allow_many_files
 from twotower.v1 import inference_pb2
 
-BODY = 8 * 1024 * 1024
+MESSAGE = 8 * 1024 * 1024
 UPLOADS = 32
 HEADS = 3000
 WATCHES = 1000
@@ -33,21 +33,23 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 class Hostile:
     """The clients; each method is one kind of them, once."""
 
-    def __init__(self, grpc_address: str, http_address: str) -> None:
+    def __init__(self, grpc_address: str, http_address: str, body_bytes: int) -> None:
+        """`body_bytes`: of the largest bodies; larger ones would be refused unread."""
+        self._body_bytes = body_bytes
         self._grpc = grpc_address
         self._http = http_address
         self.count: Count = collections.Counter()
         self._large = {
-            "text": b'{"prompt":"' + b"Tom owns 12 pens. " * ((BODY - 20) // 18) + b'"}',
-            "ids": b'{"prompt":[' + b"5," * ((BODY - 20) // 2) + b"5]}",
-            "depth": b'{"prompt":' + b"[" * (BODY - 20) + b"}",
-            "escapes": b'{"prompt":"' + b"\\u00e9" * ((BODY - 20) // 6) + b'"}',
-            "commas": b'{"prompt":"' + b"," * (BODY - 20) + b'"}',
-            "quotes": b'{"prompt":[' + b'"a",' * ((BODY - 20) // 4) + b'"a"]}',
-            "digits": b'{"prompt":[' + (b"9" * 600 + b",") * ((BODY - 20) // 601) + b"5]}",
+            "text": b'{"prompt":"' + b"Tom owns 12 pens. " * ((body_bytes - 20) // 18) + b'"}',
+            "ids": b'{"prompt":[' + b"5," * ((body_bytes - 20) // 2) + b"5]}",
+            "depth": b'{"prompt":' + b"[" * (body_bytes - 20) + b"}",
+            "escapes": b'{"prompt":"' + b"\\u00e9" * ((body_bytes - 20) // 6) + b'"}',
+            "commas": b'{"prompt":"' + b"," * (body_bytes - 20) + b'"}',
+            "quotes": b'{"prompt":[' + b'"a",' * ((body_bytes - 20) // 4) + b'"a"]}',
+            "digits": b'{"prompt":[' + (b"9" * 600 + b",") * ((body_bytes - 20) // 601) + b"5]}",
         }
         self._messages = {
-            "grpc ids": inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[5] * (BODY - 20))),
+            "grpc ids": inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[5] * (MESSAGE - 20))),
             "grpc text": inference_pb2.GenerateRequest(text="Tom owns 12 pens. " * 5000),
         }
 
@@ -70,7 +72,7 @@ class Hostile:
     async def _stalled_body(self) -> None:
         try:
             reader, writer = await self._connect()
-            writer.write(POST + b"content-length: %d\r\n\r\n" % BODY + b" " * (BODY - 1))
+            writer.write(POST + b"content-length: %d\r\n\r\n" % self._body_bytes + b" " * (self._body_bytes - 1))
             self._saw("stalled body", (await reader.readline())[9:12].decode() or "closed")
             writer.close()
         except OSError as error:
@@ -146,9 +148,11 @@ class Hostile:
 
         async def one() -> None:
             call = channel.stream_stream(GENERATE, None, None)(None)
-            await asyncio.wait((asyncio.ensure_future(call.read()),), timeout=5)
+            reading = asyncio.ensure_future(call.read())
+            await asyncio.wait((reading,), timeout=5)
             self.count["half call: ended" if call.done() else "half call: open"] += 1
             call.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
         await asyncio.gather(*(one() for _ in range(500)))
         await channel.close(None)
@@ -204,10 +208,10 @@ async def _again_and_again(kind: Callable[[], Awaitable[None]]) -> None:
         await kind()
 
 
-async def run(grpc_address: str, http_address: str, seconds: float, only: str) -> Count:
+async def run(grpc_address: str, http_address: str, body_bytes: int, seconds: float, only: str) -> Count:
     """All kinds at once, for so long."""
     allow_many_files()
-    hostile = Hostile(grpc_address, http_address)
+    hostile = Hostile(grpc_address, http_address, body_bytes)
     print("ready", flush=True)
     kinds = [kind for kind in hostile.kinds if only in kind.__name__]
     tasks = [asyncio.create_task(_again_and_again(kind)) for kind in kinds]
@@ -224,8 +228,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--grpc", required=True)
     parser.add_argument("--http", required=True)
+    parser.add_argument("--body", type=int, required=True, help="bytes of the largest body that is taken")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--only", default="", help="kinds whose name contains this")
     options = parser.parse_args()
-    counted = asyncio.run(run(options.grpc, options.http, options.seconds, options.only))
+    counted = asyncio.run(run(options.grpc, options.http, options.body, options.seconds, options.only))
     print(json.dumps(dict(sorted(counted.items()))), flush=True)

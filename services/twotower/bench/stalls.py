@@ -14,9 +14,11 @@ from pathlib import Path
 from twotower.bench.streams import START_S, STOP_S, grpc_stream, http_stream
 from twotower.client.grpc_client import GatewayClient
 from twotower.errors import TwoTowerError, Unavailable
+from twotower.gateway.bodies import body_limits
 from twotower.launcher.embedded_redis import EmbeddedRedis
 from twotower.launcher.process import Say, ServiceProcess
 from twotower.model.checkpoint import Checkpoint
+from twotower.text.tokenizer import Tokenizer
 
 STREAMS = 16
 SAMPLE_S = 0.02
@@ -70,6 +72,8 @@ async def measure(config: StallsConfig, say: Say) -> Stalls:
     Raises TwoTowerError where these do not start.
     """
     checkpoint = Checkpoint.open(config.checkpoint)
+    if checkpoint.tokenizer_path is None:
+        raise Unavailable(f"{config.checkpoint} has no tokenizer: there would be no text to send")
     async with AsyncExitStack() as exits:
         redis = EmbeddedRedis(say)
         exits.push_async_callback(redis.stop)
@@ -88,19 +92,14 @@ async def measure(config: StallsConfig, say: Say) -> Stalls:
         calm, stormy = Phase(), Phase()
         await _watch(Phase(), 2.0, gateway, client, addresses["http"])
         await _watch(calm, config.seconds, gateway, client, addresses["http"])
+        token_bytes = Tokenizer.load(checkpoint.tokenizer_path).max_token_bytes
+        largest, _ = body_limits(None, None, checkpoint.limits.max_context, token_bytes)
+        attack = ("--grpc", addresses["grpc"], "--http", addresses["http"], "--body", str(largest), "--only", config.only)
         storm = await asyncio.create_subprocess_exec(
             *("nice", "-n", "10", sys.executable, "-m", "twotower.bench.hostile"),
-            *(
-                "--grpc",
-                addresses["grpc"],
-                "--http",
-                addresses["http"],
-                "--seconds",
-                str(config.seconds),
-                "--only",
-                config.only,
-            ),
+            *(*attack, "--seconds", str(config.seconds)),
             stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
         )
         assert storm.stdout is not None
         await storm.stdout.readline()

@@ -23,6 +23,26 @@ CLOSE = {"connection": "close"}
 """The rest of a refused body is not waited for."""
 
 
+PROMPTS = 16
+"""That fill the context, in a body of the largest size."""
+ID_BYTES = 8
+"""Of a token id in JSON, with its comma."""
+LEAST, MOST = 1 << 20, 8 << 20
+LARGEST = 8
+"""Bodies of the largest size at once."""
+
+
+def body_limits(max_body: int | None, max_bodies: int | None, max_context: int, token_bytes: int | None) -> tuple[int, int]:
+    """Bytes of one body and of all, where they are not set: from what a prompt can take.
+
+    `token_bytes`: of text, for one token at most; None: unknown.
+    """
+    if max_body is None:
+        max_body = MOST if token_bytes is None else PROMPTS * max_context * max(token_bytes, ID_BYTES)
+        max_body = min(max(max_body, LEAST), MOST)
+    return max_body, LARGEST * max_body if max_bodies is None else max_bodies
+
+
 @dataclass(eq=False, slots=True)
 class _Upload:
     """A body that is being received."""

@@ -15,7 +15,7 @@ MAX_VALUES = 300_000
 SLICE = 64 * 1024
 """Bytes that are looked at without a pause."""
 
-MAX_DIGITS = 100
+MAX_DIGITS = 500
 """Of a number: reading an integer takes time that grows with their square."""
 
 _LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS + 1))

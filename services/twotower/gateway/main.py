@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from twotower.broker.connection import connect
 from twotower.broker.registry import Registry
 from twotower.garbage import give_back_large_blocks, spare_what_is_loaded
-from twotower.gateway.bodies import Bodies
+from twotower.gateway.bodies import ID_BYTES, Bodies, body_limits
 from twotower.gateway.config import GatewayConfig
 from twotower.gateway.core import Core, ServedModel
 from twotower.gateway.grpc_face import SERVICE_NAME, InferenceService, max_message_bytes
@@ -79,7 +79,9 @@ async def serve(
         stack.push_async_callback(pool.close)
         core = Core(model, pool, metrics, max_in_flight=config.max_in_flight, reopen_wait_s=config.reopen_wait_s)
         stack.callback(core.close)
-        bodies = Bodies(config.max_body_bytes, config.max_bodies_bytes)
+        token_bytes = ID_BYTES if tokenizer is None else tokenizer.max_token_bytes
+        limits = body_limits(config.max_body_bytes, config.max_bodies_bytes, model.limits.max_context, token_bytes)
+        bodies = Bodies(*limits)
         http = HttpServer(make_app(core, bodies), config.host, config.http_port, "--http-port")
         stack.push_async_callback(http.stop, FLUSH_S)
         rpc = RpcServer(

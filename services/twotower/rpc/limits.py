@@ -13,7 +13,7 @@ MESSAGE_S = 10.0
 """For the first message of a call, from its beginning."""
 YIELD_S = 0.5
 """A call whose message has not come for this long gives way to others when there is no room."""
-MAX_BEGINNING = 256
+MAX_BEGINNING = 64
 """Calls whose first message has not come yet, before the oldest gives way. What they take of the memory is bounded by this
 and the largest message."""
 
