@@ -17,7 +17,7 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 200
 REST_S = 5.0
 """For the rest of a body whose request has been answered; it is read and dropped, so that the client sees the answer."""
-MAX_BEGINNING = 512
+MAX_BEGINNING = 256
 """Connections that have not yet sent a whole head, before the oldest gives way."""
 YIELD_S = 0.5
 """How old it must be for that: many connections at once are no fault."""

@@ -38,7 +38,7 @@ SWITCH_S = 0.001
 OTHER_CALLS = 256
 """Calls at once beside those that generate: they ask for the model, or wait to be refused."""
 
-MAX_STREAMS = 256
+MAX_STREAMS = 128
 """Calls at once on one gRPC connection."""
 
 FLUSH_S = 1.0

@@ -35,6 +35,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
 
     def __init__(self, limits: CallLimits) -> None:
         self._limits = limits
+        self._handlers: dict[str, Any] = {}  # of methods that exist: as many as there are
 
     async def intercept_service(
         self,
@@ -42,17 +43,20 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         """The method's handler, wrapped; None where there is none."""
+        method = handler_call_details.method
+        if method in self._handlers:
+            return self._handlers[method]
         handler: Any = await continuation(handler_call_details)
         if handler is None:  # no such method
             return None
-        method = handler_call_details.method
         kind = _KINDS[handler.request_streaming, handler.response_streaming]
         make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
-        return make(
+        wrapped = self._handlers[method] = make(
             _wrap(getattr(handler, kind), method, handler.request_streaming, self._limits),
             request_deserializer=_forgiving(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
+        return wrapped
 
 
 _KINDS = {
