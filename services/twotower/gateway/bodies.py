@@ -69,10 +69,12 @@ class Bodies:
     async def read(self, request: Request) -> AsyncIterator[bytearray]:
         """The body; its bytes count for as long as the context lasts, though whoever has parsed it should clear it.
 
-        Raises HTTPException (413 for one that is too large, 408 for one that comes too slowly), Overloaded where others
+        Raises HTTPException (413: it is too large; 408: it comes too slowly; 415: it is compressed), Overloaded where others
         leave too little room, ClientDisconnect.
         """
         self._check_size(request.headers.get("content-length"))
+        if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+            raise HTTPException(415, f"content-encoding: {coding[:20]!r} is not supported; send the body as it is", CLOSE)
         clock = asyncio.get_running_loop().time
         end = clock() + WHOLE_S
         body = bytearray()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -21,6 +22,10 @@ MAX_BEGINNING = 256
 """Connections that have not yet sent a whole head, before the oldest gives way."""
 YIELD_S = 0.5
 """How old it must be for that: many connections at once are no fault."""
+
+
+_UPGRADE = re.compile(rb"(\A|\n)upgrade:", re.IGNORECASE)
+"""An offer to go on in another protocol, which is never taken: the parser, told of it, would drop the body."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -47,6 +52,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse; a head that grows without end is refused."""
         counted = self._in_head
+        if counted and _UPGRADE.search(data):
+            head, end, body = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(b"\\1x-grade:", head) + end + body
         self._head_bytes += len(data) if counted else 0
         super().data_received(data)
         if counted and self._in_head and self._head_bytes > MAX_HEAD_BYTES:

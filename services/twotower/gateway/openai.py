@@ -58,12 +58,14 @@ def parse_completion(body: Mapping[str, Any], max_requests: int) -> CompletionCa
     for name, neutral in _NEUTRAL.items():
         value = body.get(name)
         if value is not None and not any(value == n and isinstance(value, bool) == isinstance(n, bool) for n in neutral):
-            raise InvalidArgument(name, f"is not supported; leave it out (or give {json.dumps(neutral[0])})")
+            raise InvalidArgument(
+                name, f"is not supported; leave it out (or give {json.dumps(neutral[0] if neutral else None)})"
+            )
     stream = _optional(body, "stream", _boolean) or False
     eos_token_ids = _optional(body, "eos_token_ids", _token_ids)
     fields: dict[str, Any] = {
         "mode": _optional(body, "mode", _mode) or Mode.DIFFUSION,
-        "max_tokens": _optional(body, "max_tokens", _integer),
+        "max_tokens": _max_tokens(body),
         "block_size": _optional(body, "block_size", _integer),
         "steps": _optional(body, "steps", _integer),
         "gamma": _optional(body, "gamma", _number),
@@ -107,15 +109,20 @@ def parse_completion(body: Mapping[str, Any], max_requests: int) -> CompletionCa
 _OURS = ("mode", "gamma", "block_size", "steps", "top_k", "ignore_eos", "eos_token_ids", "timeout_s")
 _TAKEN = (
     *("model", "prompt", "n", "best_of", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options"),
-    *("logprobs", "service_tier"),
+    *("logprobs", "service_tier", "max_completion_tokens"),
 )
-_IGNORED = ("user",)
+_IGNORED = ("user", "metadata")
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "suffix": ("",),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
+    "min_tokens": (0,),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "prompt_logprobs": (),
+    "store": (False,),
 }
 """What asks for nothing, besides null."""
 
@@ -143,19 +150,29 @@ def _prompts(value: Any) -> list[str | tuple[int, ...]]:
     return [_token_ids("prompt", value)]
 
 
+def _max_tokens(body: Mapping[str, Any]) -> int | None:
+    """Under either of its names."""
+    given = {name: _optional(body, name, _integer) for name in ("max_tokens", "max_completion_tokens")}
+    values = {value for value in given.values() if value is not None}
+    if len(values) > 1:
+        raise InvalidArgument("max_completion_tokens", "contradicts max_tokens: give one of them")
+    return next(iter(values), None)
+
+
 def _include_usage(body: Mapping[str, Any], stream: bool) -> bool:
     options = body.get("stream_options")
     if options is None:
         return False
     if not isinstance(options, dict):
         _refuse("stream_options", "an object", options)
-    if not stream:
+    if options and not stream:
         raise InvalidArgument("stream_options", "is only for stream: true")
     for name in options:
-        if name not in ("include_usage", "include_obfuscation"):
+        if name not in ("include_usage", "include_obfuscation", "continuous_usage_stats"):
             raise InvalidArgument(f"stream_options.{name[:MAX_QUOTE]}", "is not a field of stream_options")
-    if _optional(options, "include_obfuscation", _boolean):
-        raise InvalidArgument("stream_options.include_obfuscation", "is not supported; leave it out (or give false)")
+    for name in ("include_obfuscation", "continuous_usage_stats"):
+        if _optional(options, name, _boolean):
+            raise InvalidArgument(f"stream_options.{name}", "is not supported; leave it out (or give false)")
     return _optional(options, "include_usage", _boolean) or False
 
 
