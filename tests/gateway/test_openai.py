@@ -100,7 +100,7 @@ BAD: list[tuple[str, Any]] = [
     ("frequency_penalty", -1),
     ("logit_bias", {"50256": -100}),
     ("stream_options", {"include_usage": True}),  # without stream
-    *[(name, 1) for name in ("max_completion_tokens", "messages", "Prompt", "")],
+    *[(name, 1) for name in ("max_output_tokens", "messages", "Prompt", "")],
 ]
 
 
