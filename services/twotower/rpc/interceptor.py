@@ -84,13 +84,16 @@ class _Messages:
     """The messages of a call. Raises InvalidArgument for one that is malformed."""
 
     def __init__(self, requests: AsyncIterable[Any]) -> None:
-        self._requests = aiter(requests)
+        self._requests = requests
+        self._iterator: AsyncIterator[Any] | None = None  # made when first asked: one that is never used warns
 
     def __aiter__(self) -> _Messages:
         return self
 
     async def __anext__(self) -> Any:
-        request = await anext(self._requests)
+        if self._iterator is None:
+            self._iterator = aiter(self._requests)
+        request = await anext(self._iterator)
         if request is MALFORMED:
             raise InvalidArgument("message", "is not valid protobuf for this method")
         return request
