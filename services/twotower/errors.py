@@ -7,7 +7,8 @@ TwoTowerError
 │   └── PortInUse          the address to listen on is taken
 ├── ServiceFailed          a process of the stack did not start, or keeps dying
 ├── Unavailable            cannot be served now; try again
-│   └── BrokerUnavailable  Redis does not answer
+│   ├── BrokerUnavailable  Redis does not answer
+│   └── Draining           the service takes nothing new; another one does
 ├── Overloaded             the queue is full; try again later
 ├── DeadlineExceeded       the caller's deadline passed before the end
 ├── Incompatible           two processes (or a frame and a config) do not fit each other
@@ -56,6 +57,10 @@ class Unavailable(TwoTowerError):
 
 class BrokerUnavailable(Unavailable):
     """Redis does not answer."""
+
+
+class Draining(Unavailable):
+    """This replica takes nothing new; another one does."""
 
 
 class Overloaded(TwoTowerError):

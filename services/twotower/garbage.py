@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 
 
@@ -12,3 +14,17 @@ def spare_what_is_loaded() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+M_MMAP_THRESHOLD = -3
+LARGE = 1 << 20
+"""Bytes."""
+
+
+def give_back_large_blocks() -> None:
+    """Let memory of large blocks go back to the system when it is freed, in this process, where the C library is glibc.
+
+    By itself glibc keeps it once such blocks have come and gone, in an amount that depends on their order.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)

@@ -120,7 +120,8 @@ def check_request(prompt: Sequence[int], params: GenerationParams, limits: Model
     usable = max(limits.block_size, params.max_tokens)
     if params.mode is Mode.DIFFUSION and params.block_size > usable:
         raise InvalidArgument(
-            "block_size", f"must be at most {usable} with max_tokens {params.max_tokens}: nobody would see the rest of the block"
+            "block_size",
+            f"must be at most {usable} with max_tokens {params.max_tokens}: nobody would see the rest of the block",
         )
     if params.steps < 1:
         raise InvalidArgument("steps", f"must be at least 1, not {params.steps}")

@@ -90,7 +90,7 @@ class WrongContext(context_pb2_grpc.ContextTowerServicer):
         self._messages = messages
 
     async def Link(self, requests: Any, context: Any) -> None:
-        await context.read()
+        await anext(requests)
         for message in self._messages:
             await context.write(message)
         await asyncio.Event().wait()

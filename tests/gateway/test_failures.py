@@ -10,7 +10,6 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from twotower.v1.context_pb2 import OpenRequest
 
 from tests.support.gateways import gateway, replica
 from tests.support.scripted_context import ScriptedContext
@@ -18,13 +17,16 @@ from tests.support.waiting import until
 from twotower.client.grpc_client import GatewayClient
 from twotower.errors import (
     BrokerUnavailable,
+    Draining,
     Incompatible,
     NonFiniteLogits,
     Overloaded,
+    RequestFailed,
     TwoTowerError,
     Unavailable,
 )
 from twotower.events import Block, Finished
+from twotower.internal.v1.context_pb2 import OpenRequest
 from twotower.request import FinishReason, Mode
 from twotower.rpc.channel import open_channel
 
@@ -157,8 +159,24 @@ async def test_tries_are_bounded(checkpoint: Path) -> None:
     context = ScriptedContext(SCRIPT, fail_at(0, Unavailable("always")))
     others = [ScriptedContext(SCRIPT, context.before) for _ in range(3)]
     async with gateway(checkpoint, context, *others) as running, running.client() as client:
-        with pytest.raises(Unavailable, match="failed 4 times in this request; the last time: always"):
+        with pytest.raises(RequestFailed, match="failed 4 times without a block between; the last time: always"):
             await collect(client)
+
+
+async def test_contexts_that_drain_are_no_failures_of_the_request(checkpoint: Path) -> None:
+    """A rolling upgrade: all but one refuse, more of them than a request may fail."""
+    draining = [ScriptedContext(SCRIPT, fail_at(0, Draining("this context is draining"))) for _ in range(6)]
+    async with gateway(checkpoint, *draining, ScriptedContext(SCRIPT)) as running, running.client() as client:
+        ids, _ = await collect(client, max_tokens=20)
+        assert ids == SCRIPT[:20]
+
+
+async def test_contexts_count_on_from_the_failures_before(checkpoint: Path) -> None:
+    contexts = [ScriptedContext(SCRIPT, fail_at(0, Unavailable("always"))) for _ in range(4)]
+    async with gateway(checkpoint, *contexts) as running, running.client() as client:
+        with pytest.raises(RequestFailed):
+            await collect(client)
+    assert sorted(request.failures for context in contexts for request in context.opened) == [0, 1, 2, 3]
 
 
 async def test_no_context_comes_back(checkpoint: Path) -> None:

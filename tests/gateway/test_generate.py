@@ -241,5 +241,5 @@ async def test_a_priority_reaches_the_context(checkpoint: Path) -> None:
             _ = [event async for event in client.generate([5], priority=priority)]
         _ = [event async for event in client.generate([5])]
         with pytest.raises(InvalidArgument, match=r"^priority: 9 is unknown"):
-            request_from_pb(inference_pb2.GenerateRequest(text="fox", priority=9))  # type: ignore[arg-type]
+            request_from_pb(inference_pb2.GenerateRequest(text="fox", priority=9), MAX_CONTEXT)  # type: ignore[arg-type]
     assert [PRIORITY_FROM_PB[call.priority] for call in context.opened] == [*Priority, Priority.NORMAL]

@@ -33,7 +33,7 @@ ASKED = {"model": "tiny", "prompt": "the fox", "max_tokens": 60, "seed": 2, "tem
 async def stack(checkpoint: Path) -> AsyncIterator[tuple[Towers, RunningGateway]]:
     async with towers(checkpoint) as running:
         running.start_worker()
-        async with gateway(checkpoint, replicas=[replica("context", "c", running.service.address)]) as front:
+        async with gateway(checkpoint, replicas=[replica("context", "c", running.service.sessions.address)]) as front:
             yield running, front
 
 
@@ -235,5 +235,5 @@ async def test_a_deadline_frees_the_slots(checkpoint: Path, face: str) -> None:
             if isinstance(caught.value, openai.APIStatusError):
                 assert caught.value.status_code == 504
             assert caught.value.body["type"] == "timeout_error"  # type: ignore[index]
-        pools = [running.service._admission.pool, *(one.worker._admission.pool for one in running.workers)]
+        pools = [running.pool, *(one.pool for one in running.workers)]
         await until(lambda: len(running.service.sessions) == 0 and all(p.used_slots == p.used_pages == 0 for p in pools))

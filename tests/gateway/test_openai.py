@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from twotower.errors import InvalidArgument
-from twotower.gateway.openai import DEFAULT_MAX_TOKENS, CompletionCall, parse_completion, parse_json
+from twotower.gateway.json_body import parse_json
+from twotower.gateway.openai import DEFAULT_MAX_TOKENS, CompletionCall, parse_completion
 from twotower.gateway.request import Request
 from twotower.request import Mode, Priority
 
@@ -99,7 +100,7 @@ BAD: list[tuple[str, Any]] = [
     ("frequency_penalty", -1),
     ("logit_bias", {"50256": -100}),
     ("stream_options", {"include_usage": True}),  # without stream
-    *[(name, 1) for name in ("max_completion_tokens", "messages", "Prompt", "")],
+    *[(name, 1) for name in ("max_output_tokens", "messages", "Prompt", "")],
 ]
 
 

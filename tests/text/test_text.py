@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -180,3 +182,72 @@ def test_a_name_keeps_the_space_that_a_decoder_drops(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
     assert tokenizer.decode([2]) == "fox"
     assert [tokenizer.name(token) for token in (1, 2)] == [" the", " fox"]
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = tokenizer.max_token_bytes
+    assert longest is not None
+    assert longest == max(len(tokenizer._inner.id_to_token(i)) for i in range(tokenizer.vocab_size))
+    monkeypatch.setattr(tokenizer, "_ids", lambda text: pytest.fail("it was tokenized"))
+    with pytest.raises(InvalidArgument, match=r"^prompt: .* characters of text leave no room in the context of 100 tokens"):
+        tokenizer.encode("é" * (50 * longest + 1), 100)
+
+
+@pytest.mark.parametrize("text", ["quick brown fox ", "日本語🙂", "aé日🙂 ", "\n\n  "])
+def test_a_text_that_does_not_fit_is_refused_early(tokenizer: Tokenizer, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenized = 0
+    ids = tokenizer._ids
+
+    def counting(piece: str) -> list[int]:
+        nonlocal tokenized
+        tokenized += len(piece)
+        return ids(piece)
+
+    monkeypatch.setattr(tokenizer, "_ids", counting)
+    whole = text * (1_000_000 // len(text))
+    most = 20_000
+    monkeypatch.setattr(tokenizer, "max_token_bytes", None)  # as of one of which nothing is known
+    with pytest.raises(InvalidArgument, match=r"^prompt: .* characters of text leave no room in the context of 20000 tokens"):
+        tokenizer.encode(whole, most)
+    assert tokenized <= 8 * most
+
+
+@pytest.mark.parametrize("text", ["quick brown fox ", "日本語🙂", "aé日🙂 ", "\n\n  ", "aaaaaaa"])
+def test_a_text_that_fits_is_never_refused(tokenizer: Tokenizer, text: str) -> None:
+    whole = text * (100_000 // len(text))
+    ids = tokenizer.encode(whole)
+    assert tokenizer.encode(whole, len(ids)) == ids
+    assert tokenizer.decode(ids) == whole
+
+
+def test_what_a_tokenizer_may_drop_or_change_has_no_bound(tokenizer: Tokenizer) -> None:
+    spec = json.loads(tokenizer._inner.to_str())
+
+    def bound(**changes: Any) -> int | None:
+        changed = tokenizers.Tokenizer.from_str(json.dumps({**spec, **changes}))
+        return Tokenizer(changed).max_token_bytes
+
+    assert bound() == tokenizer.max_token_bytes
+    assert bound(normalizer={"type": "Lowercase"}) is None
+    assert bound(pre_tokenizer={"type": "Whitespace"}) is None
+    assert bound(pre_tokenizer=None) is None
+    byte_level = spec["pre_tokenizer"]
+    split = {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Isolated", "invert": False}
+    both = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    assert bound(pre_tokenizer=both) == tokenizer.max_token_bytes
+    both = {"type": "Sequence", "pretokenizers": [{**split, "behavior": "Removed"}, byte_level]}
+    assert bound(pre_tokenizer=both) is None
+    long = {"id": 319, "content": "x" * 99, "single_word": False, "lstrip": False, "rstrip": False}
+    added = [*spec["added_tokens"], {**long, "normalized": False, "special": True}]
+    assert bound(added_tokens=added) == 99
+
+
+def test_a_file_that_would_cut_prompts_does_not(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    cutting = tokenizers.Tokenizer.from_str(tokenizer._inner.to_str())
+    cutting.enable_truncation(2)
+    cutting.enable_padding(length=50)
+    cutting.save(str(tmp_path / "tokenizer.json"))
+    text = "the quick brown fox"
+    assert Tokenizer.load(tmp_path / "tokenizer.json").encode(text) == tokenizer.encode(text)

@@ -55,7 +55,7 @@ class SimulatedContext(context_pb2_grpc.ContextTowerServicer):
         """Serve; returns the address."""
         self.server = RpcServer("127.0.0.1", 0)
         context_pb2_grpc.add_ContextTowerServicer_to_server(self, self.server.server)
-        await self.server.start(["twotower.v1.ContextTower"])
+        await self.server.start(["twotower.internal.v1.ContextTower"])
         return self.server.address
 
     async def stop(self) -> None:

@@ -148,7 +148,11 @@ async def measure(config: StreamsConfig, say: Say) -> Streams:
         async with asyncio.TaskGroup() as group:
             for i in range(config.streams):
                 prompt, most = load.prompt(i), load.max_tokens
-                use = _grpc(channels[i // 2 % CHANNELS], prompt, most) if i % 2 else _http(addresses["http"], prompt, most)
+                use = (
+                    grpc_stream(channels[i // 2 % CHANNELS], prompt, most)
+                    if i % 2
+                    else http_stream(addresses["http"], prompt, most)
+                )
                 group.create_task(load.stream(i, use))
                 await asyncio.sleep(0)
         load.result.seconds = time.perf_counter() - started
@@ -157,7 +161,10 @@ async def measure(config: StreamsConfig, say: Say) -> Streams:
     return load.result
 
 
-async def _grpc(client: GatewayClient, prompt: Sequence[int], max_tokens: int) -> AsyncIterator[tuple[Sequence[int], str]]:
+async def grpc_stream(
+    client: GatewayClient, prompt: Sequence[int], max_tokens: int
+) -> AsyncIterator[tuple[Sequence[int], str]]:
+    """Token ids and text of one request, block by block. Raises TwoTowerError."""
     async with aclosing(client.generate(prompt, max_tokens=max_tokens, ignore_eos=True)) as events:
         async for event in events:
             if isinstance(event, Block):
@@ -166,7 +173,7 @@ async def _grpc(client: GatewayClient, prompt: Sequence[int], max_tokens: int) -
                 yield (), event.text
 
 
-async def _http(address: str, prompt: Sequence[int], max_tokens: int) -> AsyncIterator[tuple[Sequence[int], str]]:
+async def http_stream(address: str, prompt: Sequence[int], max_tokens: int) -> AsyncIterator[tuple[Sequence[int], str]]:
     """Text only. Raises ValueError for an answer that is no stream, or ends too early."""
     body = json.dumps({"prompt": list(prompt), "max_tokens": max_tokens, "ignore_eos": True, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import grpc
 import torch
 from torch import Tensor
 
@@ -55,11 +54,11 @@ class _Sender(context_pb2_grpc.ContextTowerServicer):
 
     async def Link(self, requests: AsyncIterator[link_pb2.WorkerMessage], context: Any) -> None:
         """Hello first, as in the service."""
-        hello = await context.read()
+        hello = await anext(requests)
         outlet, choice = self._transports.attach(hello.hello.transport, context.peer())
         await context.write(link_pb2.ContextMessage(welcome=link_pb2.Welcome(transport=choice)))
         held: dict[int, list[tuple[Key, Tensor]]] = {}
-        while (request := await context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]  # absent from the stubs
+        async for request in requests:
             length = request.alive.forwards
             if length not in held:
                 held[length] = [(key, torch.ones(each.shape, dtype=each.dtype)) for key, each in _spec(length).items()]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from twotower import __version__
 from twotower.cli import bench, conformance, demo, evaluate, generate, quantize, services, trace, train, up
 from twotower.errors import TwoTowerError
+from twotower.logs import BoundedLog
 
 Run = Callable[[argparse.Namespace], int | None]
 
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.DEBUG if args.debug else logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
     )
+    if not args.debug:
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(BoundedLog())
     for noisy in ("asyncio", "httpx", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     run: Run = args.run

@@ -32,8 +32,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     gateway.add_argument("--http-port", type=int, default=8000, metavar="P", help="default 8000; 0: any free port")
     gateway.add_argument("--model-name", metavar="NAME", help="name under which the model is served (default: the directory's)")
     gateway.add_argument("--max-in-flight", type=int, default=256, metavar="N", help="requests at once (default 256)")
-    gateway.add_argument("--max-body", default="8M", metavar="SIZE", help="of one HTTP request's body (default 8M)")
-    gateway.add_argument("--max-bodies", default="256M", metavar="SIZE", help="of all HTTP requests' bodies (default 256M)")
+    gateway.add_argument("--max-body", metavar="SIZE", help="of one HTTP request's body (default 1M to 8M, by the context)")
+    gateway.add_argument("--max-bodies", metavar="SIZE", help="of all HTTP requests' bodies (default eight of the largest)")
     add_context_experts(gateway, "auto", "as the checkpoint stores them")
     gateway.set_defaults(run=run_gateway)
 
@@ -77,8 +77,8 @@ def run_gateway(args: argparse.Namespace) -> None:
         http_port=args.http_port,
         model_name=args.model_name,
         max_in_flight=args.max_in_flight,
-        max_body_bytes=parse_bytes(args.max_body, "max_body"),
-        max_bodies_bytes=parse_bytes(args.max_bodies, "max_bodies"),
+        max_body_bytes=None if args.max_body is None else parse_bytes(args.max_body, "max_body"),
+        max_bodies_bytes=None if args.max_bodies is None else parse_bytes(args.max_bodies, "max_bodies"),
         context_experts=args.context_experts,
         drain_s=args.drain,
     )

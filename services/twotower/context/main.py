@@ -142,7 +142,8 @@ async def _serve(
         )
 
     await registry.announce(describe())
-    tasks = [asyncio.create_task(work) for work in (sessions.watch_queue(), heartbeat(registry, describe), progress.watch())]
+    watching = sessions.watch_queue(), heartbeat(registry, describe), progress.watch(), server.watch()
+    tasks = [asyncio.create_task(work) for work in watching]
     await server.set_serving(True)
     spare_what_is_loaded()
     print(f"ready grpc={server.address}", flush=True)

@@ -6,14 +6,13 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-import grpc
 from opentelemetry.trace import Tracer
 
 from twotower.context.link import WorkerLink
 from twotower.context.live import LiveSession, ShownBlock
 from twotower.context.sessions import Sessions
 from twotower.engine.session import block_tokens
-from twotower.errors import Incompatible, InvalidArgument, TwoTowerError, Unavailable
+from twotower.errors import Draining, Incompatible, InvalidArgument, TwoTowerError
 from twotower.internal.v1 import context_pb2, context_pb2_grpc, link_pb2
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.pool import PAGE, StatePool
@@ -48,7 +47,7 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
     async def Open(self, request: context_pb2.OpenRequest, context: Any) -> AsyncIterator[context_pb2.SessionEvent]:
         """A gateway's session: blocks as they are finished. Ending the call ends it."""
         if self.draining:
-            raise Unavailable("this context is draining")
+            raise Draining("this context is draining")
         live, tokens = self._checked(request)
         self.sessions.open(live, tokens)
         try:
@@ -69,8 +68,7 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         """A worker's sessions, for as long as both live."""
 
         async def read() -> link_pb2.WorkerMessage | None:
-            message = await context.read()
-            return None if message is grpc.aio.EOF else message  # type: ignore[attr-defined]  # absent from the stubs
+            return await anext(requests, None)
 
         first = await read()
         if first is None or not first.HasField("hello"):

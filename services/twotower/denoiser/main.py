@@ -118,7 +118,8 @@ async def _work(
 
     await registry.announce(describe())
     pulling, *others = (
-        asyncio.create_task(work) for work in (worker.pull(), worker.flush(), heartbeat(registry, describe), progress.watch())
+        asyncio.create_task(work)
+        for work in (worker.pull(), worker.flush(), heartbeat(registry, describe), progress.watch(), server.watch())
     )
     await server.set_serving(True)
     spare_what_is_loaded()

@@ -1,14 +1,58 @@
-"""Bodies of HTTP requests: bounded each, and bounded together, so that no crowd of large ones fills the memory."""
+"""Bodies of HTTP requests: bounded in size, each and together, and in time, so that large or slow ones are in nobody's way."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from twotower.errors import Overloaded
+
+WHOLE_S = 60.0
+"""For a whole body, from its first byte."""
+STALL_S = 10.0
+"""Between two pieces of a body."""
+YIELD_S = 0.5
+"""A body of which nothing came for this long gives way to others when there is no room."""
+
+CLOSE = {"connection": "close"}
+"""The rest of a refused body is not waited for."""
+
+
+PROMPTS = 16
+"""That fill the context, in a body of the largest size."""
+ID_BYTES = 8
+"""Of a token id in JSON, with its comma."""
+LEAST, MOST = 1 << 20, 8 << 20
+LARGEST = 8
+"""Bodies of the largest size at once."""
+
+
+def body_limits(max_body: int | None, max_bodies: int | None, max_context: int, token_bytes: int | None) -> tuple[int, int]:
+    """Bytes of one body and of all, where they are not set: from what a prompt can take.
+
+    `token_bytes`: of text, for one token at most; None: unknown.
+    """
+    if max_body is None:
+        max_body = MOST if token_bytes is None else PROMPTS * max_context * max(token_bytes, ID_BYTES)
+        max_body = min(max(max_body, LEAST), MOST)
+    return max_body, LARGEST * max_body if max_bodies is None else max_bodies
+
+
+@dataclass(eq=False, slots=True)
+class _Upload:
+    """A body that is being received."""
+
+    limit: asyncio.Timeout
+    last: float
+    """When a piece of it came, by the loop's clock."""
+    size: int = 0
+    lost: bool = False
+    """It gave way; its bytes no longer count."""
 
 
 class Bodies:
@@ -18,26 +62,64 @@ class Bodies:
         """`max_body_bytes`: of one. `max_bodies_bytes`: of all together."""
         self._max_one = max_body_bytes
         self._max_all = max_bodies_bytes
+        self._uploads: dict[_Upload, None] = {}  # the one that is silent the longest first
         self.held_bytes = 0
 
     @asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """The body; its bytes count for as long as the context lasts.
+    async def read(self, request: Request) -> AsyncIterator[bytearray]:
+        """The body; its bytes count for as long as the context lasts, though whoever has parsed it should clear it.
 
-        Raises HTTPException (413) for one that is too large, Overloaded where others leave too little room,
-        ClientDisconnect.
+        Raises HTTPException (413: it is too large; 408: it comes too slowly; 415: it is compressed), Overloaded where others
+        leave too little room, ClientDisconnect.
         """
-        chunks: list[bytes] = []
-        size = 0
+        self._check_size(request.headers.get("content-length"))
+        if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+            raise HTTPException(415, f"content-encoding: {coding[:20]!r} is not supported; send the body as it is", CLOSE)
+        clock = asyncio.get_running_loop().time
+        end = clock() + WHOLE_S
+        body = bytearray()
+        upload = _Upload(asyncio.timeout(STALL_S), clock())
+        self._uploads[upload] = None
         try:
-            async for chunk in request.stream():
-                if size + len(chunk) > self._max_one:
-                    raise HTTPException(413, f"the body is larger than {self._max_one} bytes")
-                if self.held_bytes + len(chunk) > self._max_all:
-                    raise Overloaded(f"bodies of requests in flight take {self._max_all} bytes at most; try again")
-                size += len(chunk)
-                self.held_bytes += len(chunk)
-                chunks.append(chunk)
-            yield b"".join(chunks)
+            try:
+                async with upload.limit:
+                    async for chunk in request.stream():
+                        self._take(upload, len(chunk))
+                        body += chunk
+                        upload.last = clock()
+                        upload.limit.reschedule(min(end, upload.last + STALL_S))
+                        self._uploads[upload] = self._uploads.pop(upload)
+            except TimeoutError:
+                raise HTTPException(408, "the body came too slowly", CLOSE) from None
+            finally:
+                self._uploads.pop(upload, None)
+            yield body
         finally:
-            self.held_bytes -= size
+            if not upload.lost:
+                self.held_bytes -= upload.size
+
+    def _check_size(self, announced: str | None) -> None:
+        if announced is not None and announced.isdecimal() and int(announced) > self._max_one:
+            self._refuse_size()
+
+    def _refuse_size(self) -> None:
+        raise HTTPException(413, f"the body is larger than {self._max_one} bytes", CLOSE)
+
+    def _take(self, upload: _Upload, size: int) -> None:
+        if upload.size + size > self._max_one:
+            self._refuse_size()
+        while self.held_bytes + size > self._max_all:
+            self._make_room(upload)
+        upload.size += size
+        self.held_bytes += size
+
+    def _make_room(self, upload: _Upload) -> None:
+        """Let go of a body that has stalled. Raises Overloaded where there is none."""
+        now = asyncio.get_running_loop().time()
+        stalled = next(iter(self._uploads))
+        if stalled is upload or now - stalled.last < YIELD_S:
+            raise Overloaded(f"bodies of requests in flight take {self._max_all} bytes at most; try again")
+        del self._uploads[stalled]
+        stalled.lost = True
+        stalled.limit.reschedule(now)
+        self.held_bytes -= stalled.size

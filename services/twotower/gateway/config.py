@@ -26,10 +26,10 @@ class GatewayConfig:
     """Precision at which the contexts run their experts; part of the identity under which they are found."""
     max_in_flight: int = 256
     """Requests served at once; one more is refused as overloaded."""
-    max_body_bytes: int = 8 * 1024 * 1024
-    """Largest HTTP request body; a larger one is refused as such."""
-    max_bodies_bytes: int = 256 * 1024 * 1024
-    """Bodies of all HTTP requests in flight together; one more is refused as overloaded."""
+    max_body_bytes: int | None = None
+    """Largest HTTP request body; a larger one is refused as such. None: by what prompts can take (see `body_limits`)."""
+    max_bodies_bytes: int | None = None
+    """Bodies of all HTTP requests in flight together; one more is refused as overloaded. None: some of the largest."""
     drain_s: float = 30.0
     """How long running requests may take after SIGTERM."""
     reopen_wait_s: float = 15.0

@@ -5,23 +5,29 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from twotower.errors import InvalidArgument, Overloaded, Unavailable
 from twotower.events import Accepted, Block, Event, Finished
 from twotower.gateway.metrics import CANCELLED, COMPLETED, Metrics, outcome_of
 from twotower.gateway.replicas import ReplicaPool
-from twotower.gateway.request import Request, check_unresolved, resolve
+from twotower.gateway.request import Request, check_length, check_unresolved, resolve
 from twotower.gateway.sessions import Job, SessionStream
 from twotower.request import FinishReason, Mode, ModelLimits, check_request
 from twotower.text.stream import TextStream
 from twotower.text.tokenizer import Tokenizer
 from twotower.wire.logprobs import logprobs_from_pb
 
-LONG_TEXT = 4096
-"""Characters above which a prompt is tokenized in a thread, so that streams of others do not wait for it."""
+T = TypeVar("T")
+
+LONG = 1024
+"""Characters or ids of a request above which it is read in a thread, so that streams of others do not wait for it."""
+READERS = 2
+"""Requests that are read in threads at once; what reading takes of the memory is theirs alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,7 @@ class Prepared:
 
 
 class Core:
-    """Checks, admits, routes and streams: `prepare`, then `admit`, then `run`."""
+    """Checks, admits, routes and streams: `admit`, then `prepare`, then `run`."""
 
     def __init__(
         self, model: ServedModel, pool: ReplicaPool, metrics: Metrics, *, max_in_flight: int, reopen_wait_s: float
@@ -66,6 +72,17 @@ class Core:
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
+        self._readers = ThreadPoolExecutor(READERS, "reader")
+
+    def close(self) -> None:
+        """End the threads."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+    async def read(self, size: int, work: Callable[[], T]) -> T:
+        """The result of `work`, which reads what a client sent: in a thread if its `size` is large."""
+        if size <= LONG:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work)
 
     def why_not_ready(self) -> str | None:
         """Why requests would fail now; None if they will succeed."""
@@ -77,27 +94,43 @@ class Core:
             return "no denoiser is live"
         return None
 
-    async def prepare(self, request: Request) -> Prepared:
-        """Tokenize and check, before any work. Raises InvalidArgument, which names the field."""
+    async def prepare(self, requests: Sequence[Request]) -> list[Prepared]:
+        """Check and tokenize admitted requests. Raises InvalidArgument, which names the field."""
+        prompts = dict.fromkeys(request.prompt for request in requests)  # a prompt may have several choices
+        return await self.read(sum(map(len, prompts)), lambda: self._prepare(requests))
+
+    def _prepare(self, requests: Sequence[Request]) -> list[Prepared]:
         model = self.model
-        try:
-            check_unresolved(request, model.tokenizer is not None)
-            prompt = await self._tokens(request.prompt)
-            params = resolve(request, len(prompt), model.limits)
-            warnings = check_request(prompt, params, model.limits)
-        except InvalidArgument as error:
-            self._count(request.mode, outcome_of(error))
-            raise
-        return Prepared(Job(uuid.uuid4().hex, tuple(prompt), params, request.priority), request.stop, tuple(warnings))
+        tokens: dict[str | tuple[int, ...], tuple[int, ...]] = {}
+        prepared = []
+        for request in requests:
+            try:
+                if not isinstance(request.prompt, str):
+                    check_length(len(request.prompt), model.limits.max_context)
+                check_unresolved(request, model.tokenizer is not None)
+                if request.prompt not in tokens:
+                    tokens[request.prompt] = self._tokens(request.prompt)
+                prompt = tokens[request.prompt]
+                params = resolve(request, len(prompt), model.limits)
+                warnings = check_request(prompt, params, model.limits)
+            except InvalidArgument as error:
+                self._count(request.mode, outcome_of(error))
+                raise
+            job = Job(uuid.uuid4().hex, prompt, params, request.priority)
+            prepared.append(Prepared(job, request.stop, tuple(warnings)))
+        return prepared
 
     @contextmanager
-    def admit(self, requests: Sequence[Prepared]) -> Iterator[None]:
-        """Take these requests, all or none, for as long as the context lasts. Raises Overloaded, Unavailable."""
+    def admit(self, requests: Sequence[Request]) -> Iterator[None]:
+        """Take these requests, all or none, for as long as the context lasts. Raises Overloaded, Unavailable.
+
+        What is refused here has cost nothing; what they contain is for `prepare` to say.
+        """
         try:
             self._check_admission(requests)
         except (InvalidArgument, Overloaded, Unavailable) as error:
             for request in requests:
-                self._count(request.job.params.mode, outcome_of(error))
+                self._count(request.mode, outcome_of(error))
             raise
         self._change_in_flight(len(requests))
         try:
@@ -175,13 +208,11 @@ class Core:
         except TimeoutError:
             pass
 
-    async def _tokens(self, prompt: str | tuple[int, ...]) -> Sequence[int]:
+    def _tokens(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
         if not isinstance(prompt, str):
             return prompt
         assert self.model.tokenizer is not None  # check_unresolved
-        if len(prompt) < LONG_TEXT:
-            return self.model.tokenizer.encode(prompt)
-        return await asyncio.to_thread(self.model.tokenizer.encode, prompt)
+        return tuple(self.model.tokenizer.encode(prompt, self.model.limits.max_context))
 
     def _text_stream(self, request: Prepared) -> TextStream | None:
         model = self.model
@@ -189,7 +220,7 @@ class Core:
             return None
         return TextStream(model.tokenizer, request.stop, model.hidden_ids)
 
-    def _check_admission(self, requests: Sequence[Prepared]) -> None:
+    def _check_admission(self, requests: Sequence[Request]) -> None:
         if self._draining:
             raise Unavailable("this gateway is shutting down")
         if len(requests) > self.max_in_flight:
@@ -198,7 +229,7 @@ class Core:
             raise Overloaded(f"{self._in_flight} requests are in flight, and {self.max_in_flight} is the most; try again")
         if self._pool.contexts == 0:
             raise Unavailable("no context replica is live")
-        if self._pool.denoisers == 0 and any(request.job.params.mode is Mode.DIFFUSION for request in requests):
+        if self._pool.denoisers == 0 and any(request.mode is Mode.DIFFUSION for request in requests):
             raise Unavailable('no denoiser is live, which mode "diffusion" needs; mode "ar" works without one')
 
     def _change_in_flight(self, change: int) -> None:

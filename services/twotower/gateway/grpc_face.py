@@ -9,9 +9,10 @@ from typing import Any
 
 from twotower.errors import InvalidArgument
 from twotower.events import Accepted, Block, Event
-from twotower.gateway.core import Core
-from twotower.gateway.request import Request
-from twotower.request import Mode, Priority
+from twotower.gateway.core import Core, ServedModel
+from twotower.gateway.request import MAX_STOP_STRINGS, Request, check_length
+from twotower.request import MAX_EOS_TOKENS, Mode, Priority
+from twotower.rpc.channel import MAX_MESSAGE_BYTES
 from twotower.v1 import inference_pb2, inference_pb2_grpc
 from twotower.wire.logprobs import logprobs_to_pb
 from twotower.wire.params import FINISH_TO_PB, MODE_FROM_PB, PRIORITY_FROM_PB
@@ -19,6 +20,19 @@ from twotower.wire.params import FINISH_TO_PB, MODE_FROM_PB, PRIORITY_FROM_PB
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
 DEFAULT_MAX_TOKENS = 256
+
+MAX_ID_BYTES = 10
+"""Of a token id on the wire."""
+OTHER_BYTES = 128 * 1024
+"""Of a message, beside its prompt: stop strings, mostly."""
+
+
+def max_message_bytes(model: ServedModel) -> int:
+    """Of a request: what a prompt that fills the context can take, as far as that is known."""
+    token_bytes = None if model.tokenizer is None else model.tokenizer.max_token_bytes
+    if model.tokenizer is not None and token_bytes is None:
+        return MAX_MESSAGE_BYTES
+    return min(MAX_MESSAGE_BYTES, model.limits.max_context * max(MAX_ID_BYTES, token_bytes or 0) + OTHER_BYTES)
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
@@ -33,8 +47,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """Stream one generation; ending the call ends it."""
         remaining = context.time_remaining()
         deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
-        prepared = await self._core.prepare(request_from_pb(request))
-        with self._core.admit([prepared]):
+        asked = request_from_pb(request, self._core.model.limits.max_context)
+        with self._core.admit([asked]):
+            (prepared,) = await self._core.prepare([asked])
+            del request, asked
             async with aclosing(self._core.run(prepared, deadline)) as events:
                 async for event in events:
                     yield event_to_pb(event)
@@ -52,11 +68,16 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         )
 
 
-def request_from_pb(message: inference_pb2.GenerateRequest) -> Request:
-    """The request a message asks for. Raises InvalidArgument."""
+def request_from_pb(message: inference_pb2.GenerateRequest, max_context: int) -> Request:
+    """The request a message asks for; of lists that are too long, nothing is taken. Raises InvalidArgument."""
     kind = message.WhichOneof("prompt")
     if kind is None:
         raise InvalidArgument("prompt", "is missing; give text or token_ids")
+    check_length(len(message.token_ids.ids), max_context)
+    if len(message.stop) > MAX_STOP_STRINGS:
+        raise InvalidArgument("stop", f"at most {MAX_STOP_STRINGS} strings, not {len(message.stop)}")
+    if len(message.eos_token_ids) > MAX_EOS_TOKENS:
+        raise InvalidArgument("eos_token_ids", f"at most {MAX_EOS_TOKENS}, not {len(message.eos_token_ids)}")
     mode = MODE_FROM_PB.get(message.mode)
     if message.mode == inference_pb2.MODE_UNSPECIFIED:
         mode = Mode.DIFFUSION

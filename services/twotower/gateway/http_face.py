@@ -16,14 +16,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twotower.errors import Overloaded, TwoTowerError, Unavailable
 from twotower.events import Accepted, Block, Event, Finished
 from twotower.gateway import openai_replies as replies
 from twotower.gateway.bodies import Bodies
 from twotower.gateway.core import Core, Prepared
-from twotower.gateway.openai import CompletionCall, parse_completion, parse_json
+from twotower.gateway.http_envelope import Envelope
+from twotower.gateway.json_body import parse_json
+from twotower.gateway.openai import MAX_QUOTE, CompletionCall, parse_completion
 from twotower.gateway.openai_logprobs import ChoiceLogprobs
 from twotower.status import status_of
 
@@ -33,7 +35,7 @@ SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 RETRY_STATUSES = (429, 503)
 
 
-def make_app(core: Core, bodies: Bodies) -> Starlette:
+def make_app(core: Core, bodies: Bodies) -> ASGIApp:
     """The ASGI application."""
 
     async def healthz(request: Request) -> Response:
@@ -62,12 +64,13 @@ def make_app(core: Core, bodies: Bodies) -> Starlette:
             Route("/v1/models/{model:path}", model),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
+            Route("/health", readyz),  # as load testers call it
             Route("/metrics", metrics),
         ],
         exception_handlers={HTTPException: _on_http_error, TwoTowerError: _on_error, Exception: _on_error},
     )
     app.router.redirect_slashes = False
-    return app
+    return Envelope(app)
 
 
 class ModelNotFoundError(HTTPException):
@@ -86,17 +89,20 @@ class Completions:
         arrived = asyncio.get_running_loop().time()
         try:
             async with self._bodies.read(Request(scope, receive)) as body:
-                await self._serve(self._parse(body), arrived, scope, receive, send)
+                call = await self._parse(body)
+                body.clear()
+                await self._serve(call, arrived, scope, receive, send)
         except ClientDisconnect:
             return
 
-    def _parse(self, body: bytes) -> CompletionCall:
+    async def _parse(self, body: bytearray) -> CompletionCall:
+        most = self._core.max_in_flight
         try:
-            call = parse_completion(parse_json(body), self._core.max_in_flight)
-        except TwoTowerError:
+            call = await self._core.read(len(body), lambda: parse_completion(parse_json(body), most))
+            _check_model(self._core, call.model)
+        except (TwoTowerError, ModelNotFoundError):
             self._core.metrics.requests.labels("unknown", "invalid").inc()
             raise
-        _check_model(self._core, call.model)
         return call
 
     async def _serve(self, call: CompletionCall, arrived: float, scope: Scope, receive: Receive, send: Send) -> None:
@@ -121,9 +127,9 @@ class Completions:
 
     async def _answer(self, call: CompletionCall, arrived: float, scope: Scope, receive: Receive, send: Send) -> None:
         deadline = None if call.timeout_s is None else arrived + call.timeout_s
-        prepared = [await self._core.prepare(request) for request in call.requests]
-        reply = replies.Completion(prepared[0].job.request_id, int(time.time()), self._core.model.name)
-        with self._core.admit(prepared):
+        with self._core.admit(call.requests):
+            prepared = await self._core.prepare(call.requests)
+            reply = replies.Completion(prepared[0].job.request_id, int(time.time()), self._core.model.name)
             async with aclosing(_merged([self._core.run(request, deadline) for request in prepared])) as events:
                 if call.stream:
                     await self._stream(call, reply, prepared, events, send)
@@ -268,7 +274,7 @@ def _warnings(prepared: Sequence[Prepared]) -> list[str]:
 
 def _check_model(core: Core, name: str | None) -> None:
     if name is not None and name != core.model.name:
-        raise ModelNotFoundError(404, f"the model {name!r} does not exist; this server has {core.model.name!r}")
+        raise ModelNotFoundError(404, f"the model {name[:MAX_QUOTE]!r} does not exist; this server has {core.model.name!r}")
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -285,9 +291,9 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     if is_model:
         code, param = "model_not_found", "model"
     elif error.status_code == 404:
-        message = f"there is no {request.url.path} here"
+        message = f"there is no {request.url.path[:MAX_QUOTE]} here"
     elif error.status_code == 405:
-        message = f"{request.url.path} does not take {request.method}"
+        message = f"{request.url.path[:MAX_QUOTE]} does not take {request.method}"
     body = replies.plain_error(message, "invalid_request_error", param, code)
     return _error_response(body, error.status_code, error.headers)
 

@@ -9,7 +9,13 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
+from twotower.gateway.http_protocol import BoundedProtocol
 from twotower.rpc.address import join_address, listening_socket
+
+ACCEPTED_AT_ONCE = 8
+"""Connections that are accepted before the streams of others go on."""
+BACKLOG = 2048
+"""Connections that wait for it."""
 
 
 class _Server(uvicorn.Server):
@@ -26,7 +32,14 @@ class HttpServer:
         self._host = host
         self._socket = listening_socket(host, port, option)
         config = uvicorn.Config(
-            app, http="httptools", ws="none", lifespan="off", log_config=None, log_level="warning", access_log=False
+            app,
+            http=BoundedProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            backlog=ACCEPTED_AT_ONCE,
         )
         self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None
@@ -43,6 +56,7 @@ class HttpServer:
             await asyncio.sleep(0.01)
         if self._task.done():
             await self._task  # for its error
+        self._socket.listen(BACKLOG)  # asyncio made it as short as what it accepts at once
 
     async def stop(self, grace_s: float) -> None:
         """Listen no more, wait for running requests up to `grace_s`, cancel the rest."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -12,11 +13,11 @@ from prometheus_client import CollectorRegistry
 
 from twotower.broker.connection import connect
 from twotower.broker.registry import Registry
-from twotower.garbage import spare_what_is_loaded
-from twotower.gateway.bodies import Bodies
+from twotower.garbage import give_back_large_blocks, spare_what_is_loaded
+from twotower.gateway.bodies import ID_BYTES, Bodies, body_limits
 from twotower.gateway.config import GatewayConfig
 from twotower.gateway.core import Core, ServedModel
-from twotower.gateway.grpc_face import SERVICE_NAME, InferenceService
+from twotower.gateway.grpc_face import SERVICE_NAME, InferenceService, max_message_bytes
 from twotower.gateway.http_face import make_app
 from twotower.gateway.http_server import HttpServer
 from twotower.gateway.metrics import Metrics
@@ -31,6 +32,15 @@ from twotower.v1 import inference_pb2_grpc
 
 log = logging.getLogger(__name__)
 
+SWITCH_S = 0.001
+"""How soon a thread that reads a request makes way for the streams of others. (Python's default is 5 ms.)"""
+
+OTHER_CALLS = 256
+"""Calls at once beside those that generate: they ask for the model, or wait to be refused."""
+
+MAX_STREAMS = 128
+"""Calls at once on one gRPC connection."""
+
 FLUSH_S = 1.0
 """After the drain: for last bytes to leave."""
 
@@ -41,6 +51,8 @@ async def run(config: GatewayConfig) -> None:
     Raises TwoTowerError for what cannot be started.
     """
     stop = stop_requested()
+    sys.setswitchinterval(SWITCH_S)
+    give_back_large_blocks()
     allow_many_files()  # each HTTP client has a connection of its own
     checkpoint = Checkpoint.open_shared(config.checkpoint, context_experts=config.context_experts, revision=config.revision)
     redis = await connect(config.redis_url)
@@ -66,10 +78,20 @@ async def serve(
         pool = ReplicaPool(replicas, config.snapshot_keep_s, time.monotonic)
         stack.push_async_callback(pool.close)
         core = Core(model, pool, metrics, max_in_flight=config.max_in_flight, reopen_wait_s=config.reopen_wait_s)
-        bodies = Bodies(config.max_body_bytes, config.max_bodies_bytes)
+        stack.callback(core.close)
+        token_bytes = ID_BYTES if tokenizer is None else tokenizer.max_token_bytes
+        limits = body_limits(config.max_body_bytes, config.max_bodies_bytes, model.limits.max_context, token_bytes)
+        bodies = Bodies(*limits)
         http = HttpServer(make_app(core, bodies), config.host, config.http_port, "--http-port")
         stack.push_async_callback(http.stop, FLUSH_S)
-        rpc = RpcServer(config.host, config.grpc_port, "--grpc-port")
+        rpc = RpcServer(
+            config.host,
+            config.grpc_port,
+            "--grpc-port",
+            max_calls=config.max_in_flight + OTHER_CALLS,
+            max_streams=MAX_STREAMS,
+            max_message_bytes=max_message_bytes(model),
+        )
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(core), rpc.server)
         await rpc.start([SERVICE_NAME])
         stack.push_async_callback(rpc.stop, FLUSH_S)
@@ -77,11 +99,12 @@ async def serve(
 
         ready = asyncio.Event()
         watch = asyncio.create_task(pool.watch(_Readiness(core, pool, metrics, rpc, ready)))
-        stack.push_async_callback(end_tasks, watch)
-        if await _first(ready, stop):
+        own_port = asyncio.create_task(rpc.watch())
+        stack.push_async_callback(end_tasks, watch, own_port)
+        if await _first(ready, stop, watch, own_port):
             spare_what_is_loaded()
             announce(f"ready grpc={rpc.address} http={http.address}")
-            await until_stopped(stop, watch)
+            await until_stopped(stop, watch, own_port)
         core.refuse()  # first: the watch would call a gateway ready that takes requests
         await rpc.set_serving(False)
         await end_tasks(watch)
@@ -113,10 +136,14 @@ class _Readiness:
             self._ready.set()
 
 
-async def _first(ready: asyncio.Event, stop: asyncio.Event) -> bool:
-    """Wait for either; whether it was `ready`."""
+async def _first(ready: asyncio.Event, stop: asyncio.Event, *tasks: asyncio.Task[None]) -> bool:
+    """Wait for either; whether it was `ready`. Raises what a task raises meanwhile."""
+    either = asyncio.Event()
     waits = [asyncio.create_task(event.wait()) for event in (ready, stop)]
-    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:
-        wait.cancel()
+        wait.add_done_callback(lambda _: either.set())
+    try:
+        await until_stopped(either, *tasks)
+    finally:
+        await end_tasks(*waits)
     return ready.is_set()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Never, TypeVar
 
 from twotower.errors import InvalidArgument
+from twotower.gateway.json_body import kind_of
 from twotower.gateway.request import DEFAULT_SEED, Request
 from twotower.request import MAX_SEED, MAX_TIMEOUT_S, Mode, Priority
 
@@ -21,6 +22,9 @@ T = TypeVar("T")
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
+
+MAX_QUOTE = 100
+"""Characters of what a client sent that an error repeats."""
 
 MAX_CHOICES = 8
 """Texts for each prompt."""
@@ -46,31 +50,22 @@ class CompletionCall:
     """How long the call may take."""
 
 
-def parse_json(body: bytes) -> Mapping[str, Any]:
-    """The JSON object in `body`. Raises InvalidArgument."""
-    try:
-        value = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise InvalidArgument("body", f"is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InvalidArgument("body", f"must be a JSON object, not {_kind(value)}")
-    return value
-
-
 def parse_completion(body: Mapping[str, Any], max_requests: int) -> CompletionCall:
     """Check types and names, not yet ranges (the core does). Raises InvalidArgument, which names the field."""
     for name in body:
         if name not in _KNOWN:
-            raise InvalidArgument(name, "is not a field of a completion request")
+            raise InvalidArgument(name[:MAX_QUOTE], "is not a field of a completion request")
     for name, neutral in _NEUTRAL.items():
         value = body.get(name)
         if value is not None and not any(value == n and isinstance(value, bool) == isinstance(n, bool) for n in neutral):
-            raise InvalidArgument(name, f"is not supported; leave it out (or give {json.dumps(neutral[0])})")
+            raise InvalidArgument(
+                name, f"is not supported; leave it out (or give {json.dumps(neutral[0] if neutral else None)})"
+            )
     stream = _optional(body, "stream", _boolean) or False
     eos_token_ids = _optional(body, "eos_token_ids", _token_ids)
     fields: dict[str, Any] = {
         "mode": _optional(body, "mode", _mode) or Mode.DIFFUSION,
-        "max_tokens": _optional(body, "max_tokens", _integer),
+        "max_tokens": _max_tokens(body),
         "block_size": _optional(body, "block_size", _integer),
         "steps": _optional(body, "steps", _integer),
         "gamma": _optional(body, "gamma", _number),
@@ -114,15 +109,20 @@ def parse_completion(body: Mapping[str, Any], max_requests: int) -> CompletionCa
 _OURS = ("mode", "gamma", "block_size", "steps", "top_k", "ignore_eos", "eos_token_ids", "timeout_s")
 _TAKEN = (
     *("model", "prompt", "n", "best_of", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options"),
-    *("logprobs", "service_tier"),
+    *("logprobs", "service_tier", "max_completion_tokens"),
 )
-_IGNORED = ("user",)
+_IGNORED = ("user", "metadata")
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "suffix": ("",),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
+    "min_tokens": (0,),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "prompt_logprobs": (),
+    "store": (False,),
 }
 """What asks for nothing, besides null."""
 
@@ -150,19 +150,29 @@ def _prompts(value: Any) -> list[str | tuple[int, ...]]:
     return [_token_ids("prompt", value)]
 
 
+def _max_tokens(body: Mapping[str, Any]) -> int | None:
+    """Under either of its names."""
+    given = {name: _optional(body, name, _integer) for name in ("max_tokens", "max_completion_tokens")}
+    values = {value for value in given.values() if value is not None}
+    if len(values) > 1:
+        raise InvalidArgument("max_completion_tokens", "contradicts max_tokens: give one of them")
+    return next(iter(values), None)
+
+
 def _include_usage(body: Mapping[str, Any], stream: bool) -> bool:
     options = body.get("stream_options")
     if options is None:
         return False
     if not isinstance(options, dict):
         _refuse("stream_options", "an object", options)
-    if not stream:
+    if options and not stream:
         raise InvalidArgument("stream_options", "is only for stream: true")
     for name in options:
-        if name not in ("include_usage", "include_obfuscation"):
-            raise InvalidArgument(f"stream_options.{name}", "is not a field of stream_options")
-    if _optional(options, "include_obfuscation", _boolean):
-        raise InvalidArgument("stream_options.include_obfuscation", "is not supported; leave it out (or give false)")
+        if name not in ("include_usage", "include_obfuscation", "continuous_usage_stats"):
+            raise InvalidArgument(f"stream_options.{name[:MAX_QUOTE]}", "is not a field of stream_options")
+    for name in ("include_obfuscation", "continuous_usage_stats"):
+        if _optional(options, name, _boolean):
+            raise InvalidArgument(f"stream_options.{name}", "is not supported; leave it out (or give false)")
     return _optional(options, "include_usage", _boolean) or False
 
 
@@ -201,14 +211,14 @@ def _number(name: str, value: Any) -> float:
 def _mode(name: str, value: Any) -> Mode:
     mode = MODES.get(_string(name, value))
     if mode is None:
-        raise InvalidArgument(name, f"must be one of {', '.join(MODES)}, not {value!r}")
+        raise InvalidArgument(name, f"must be one of {', '.join(MODES)}, not {value[:MAX_QUOTE]!r}")
     return mode
 
 
 def _priority(name: str, value: Any) -> Priority:
     priority = TIERS.get(_string(name, value))
     if priority is None:
-        raise InvalidArgument(name, f"must be one of {', '.join(TIERS)}, not {value!r}")
+        raise InvalidArgument(name, f"must be one of {', '.join(TIERS)}, not {value[:MAX_QUOTE]!r}")
     return priority
 
 
@@ -228,18 +238,10 @@ def _stop(name: str, value: Any) -> tuple[str, ...]:
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list):
         _refuse(name, "a list of token ids", value)
+    if set(map(type, value)) == {int}:  # the quick way for what may be hundreds of thousands
+        return tuple(value)
     return tuple(_integer(name, item) for item in value)
 
 
 def _refuse(name: str, wanted: str, value: Any) -> Never:
-    raise InvalidArgument(name, f"must be {wanted}, not {_kind(value)}")
-
-
-def _refuse_constant(name: str) -> Never:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _kind(value: Any) -> str:
-    """How JSON calls what this is."""
-    names: dict[type, str] = {str: "a string", bool: "a boolean", list: "a list", dict: "an object", type(None): "null"}
-    return names.get(type(value)) or f"the number {str(value)[:40]}"
+    raise InvalidArgument(name, f"must be {wanted}, not {kind_of(value)}")

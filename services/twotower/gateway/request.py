@@ -42,6 +42,12 @@ class Request:
     """None: without."""
 
 
+def check_length(prompt_tokens: int, max_context: int) -> None:
+    """Refuse a prompt that leaves no room, before anything else is done with its ids. Raises InvalidArgument."""
+    if prompt_tokens >= max_context:
+        raise InvalidArgument("prompt", f"{prompt_tokens} tokens leave no room in the context of {max_context}")
+
+
 def check_unresolved(request: Request, has_tokenizer: bool) -> None:
     """What can be told before the prompt is tokenized. Raises InvalidArgument."""
     if isinstance(request.prompt, str) and not request.prompt:

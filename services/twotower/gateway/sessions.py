@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from twotower.errors import BrokerUnavailable, DeadlineExceeded, Overloaded, RequestFailed, TwoTowerError, Unavailable
+from twotower.errors import BrokerUnavailable, DeadlineExceeded, Draining, Overloaded, RequestFailed, TwoTowerError, Unavailable
 from twotower.gateway.prefixes import PromptChains
 from twotower.gateway.replicas import ContextReplica, ReplicaPool
 from twotower.internal.v1 import context_pb2
@@ -89,6 +89,8 @@ class SessionStream:
                         if isinstance(event, FinishReason):
                             return
                 raise _LostError("it ended the stream too early")
+            except Draining:
+                self._pool.pass_over(replica)  # the request had no part in it
             except Overloaded as error:
                 self._full.add(replica)
                 if self._pool.pick(self._full) is None:
@@ -170,7 +172,8 @@ class SessionStream:
         if not raised_by_peer(rpc) and rpc.code() in LOST_CODES:
             replica.lose()
             return _LostError(str(error))
-        if isinstance(error, Unavailable) and not isinstance(error, BrokerUnavailable):  # Redis is the same for all
+        # Redis is the same for all; and whoever drains has not tried.
+        if isinstance(error, Unavailable) and not isinstance(error, BrokerUnavailable | Draining):
             self._pool.pass_over(replica)
             return _LostError(str(error))
         return error

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
+from tokenizers.pre_tokenizers import ByteLevel
 
 from twotower.errors import CheckpointError, InvalidArgument
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts are encoded one by one: its threads would only be in the way
+
+PIECE = 32 * 1024
+"""Characters after which a long text is asked whether it still fits."""
+
+DOUBT = 1.25
+"""A text is told to be too long by the sum of its pieces only when that is this much more than what fits: where a text
+is cut, its tokens differ a little from those of the whole."""
 
 
 class Tokenizer:
@@ -18,6 +31,11 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in inner.get_added_tokens_decoder().items() if token.special)
         """Ids that never show in text."""
         self._names: dict[int, str] = {}
+        # A prompt is never cut or filled up unasked, whatever the file says.
+        inner.no_truncation()
+        inner.no_padding()
+        self.max_token_bytes = _max_token_bytes(json.loads(inner.to_str()))
+        """Bytes of text that one token can stand for at most; None: not known of this tokenizer."""
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -32,16 +50,37 @@ class Tokenizer:
         """Ids are below this."""
         return self._inner.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, most: int | None = None) -> list[int]:
         """Token ids of `text`, with what the tokenizer itself adds to a text (such as a first token).
 
-        Raises InvalidArgument for a string that is no Unicode text (a lone surrogate).
+        `most`: the tokens that there is room for; a text that cannot fit is refused as soon as that is known, and a
+        result may still be longer. Other threads run meanwhile. Raises InvalidArgument for such a text, and for a string
+        that is no Unicode text (a lone surrogate).
         """
+        if most is not None and self.max_token_bytes is not None and len(text) > most * self.max_token_bytes:
+            raise _no_room(text, most)  # a character has a byte or more
         try:
-            text.encode()
+            size = len(text.encode())
         except UnicodeEncodeError as error:
             raise InvalidArgument("prompt", f"is not valid Unicode: {error.reason} at position {error.start}") from None
-        return list(self._inner.encode(text).ids)
+        if most is not None and size > most:  # else a byte or more each, it fits
+            self._check_room(text, size, most)
+        return self._ids(text)
+
+    def _check_room(self, text: str, size: int, most: int) -> None:
+        if self.max_token_bytes is not None and size > most * self.max_token_bytes:
+            raise _no_room(text, most)
+        if len(text) <= PIECE:  # it is little work to find out
+            return
+        tokens = 0
+        for start in range(0, len(text), PIECE):
+            tokens += len(self._ids(text[start : start + PIECE]))
+            if tokens > DOUBT * most:
+                raise _no_room(text, most)
+
+    def _ids(self, text: str) -> list[int]:
+        (encoding,) = self._inner.encode_batch_fast([text])  # unlike `encode`, it lets other threads run
+        return list(encoding.ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, without special tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -59,3 +98,32 @@ class Tokenizer:
                 text = self._inner.id_to_token(token_id) or str(token_id)
             self._names[token_id] = text
         return self._names[token_id]
+
+
+def _no_room(text: str, most: int) -> InvalidArgument:
+    return InvalidArgument("prompt", f"{len(text)} characters of text leave no room in the context of {most} tokens")
+
+
+def _max_token_bytes(spec: dict[str, Any]) -> int | None:
+    """Of a tokenizer that takes every byte into account: the length of its longest token. `spec`: its JSON."""
+    model, steps = spec["model"], _steps(spec["pre_tokenizer"])
+    if model["type"] != "BPE" or spec["normalizer"] is not None:
+        return None
+    if not any(step["type"] == "ByteLevel" for step in steps):
+        return None
+    if any(step.get("behavior") == "Removed" for step in steps) or any(
+        t["lstrip"] or t["rstrip"] for t in spec["added_tokens"]
+    ):
+        return None  # text may vanish
+    if not set(ByteLevel.alphabet()) <= model["vocab"].keys():
+        return None  # bytes may
+    added = (len(token["content"].encode()) for token in spec["added_tokens"])
+    return max(*map(len, model["vocab"]), *added)  # a character of a byte-level token is a byte
+
+
+def _steps(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if pre_tokenizer is None:
+        return []
+    if pre_tokenizer["type"] == "Sequence":
+        return [step for part in pre_tokenizer["pretokenizers"] for step in _steps(part)]
+    return [pre_tokenizer]
