@@ -54,7 +54,7 @@ class Queue:
         self.entries: dict[str, ReadySession] = {}
         self._numbers = itertools.count()
 
-    async def push(self, entry: ReadySession, priority: Priority = Priority.NORMAL) -> EntryId:
+    async def push(self, entry: ReadySession, priority: Priority = Priority.NORMAL, *, wait_s: float = 0) -> EntryId:
         number = str(next(self._numbers))
         self.entries[number] = entry
         await asyncio.sleep(0)
@@ -233,9 +233,15 @@ class World:
         if hello is None:
             return
         link = WorkerLink(
-            self.sessions, hello.hello.worker_id, FrameOutlet(), self.towers.checkpoint.limits, NO_TRACER, silence_s=1e6
+            self.sessions,
+            hello.hello.worker_id,
+            FrameOutlet(),
+            self.towers.checkpoint.limits,
+            NO_TRACER,
+            silence_s=1e6,
+            says_arrived=True,
         )
-        await wire.context_write(link_pb2.ContextMessage(welcome=link_pb2.Welcome(silence_s=1e6)))
+        await wire.context_write(link_pb2.ContextMessage(welcome=link_pb2.Welcome(silence_s=1e6, say_arrived=True)))
         await link.run(wire.context_read, wire.context_write)
 
     def open(self, prompt: int, params: int, moved: bool) -> None:
@@ -421,6 +427,7 @@ class Interleavings(RuleBasedStateMachine):
             assert not world.context._residents
             assert world.pool.used_slots == world.pool.used_pages == 0
             assert world.context.refining == 0
+            assert world.context.outbound.arrived
             assert not world.queue.entries
             for machine in world.machines:
                 assert machine.worker.load == 0

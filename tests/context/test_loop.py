@@ -65,7 +65,7 @@ class _Context:
         """Results of a kind that have come since the last call."""
         own = [result for result in self.results if isinstance(result, kind)]
         self.results = [result for result in self.results if not isinstance(result, kind)]
-        self.loop._deliver = self.results.extend
+        self.loop._take = self.results.extend
         return own
 
     def state(self, name: str) -> ContextState:

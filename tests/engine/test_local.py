@@ -124,9 +124,15 @@ def test_bad_input_names_the_field(engine: LocalEngine, prompt: list[int], chang
 
 
 def test_blocks_of_other_sizes(engine: LocalEngine) -> None:
-    for size in (1, 2, 8, 32, 256):
+    for size in (1, 2, 8, 32, 40):
         result = _run(engine, block_size=size, steps=size)
         assert len(result.token_ids) == 40
+
+
+def test_a_block_costs_no_more_than_what_the_request_can_use(engine: LocalEngine) -> None:
+    """One of 256 positions for one token would take hundreds of forwards, of which nobody sees anything."""
+    with pytest.raises(InvalidArgument, match="block_size: must be at most 40 with max_tokens 40"):
+        _run(engine, block_size=256, steps=256)
 
 
 def test_not_a_number_fails_the_request(tmp_path: Path) -> None:

@@ -51,15 +51,26 @@ class WorkerLink:
     """Sends in order, and hands what comes to `Sessions`, until either end goes or the worker is silent for too long."""
 
     def __init__(
-        self, sessions: Sessions, worker_id: str, outlet: Outlet, limits: ModelLimits, tracer: Tracer, silence_s: float
+        self,
+        sessions: Sessions,
+        worker_id: str,
+        outlet: Outlet,
+        limits: ModelLimits,
+        tracer: Tracer,
+        silence_s: float,
+        *,
+        says_arrived: bool = False,
     ) -> None:
+        """silence_s: how long the worker may say nothing; says_arrived: whether it says when tensors have arrived."""
         self.worker_id = worker_id
         self.held: dict[str, LiveSession] = {}
         """The sessions that the worker holds; kept by `Sessions`."""
         self._sessions, self._outlet, self._limits, self._tracer = sessions, outlet, limits, tracer
-        self._silence_s = silence_s
+        self._silence_s, self._says_arrived = silence_s, says_arrived
         self._outgoing: asyncio.Queue[link_pb2.ContextMessage | _Transfer] = asyncio.Queue()
         self._heard = asyncio.get_running_loop().time()
+        self._on_way = 0
+        """Transfers that have not arrived, where the worker says when they have."""
 
     # What Sessions asks for. Nothing here waits.
 
@@ -82,7 +93,7 @@ class WorkerLink:
                 state.tensors.CopyFrom(placed)
             return link_pb2.ContextMessage(state=state)
 
-        self._outgoing.put_nowait(_Transfer("send state", [live.id], tensors, header))
+        self._put(_Transfer("send state", [live.id], tensors, header))
 
     def send_committed(self, deltas: DeltaBatch, rows: Sequence[tuple[int, LiveSession, int]]) -> None:
         """What a commit made of this worker's blocks: rows of `deltas`, with their sessions and the lengths of their states."""
@@ -100,7 +111,13 @@ class WorkerLink:
                 committed.tensors.CopyFrom(placed)
             return link_pb2.ContextMessage(committed=committed)
 
-        self._outgoing.put_nowait(_Transfer("send delta", [live.id for _, live, _ in rows], tensors, header))
+        self._put(_Transfer("send delta", [live.id for _, live, _ in rows], tensors, header))
+
+    def _put(self, item: _Transfer) -> None:
+        if self._says_arrived:
+            self._on_way += 1
+            self._sessions.sent(1)
+        self._outgoing.put_nowait(item)
 
     def holds(self, ref: link_pb2.SessionRef) -> LiveSession | None:
         """The session, if the worker holds it under that lease; a message about any other is dropped."""
@@ -125,6 +142,8 @@ class WorkerLink:
             raise
         finally:
             self._sessions.lost(self, why)
+            self._sessions.sent(-self._on_way)
+            self._says_arrived, self._on_way = False, 0
             await end_tasks(*tasks)
 
     async def _read(self, read: Read) -> None:
@@ -139,6 +158,10 @@ class WorkerLink:
                 case "detach":
                     for detached in message.detach.sessions:
                         self._sessions.detached(self, detached)
+                case "arrived":
+                    if self._on_way:
+                        self._on_way -= 1
+                        self._sessions.sent(-1)
                 case "alive":
                     pass
                 case other:

@@ -36,7 +36,7 @@ from twotower.context.resident import Resident
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.inbox import Inbox
 from twotower.engine.isolation import Isolation
-from twotower.engine.pacing import Load, Pacing
+from twotower.engine.pacing import Load, Outbound, Pacing
 from twotower.engine.progress import Progress
 from twotower.engine.scheduler import Plan, plan
 from twotower.engine.waiting import WaitingLine
@@ -65,18 +65,20 @@ class ContextLoop:
         max_waiting: int,
         progress: Progress,
         pacing: Pacing | None = None,
+        outbound: Outbound | None = None,
         tracer: Tracer = NO_TRACER,
     ) -> None:
         """deliver: takes results, in this thread. chunk: prompt tokens of a session in a forward; budget: tokens of an
         iteration; max_waiting: sessions that may wait for state memory.
         """
-        self._engine, self._pool, self._prefixes, self._deliver = engine, pool, prefixes, deliver
+        self._engine, self._pool, self._prefixes, self._take = engine, pool, prefixes, deliver
         self._chunk, self._budget, self._max_waiting = chunk, budget, max_waiting
         self._progress, self._pacing, self.tracer = progress, pacing or Pacing(), tracer
         self.inbox: Inbox[Entry | None] = Inbox()
         """None ends the loop."""
         self.refining = 0
-        """Sessions whose next block a denoiser writes; kept by who knows."""
+        """Sessions whose next block a denoiser writes; kept by `Sessions`."""
+        self.outbound = outbound or Outbound()
         self._waiting: WaitingLine[OpenSession] = WaitingLine()
         self._residents: dict[str, Resident] = {}
         self._isolation: Isolation[Resident] = Isolation("forward of the context tower", lambda resident: resident.name)
@@ -102,6 +104,7 @@ class ContextLoop:
         self._receive(0)
         self._run(self._ahead)
         self._ahead = self._plan()
+        self._receive(0)
         self._pacing.end(self._load())
 
     @property
@@ -184,7 +187,7 @@ class ContextLoop:
 
     def _load(self) -> Load:
         ahead = self._ahead
-        return Load(len(ahead.commits), len(ahead.decodes) + len(ahead.chunks), self.refining)
+        return Load(len(ahead.commits), ahead.prompts, len(ahead.decodes), self.refining)
 
     # run and deliver: a forward of each kind, and its results at once. A failure reaches those it concerns, and no one else.
 
@@ -265,6 +268,11 @@ class ContextLoop:
     def _failed(self, resident: Resident, error: TwoTowerError) -> SessionFailed:
         self._close(resident.name)
         return SessionFailed(resident.name, error)
+
+    def _deliver(self, results: Sequence[Result]) -> None:
+        if results:
+            self.outbound.delivered += 1
+            self._take(results)
 
     def _span(self, name: str, **attributes: int) -> AbstractContextManager[Span]:
         return self.tracer.start_as_current_span(name, attributes=attributes)

@@ -22,7 +22,7 @@ from twotower.context.service import ContextService
 from twotower.context.sessions import Sessions
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.graphs import batch_buckets, token_buckets
-from twotower.engine.pacing import ContextPacing, Pacing
+from twotower.engine.pacing import ContextPacing, Outbound, Pacing
 from twotower.engine.progress import Progress, ends_when_stuck
 from twotower.engine.thread import EngineThread
 from twotower.engine.turns import Turns
@@ -82,7 +82,7 @@ async def _run(config: ContextConfig) -> None:
         queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
         async with _prefixes(config, checkpoint, engine) as prefixes:
             with recording(config.trace, f"context-{os.getpid()}") as tracer:
-                event_loop, progress = asyncio.get_running_loop(), Progress(config.stall_s)
+                event_loop, progress, outbound = asyncio.get_running_loop(), Progress(config.stall_s), Outbound()
                 loop = ContextLoop(
                     engine,
                     pool,
@@ -92,12 +92,13 @@ async def _run(config: ContextConfig) -> None:
                     budget=config.prefill_budget,
                     max_waiting=config.max_waiting,
                     progress=progress,
-                    pacing=ContextPacing(turns) if turns.shared else Pacing(),
+                    pacing=ContextPacing(turns, outbound) if turns.shared else Pacing(),
+                    outbound=outbound,
                     tracer=tracer,
                 )
                 sessions = Sessions(loop, queue, prefixes.redis)
                 transports = ContextTransports(TransportConfig.of(config.transport), config.host, tower.device)
-                service = ContextService(checkpoint, sessions, pool, transports, tracer, config.silence_s)
+                service = ContextService(checkpoint, sessions, pool, transports, tracer, config.silence_s, paced=turns.shared)
                 working = asyncio.create_task(thread.run(loop.run))
                 try:
                     await _serve(config, service, pool, prefixes, registry, stop, working, progress)

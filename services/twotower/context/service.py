@@ -34,8 +34,11 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         transports: ContextTransports,
         tracer: Tracer,
         silence_s: float,
+        *,
+        paced: bool = False,
     ) -> None:
-        """silence_s: a worker that says nothing for longer loses its sessions."""
+        """silence_s: a worker that says nothing for longer loses its sessions. paced: towers take turns on the cores."""
+        self._paced = paced
         self._checkpoint = checkpoint
         self.sessions = sessions
         self._pool = pool
@@ -77,10 +80,12 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         check_hello(hello, self._checkpoint.identity, self._pool.dtype)
         outlet, choice = self._transports.attach(hello.transport, context.peer())
         try:
-            welcome = link_pb2.Welcome(transport=choice, silence_s=self._silence_s)
+            welcome = link_pb2.Welcome(transport=choice, silence_s=self._silence_s, say_arrived=self._paced)
             await context.write(link_pb2.ContextMessage(welcome=welcome))
             limits = self._checkpoint.limits
-            link = WorkerLink(self.sessions, hello.worker_id, outlet, limits, self._tracer, self._silence_s)
+            link = WorkerLink(
+                self.sessions, hello.worker_id, outlet, limits, self._tracer, self._silence_s, says_arrived=self._paced
+            )
             await link.run(read, context.write)
         finally:
             await outlet.close()

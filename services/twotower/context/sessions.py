@@ -142,6 +142,10 @@ class Sessions:
         else:
             self._failed(live, detached.detail or "the denoiser failed on it")
 
+    def sent(self, transfers: int) -> None:
+        """So many transfers more are on their way; less, when negative: they have arrived, or are lost."""
+        self._loop.outbound.on_way += transfers
+
     def lost(self, link: WorkerLink, why: str) -> None:
         """A worker has gone: its sessions go on elsewhere, from their last committed blocks."""
         for live in list(link.held.values()):
@@ -153,29 +157,33 @@ class Sessions:
     def take(self, results: Sequence[Result]) -> None:
         """What the loop has delivered."""
         for result in results:
-            if isinstance(result, Committed):
-                self._committed(result)
-            elif isinstance(result, PrefixMet):
-                if self._redis is not None:
-                    self._redis.store_later(result.links, len(result.links), result.snapshot)
-            elif (live := self._sessions.get(result.session_id)) is None:
-                continue  # it is over; the loop will hear, or has heard
-            elif isinstance(result, StateSoonReady):
-                if not live.ar:
-                    self._enqueue(live)
-            elif isinstance(result, TokenDecoded):
-                live.emit([result.token], 1, result.logprobs)
-                if live.paused:
-                    self._loop.inbox.put(SetPaused(live.id, True))
-            elif isinstance(result, StateCopied):
-                if live.link is not None and live.lease == result.lease:
-                    self._set_writing(live, True)
-                    live.link.send_state(live, result)
-            elif isinstance(result, PrefixWanted):
-                self._start(self._load_prefix(result))
-            elif isinstance(result, SessionFailed):
-                live.fail(result.error)
-                self.end(live)
+            self._take(result)
+        self._loop.outbound.taken += 1
+
+    def _take(self, result: Result) -> None:
+        if isinstance(result, Committed):
+            self._committed(result)
+        elif isinstance(result, PrefixMet):
+            if self._redis is not None:
+                self._redis.store_later(result.links, len(result.links), result.snapshot)
+        elif (live := self._sessions.get(result.session_id)) is None:
+            return  # it is over; the loop will hear, or has heard
+        elif isinstance(result, StateSoonReady):
+            if not live.ar:
+                self._enqueue(live)
+        elif isinstance(result, TokenDecoded):
+            live.emit([result.token], 1, result.logprobs)
+            if live.paused:
+                self._loop.inbox.put(SetPaused(live.id, True))
+        elif isinstance(result, StateCopied):
+            if live.link is not None and live.lease == result.lease:
+                self._set_writing(live, True)
+                live.link.send_state(live, result)
+        elif isinstance(result, PrefixWanted):
+            self._start(self._load_prefix(result))
+        elif isinstance(result, SessionFailed):
+            live.fail(result.error)
+            self.end(live)
 
     def _committed(self, result: Committed) -> None:
         """Send each worker its rows; whoever has no worker any more is queued already, or will be."""

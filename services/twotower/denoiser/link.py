@@ -55,6 +55,7 @@ class ContextLink:
         self._sessions: dict[Held, _Session] = {}
         self._sent = 0.0
         """When something was last sent."""
+        self._says_arrived = False
         self.closed = False
 
     # What Worker asks for. Nothing here waits.
@@ -136,6 +137,7 @@ class ContextLink:
         if first is None or not first.HasField("welcome"):
             raise Incompatible("message: expected welcome")
         inlet = self._worker.transports.attach(first.welcome.transport, self._address)
+        self._says_arrived = first.welcome.say_arrived
         alive = asyncio.create_task(self._say_alive(first.welcome.silence_s / 4))
         sending = asyncio.create_task(self._send(call))
         try:
@@ -163,14 +165,20 @@ class ContextLink:
             match message.WhichOneof("message"):
                 case "state":
                     await self._take_state(call, inlet, message.state)
+                    self._say_arrived()
                 case "committed":
                     await self._take_committed(call, inlet, message.committed)
+                    self._say_arrived()
                 case "ended":
                     held = [_held(ended.session) for ended in message.ended.sessions]
                     here = [one for one in held if self._sessions.pop(one, None) is not None]
                     self._worker.leave(here)
                 case other:
                     raise Incompatible(f"message: {other or 'an empty one'} is not expected here")
+
+    def _say_arrived(self) -> None:
+        if self._says_arrived:
+            self._put(link_pb2.WorkerMessage(arrived=link_pb2.Arrived()))
 
     async def _take_state(self, call: Any, inlet: Inlet, state: link_pb2.State) -> None:
         held, device = _held(state.session), self._worker.device

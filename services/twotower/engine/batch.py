@@ -65,9 +65,11 @@ def generate_batch(
     params: GenerationParams,
     batch: int,
     prefill_chunk: int = 128,
+    prefill_budget: int = 512,
 ) -> Iterator[Completion]:
     """Continue all prompts, at most `batch` at a time; a place that becomes free is taken at once.
 
+    prefill_chunk: prompt tokens of a session in a forward; prefill_budget: about how many of all sessions.
     Yields in order of completion. Raises NonFiniteLogits; InvalidArgument for mock-AR, which has no batch.
     """
     if params.mode is Mode.MOCK_AR:
@@ -81,10 +83,8 @@ def generate_batch(
         while len(running) < batch and (request := next(waiting, None)) is not None:
             index, prompt = request
             state = pool.acquire(room_for(len(prompt), 0, params)) if pool else None
-            one = _Running(index, context.open(str(index), list(prompt), params, state=state))
-            while one.session.prefill_left:
-                context.prefill(one.session, prefill_chunk)
-            running.append(one)
+            running.append(_Running(index, context.open(str(index), list(prompt), params, state=state)))
+        _read(context, [one.session for one in running], prefill_chunk, prefill_budget)
         if not running:
             return
         step = _decode if params.mode is Mode.AR else _refine
@@ -107,6 +107,16 @@ def _pool(context: ContextEngine, prompts: Sequence[Sequence[int]], params: Gene
     longest = max(map(len, prompts))
     size = PoolSize(batch, batch * pages_for(room_for(longest, 0, params)))
     return StatePool(tower.config, tower.dtype, tower.device, size)
+
+
+def _read(context: ContextEngine, sessions: Sequence[Session], chunk: int, budget: int) -> None:
+    """The prompts of all that have one, together, in chunks that end at multiples of `chunk`."""
+    while unread := [session for session in sessions if session.prefill_left]:
+        chunks: list[tuple[Session, int]] = []
+        for session in unread:
+            if sum(tokens for _, tokens in chunks) < budget:
+                chunks.append((session, min(chunk - session.state.length % chunk, session.prefill_left)))
+        context.read(chunks)
 
 
 def _decode(context: ContextEngine, denoiser: DenoiserEngine, running: list[_Running]) -> list[_Running]:

@@ -7,6 +7,10 @@ denoiser, or what waits for the context.
 - *Merging.* Where only a few blocks wait to be committed and denoisers are at many more, the context lets these be finished
   first, at most `MERGE_S`: sessions a few steps apart fall into step, and the batches of both towers stay full. Nothing is
   lost but the time of these few blocks, since the denoisers have the cores meanwhile.
+- *Gathering.* Requests that come together are read together, and so are in step from the beginning: prompts wait until none
+  has come for `GATHER_S`, at most four times as long.
+- *Arrival.* A turn of the context ends when what it made has arrived at the denoisers, or after `ARRIVE_S`: else they would
+  go on without those whose deltas are a millisecond behind.
 - *Credit.* After commits and prompts, which give denoisers more to do at a time, the context may go on with what has come
   since, but no longer than `CREDIT_S` at once, and in the long run no longer than the denoisers have had the cores.
 """
@@ -20,7 +24,10 @@ from dataclasses import dataclass
 from twotower.engine.turns import Turns
 
 MERGE_S = 0.5
+GATHER_S = 0.004
+ARRIVE_S = 0.1
 CREDIT_S = 1.0
+POLL_S = 0.0002
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +36,8 @@ class Load:
 
     commits: int = 0
     """Blocks to take into states."""
+    prompts: int = 0
+    """Sessions with prompts to read."""
     others: int = 0
     """Other sessions with something to compute."""
     elsewhere: int = 0
@@ -37,7 +46,24 @@ class Load:
     @property
     def idle(self) -> bool:
         """Nothing waits."""
-        return not self.commits and not self.others
+        return not self.commits and not self.prompts and not self.others
+
+
+class Outbound:
+    """What a tower has made, on its way to where it is needed. Counted by two threads, each in counters of its own."""
+
+    def __init__(self) -> None:
+        self.delivered = 0
+        """Batches of results, counted by the loop as it delivers them,"""
+        self.taken = 0
+        """and by the event loop when it has taken them."""
+        self.on_way = 0
+        """Transfers that have not arrived; counted by the event loop."""
+
+    @property
+    def arrived(self) -> bool:
+        """Whether nothing is on its way."""
+        return self.taken == self.delivered and not self.on_way
 
 
 class Pacing:
@@ -77,13 +103,22 @@ class SharedPacing(Pacing):
 
 
 class ContextPacing(SharedPacing):
-    """The context's side: merging and credit."""
+    """The context's side: merging, arrival and credit."""
 
-    def __init__(self, turns: Turns, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        turns: Turns,
+        outbound: Outbound,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         super().__init__(turns)
-        self._clock = clock
+        self._outbound = outbound
+        self._clock, self._sleep = clock, sleep
         self._merging: float | None = None
         """Since when a few blocks wait for more."""
+        self._gathering: tuple[float, float, int] | None = None
+        """Since when prompts wait for more, when the last came, and how many there are."""
         self._credit_s = CREDIT_S
         self._gave = float("-inf")
         self._began: float | None = None
@@ -94,7 +129,9 @@ class ContextPacing(SharedPacing):
         if load.idle:
             self._give()
             return None
-        if load.others or 2 * load.commits >= load.elsewhere:
+        if load.prompts and not load.commits and not load.others and self._began is None:
+            return self._gather(load.prompts)
+        if load.prompts or load.others or not self._few(load):
             self._merging = None
             return 0.0
         now = self._clock()
@@ -105,9 +142,22 @@ class ContextPacing(SharedPacing):
         self._give()
         return left
 
+    def _gather(self, prompts: int) -> float:
+        now = self._clock()
+        first, last, before = self._gathering or (now, now, 0)
+        if prompts > before:
+            last = now
+        self._gathering = first, last, prompts
+        return max(0.0, min(last + GATHER_S, first + 4 * GATHER_S) - now)
+
+    @staticmethod
+    def _few(load: Load) -> bool:
+        """Few blocks wait, and denoisers are at many more."""
+        return 2 * load.commits < load.elsewhere
+
     def begin(self) -> None:
         """Wait for a turn, unless this tower has it still."""
-        self._merging = None
+        self._merging = self._gathering = None
         if self._began is None:
             super().begin()
             self._began = self._clock()
@@ -116,8 +166,11 @@ class ContextPacing(SharedPacing):
     def end(self, load: Load) -> None:
         """Keep the turn while there is credit and more to do of what fills the denoisers' batches."""
         assert self._began is not None
-        few = not load.others and 2 * load.commits < load.elsewhere
+        few = not load.others and not load.prompts and self._few(load)
         if load.idle or few or self._clock() >= self._began + self._credit_s:
+            give_up = self._clock() + ARRIVE_S
+            while not self._outbound.arrived and self._clock() < give_up:
+                self._sleep(POLL_S)
             self._give()
 
     def close(self) -> None:

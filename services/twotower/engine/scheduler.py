@@ -55,6 +55,8 @@ class Plan(Generic[S]):
     decodes: list[S] = field(default_factory=list)
     chunks: list[tuple[S, int]] = field(default_factory=list)
     """With the number of prompt tokens to read."""
+    prompts: int = 0
+    """Sessions with prompts to read, in this iteration or a later one."""
 
     def __bool__(self) -> bool:
         return bool(self.commits or self.decodes or self.chunks)
@@ -82,6 +84,7 @@ def plan(sessions: Iterable[S], *, budget: int, chunk: int) -> Plan[S]:
         elif session.decodes and not (out.decodes and (session.alone or out.decodes[0].alone)):
             out.decodes.append(session)
             room -= 1
+    out.prompts = len(read)
     for session in read:
         if out.chunks and (room <= 0 or session.alone):
             continue

@@ -202,6 +202,7 @@ class WorkerMessage(_message.Message):
     DONE_FIELD_NUMBER: _builtins.int
     DETACH_FIELD_NUMBER: _builtins.int
     ALIVE_FIELD_NUMBER: _builtins.int
+    ARRIVED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """First: who the worker is and what it can take."""
@@ -222,6 +223,10 @@ class WorkerMessage(_message.Message):
     def alive(self) -> Global___Alive:
         """The worker lives, and makes progress. Sent when nothing else has been for a while."""
 
+    @_builtins.property
+    def arrived(self) -> Global___Arrived:
+        """A State or BlocksCommitted has arrived. Sent where Welcome asks for it."""
+
     def __init__(
         self,
         *,
@@ -230,12 +235,13 @@ class WorkerMessage(_message.Message):
         done: Global___BlocksDone | None = ...,
         detach: Global___Detach | None = ...,
         alive: Global___Alive | None = ...,
+        arrived: Global___Arrived | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "attach", b"attach", "detach", b"detach", "done", b"done", "hello", b"hello", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "arrived", b"arrived", "attach", b"attach", "detach", b"detach", "done", b"done", "hello", b"hello", "message", b"message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "attach", b"attach", "detach", b"detach", "done", b"done", "hello", b"hello", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "arrived", b"arrived", "attach", b"attach", "detach", b"detach", "done", b"done", "hello", b"hello", "message", b"message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "attach", "done", "detach", "alive"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "attach", "done", "detach", "alive", "arrived"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -441,6 +447,23 @@ class Alive(_message.Message):
 Global___Alive: _TypeAlias = Alive  # noqa: Y015
 
 @_typing.final
+class Arrived(_message.Message):
+    """A State or BlocksCommitted has arrived, with its tensors."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Arrived: _TypeAlias = Arrived  # noqa: Y015
+
+@_typing.final
 class ContextMessage(_message.Message):
     """What a context sends. Tensors travel beside the stream, or as frames right behind the message that they belong to."""
 
@@ -498,8 +521,11 @@ class Welcome(_message.Message):
 
     TRANSPORT_FIELD_NUMBER: _builtins.int
     SILENCE_S_FIELD_NUMBER: _builtins.int
+    SAY_ARRIVED_FIELD_NUMBER: _builtins.int
     silence_s: _builtins.float
     """The worker must send something at least this often, or it loses its sessions."""
+    say_arrived: _builtins.bool
+    """The worker must say when tensors have arrived: the towers take turns on a machine's cores."""
     @_builtins.property
     def transport(self) -> Global___TransportChoice:
         """How tensors will come."""
@@ -509,10 +535,11 @@ class Welcome(_message.Message):
         *,
         transport: Global___TransportChoice | None = ...,
         silence_s: _builtins.float = ...,
+        say_arrived: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["transport", b"transport"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["silence_s", b"silence_s", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["say_arrived", b"say_arrived", "silence_s", b"silence_s", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
