@@ -469,3 +469,41 @@ def test_in_any_order_every_surviving_session_gets_its_own_text(path: Path, monk
 @pytest.mark.slow
 def test_in_any_order_at_length(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _explore(path, monkeypatch, examples=400, steps=80, random=True)
+
+
+def test_a_copy_made_for_a_worker_that_let_go_is_not_the_next_ones(path: Path) -> None:
+    """It is on its way to the event loop while the session changes hands; the next worker gets its own, and only that."""
+    towers, local = TinyTowers(path), LocalEngine(path, threads=1, prefill_chunk=CHUNK)
+    world = World(towers, local, {})
+    try:
+        first, second = world.machines
+
+        def without_results(passes: int = 8) -> None:
+            for _ in range(passes):
+                world.run(asyncio.sleep(0))
+
+        world.open(0, 0, moved=False)
+        world.context.iterate()
+        world.turns(4)
+        world.pull(first)
+        without_results()
+        world.context.iterate()  # copies the state; nobody has heard of it yet
+        (link,) = first.worker._links.values()
+        assert world.mail
+
+        async def hand_back() -> None:
+            link.hand_back()
+
+        world.run(hand_back())
+        without_results()
+        world.pull(second)
+        without_results()
+        world.turns(8)  # now the first worker's copy is delivered
+        second.loop.iterate()
+        assert second.pool.used_slots == 0
+        world.to_the_end()
+        assert second.pool.used_slots == first.pool.used_slots == 0
+        for client in world.clients:
+            client.check()
+    finally:
+        world.close()
