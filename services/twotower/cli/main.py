@@ -36,12 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     args = build_parser().parse_args(argv)
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC reads it when it is first used; a peer that stops is no news
-    logging.basicConfig(
-        level=logging.DEBUG if args.debug else logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler(sys.stderr)
     if not args.debug:
-        for handler in logging.getLogger().handlers:
-            handler.addFilter(BoundedLog())
+        handler.addFilter(BoundedLog())
+    logging.basicConfig(
+        level=logging.DEBUG if args.debug else logging.INFO,
+        handlers=[handler],
+        format="%(levelname)s %(name)s: %(message)s",
+    )
     for noisy in ("asyncio", "httpx", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     run: Run = args.run
