@@ -15,9 +15,9 @@ from twotower.context.messages import (
     CloseSession,
     CommitBlocks,
     Committed,
+    ContextResult,
     CopyState,
     OpenSession,
-    Result,
     SessionFailed,
     SetPaused,
     StateCopied,
@@ -32,7 +32,7 @@ from twotower.model.state import ContextState
 from twotower.request import GenerationParams, Mode, Priority
 from twotower.wire.state import state_tensors
 
-R = TypeVar("R", bound=Result)
+R = TypeVar("R", bound=ContextResult)
 
 BLOCK = list(range(5, 21))
 PARAMS = GenerationParams(max_tokens=64)
@@ -46,7 +46,7 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> TinyTowers:
 
 class _Context:
     def __init__(self, towers: TinyTowers, *, slots: int = 8, **options: Any) -> None:
-        self.results: list[Result] = []
+        self.results: list[ContextResult] = []
         self.pool = towers.pool(slots)
         self.loop: ContextLoop = towers.context_loop(self.results.extend, self.pool, **options)
 

@@ -19,7 +19,7 @@ from tests.support.redis_server import embedded_redis
 from tests.support.towers import towers
 from tests.support.waiting import until
 from twotower.broker.connection import connect
-from twotower.context.messages import OpenSession, PrefixLoaded, PrefixMet, PrefixWanted, Result
+from twotower.context.messages import ContextResult, OpenSession, PrefixLoaded, PrefixMet, PrefixWanted
 from twotower.context.prefixes import SNAPSHOTS, PromptBorders
 from twotower.engine.local import LocalEngine
 from twotower.engine.session import Session
@@ -41,7 +41,7 @@ class Reader:
     """A context without its services: its loop, and what `Sessions` does for prefixes."""
 
     def __init__(self, towers: TinyTowers, capacity: int, redis: RedisTier | None) -> None:
-        self.results: list[Result] = []
+        self.results: list[ContextResult] = []
         self.redis = redis
         self.pool = towers.pool(40)
         self.loop = towers.context_loop(self.results.extend, self.pool, prefix_bytes=capacity, redis=redis, budget=40)

@@ -14,10 +14,10 @@ from twotower.denoiser.loop import DenoiserLoop
 from twotower.denoiser.messages import (
     Begin,
     BlocksFinished,
+    DenoiserResult,
     Extend,
     Held,
     Leave,
-    Result,
     Row,
     SessionsFailed,
     SlotsFree,
@@ -33,7 +33,7 @@ from twotower.request import GenerationParams
 from twotower.transport.interface import Received
 from twotower.wire.state import delta_tensors, state_tensors
 
-R = TypeVar("R", bound=Result)
+R = TypeVar("R", bound=DenoiserResult)
 
 PARAMS = [
     GenerationParams(gamma=0.1),
@@ -53,7 +53,7 @@ class _Denoiser:
     """A loop, and a context's engine beside it."""
 
     def __init__(self, towers: TinyTowers, slots: int = 8) -> None:
-        self.results: list[Result] = []
+        self.results: list[DenoiserResult] = []
         self.pool = towers.pool(slots)
         self.loop: DenoiserLoop = towers.denoiser_loop(lambda results: self.results.extend(results), self.pool)
         self.context = ContextEngine(towers.context)

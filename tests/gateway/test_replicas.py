@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from twotower.broker.registry import Kind, Replica
+from twotower.broker.registry import Replica, ReplicaKind
 from twotower.errors import BrokerUnavailable
 from twotower.gateway.prefixes import PromptChains
 from twotower.gateway.replicas import DETOUR_SESSIONS, FORGOTTEN_S, ReplicaPool
@@ -25,14 +25,14 @@ class Registry:
 
     def __init__(self) -> None:
         self.away = False
-        self.named: dict[Kind, list[Replica]] = {"context": [], "denoiser": []}
+        self.named: dict[ReplicaKind, list[Replica]] = {"context": [], "denoiser": []}
 
     def name(self, contexts: int, denoisers: int) -> None:
         """So many of each live."""
         for kind, count in (("context", contexts), ("denoiser", denoisers)):
             self.named[kind] = [Replica(kind, f"{kind}-{i}", f"127.0.0.1:{1000 + i}", "x", 0, 8) for i in range(count)]
 
-    async def replicas(self, kind: Kind) -> Sequence[Replica]:
+    async def replicas(self, kind: ReplicaKind) -> Sequence[Replica]:
         if self.away:
             raise BrokerUnavailable("Redis does not answer")
         return self.named[kind]

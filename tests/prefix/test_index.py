@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twotower.prefix.index import Entry, Match, PrefixIndex, Segment
+from twotower.prefix.index import IndexEntry, IndexMatch, LruSegment, PrefixIndex
 from twotower.prefix.stats import TierStats
 
 CHUNK = 128
@@ -29,10 +29,10 @@ class Index(PrefixIndex[int]):
     def add(self, number: int, num_bytes: int = 1, *, protected: bool = False) -> bool:
         return self.put(link(number), number, num_bytes, protected=protected)
 
-    def meet(self, *numbers: int) -> Match[int] | None:
+    def meet(self, *numbers: int) -> IndexMatch[int] | None:
         return self.longest([link(number) for number in numbers])
 
-    def entry(self, number: int) -> Entry[int]:
+    def entry(self, number: int) -> IndexEntry[int]:
         entry = self.get(link(number))
         assert entry is not None
         return entry
@@ -54,9 +54,9 @@ def test_the_longest_prefix_is_found_and_counted() -> None:
 def test_prompts_that_come_once_do_not_flush_one_that_repeats() -> None:
     index = Index(100)
     index.add(0, 30)
-    assert index.entry(0).segment is Segment.PROBATION
+    assert index.entry(0).segment is LruSegment.PROBATION
     assert index.meet(0) is not None
-    assert index.entry(0).segment is Segment.PROTECTED
+    assert index.entry(0).segment is LruSegment.PROTECTED
     for number in range(1, 1000):
         assert index.add(number, 7)
     assert link(0) in index
@@ -70,11 +70,11 @@ def test_what_no_longer_repeats_makes_way_for_what_does() -> None:
     for number in range(10):
         index.add(number, 10)
         index.meet(number)
-    assert [index.entry(number).segment for number in range(10)] == [Segment.PROBATION] * 2 + [Segment.PROTECTED] * 8
+    assert [index.entry(number).segment for number in range(10)] == [LruSegment.PROBATION] * 2 + [LruSegment.PROTECTED] * 8
     index.add(10, 10)
     assert index.evicted == [0]
     index.meet(1)  # its last chance: it is met again, and 2 gives way to it
-    assert [number for number in range(1, 10) if index.entry(number).segment is Segment.PROBATION] == [2]
+    assert [number for number in range(1, 10) if index.entry(number).segment is LruSegment.PROBATION] == [2]
 
 
 def test_an_entry_known_to_repeat_is_protected_at_once() -> None:
@@ -89,7 +89,7 @@ def test_the_same_prefix_twice_keeps_the_first_value_and_protects_it() -> None:
     index = Index(20)
     assert index.add(1)
     assert not index.put(link(1), 99, 5)
-    assert (index.entry(1).value, index.entry(1).segment, index.held_bytes) == (1, Segment.PROTECTED, 1)
+    assert (index.entry(1).value, index.entry(1).segment, index.held_bytes) == (1, LruSegment.PROTECTED, 1)
 
 
 def test_what_does_not_fit_is_not_taken_and_costs_no_one_its_place() -> None:
@@ -266,4 +266,7 @@ def test_it_does_what_a_plain_model_does(steps: list[tuple[object, ...]], capaci
         assert index.held_bytes == model.total() <= capacity
         assert set(index.newest(100)) == {link(number) for number in model.held}
         for number, each in model.held.items():
-            assert (index.entry(number).segment is Segment.PROTECTED, index.entry(number).pins) == (each.protected, each.pins)
+            assert (index.entry(number).segment is LruSegment.PROTECTED, index.entry(number).pins) == (
+                each.protected,
+                each.pins,
+            )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.scripted_context import ScriptedContext
-from twotower.broker.registry import Kind, Replica
+from twotower.broker.registry import Replica, ReplicaKind
 from twotower.client.grpc_client import GatewayClient
 from twotower.gateway.config import GatewayConfig
 from twotower.gateway.main import serve
@@ -25,13 +25,13 @@ class ReplicaList:
         self.denoisers = [replica("denoiser", f"d{i}", "127.0.0.1:1") for i in range(denoisers)]
         self.error: Exception | None = None
 
-    async def replicas(self, kind: Kind) -> Sequence[Replica]:
+    async def replicas(self, kind: ReplicaKind) -> Sequence[Replica]:
         if self.error is not None:
             raise self.error
         return list(self.contexts if kind == "context" else self.denoisers)
 
 
-def replica(kind: Kind, name: str, address: str, load: int = 0) -> Replica:
+def replica(kind: ReplicaKind, name: str, address: str, load: int = 0) -> Replica:
     return Replica(kind=kind, name=name, address=address, identity="x", load=load, capacity=64)
 
 

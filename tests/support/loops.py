@@ -46,7 +46,7 @@ class TinyTowers:
 
     def context_loop(
         self,
-        deliver: Callable[[Sequence[context_messages.Result]], object],
+        deliver: Callable[[Sequence[context_messages.ContextResult]], object],
         pool: StatePool,
         *,
         max_waiting: int = 64,
@@ -70,5 +70,7 @@ class TinyTowers:
             pacing=pacing or Eager(),
         )
 
-    def denoiser_loop(self, deliver: Callable[[Sequence[denoiser_messages.Result]], object], pool: StatePool) -> DenoiserLoop:
+    def denoiser_loop(
+        self, deliver: Callable[[Sequence[denoiser_messages.DenoiserResult]], object], pool: StatePool
+    ) -> DenoiserLoop:
         return DenoiserLoop(DenoiserEngine(self.denoiser), pool, deliver, progress=Progress(60), pacing=Eager())

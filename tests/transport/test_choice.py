@@ -12,12 +12,12 @@ from tests.support.transports import CPU, WORKER_PEER, ends
 from twotower.errors import ConfigError, Incompatible
 from twotower.internal.v1 import link_pb2
 from twotower.transport import ends as ends_module
-from twotower.transport.config import CHOICES, Kind, TransportConfig
+from twotower.transport.config import CHOICES, TransportConfig, TransportKind
 from twotower.transport.ends import KIND_FROM_PB, ContextTransports, WorkerTransports
 from twotower.transport.group import NCCL
 
 
-async def _chosen(context: str, worker: str, **changes: Any) -> Kind:
+async def _chosen(context: str, worker: str, **changes: Any) -> TransportKind:
     """What they agree on, after `changes` to the worker's offer."""
     config = TransportConfig.of(context), TransportConfig.of(worker)
     async with ends(*(dataclasses.replace(each, timeout_s=1) for each in config)) as both:
@@ -31,24 +31,24 @@ async def _chosen(context: str, worker: str, **changes: Any) -> Kind:
 
 
 async def test_on_one_machine_it_is_shared_memory() -> None:
-    assert await _chosen("auto", "auto") is Kind.SHM
+    assert await _chosen("auto", "auto") is TransportKind.SHM
 
 
-@pytest.mark.parametrize("kind", list(Kind))
-async def test_what_either_end_insists_on(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", list(TransportKind))
+async def test_what_either_end_insists_on(kind: TransportKind) -> None:
     for context, worker in ((kind, kind), (kind, "auto"), ("auto", kind)):
         assert await _chosen(context, worker) is kind
 
 
 @pytest.mark.parametrize("changes", [{"host": "another"}, {"shm_socket": "nobody"}])
 async def test_otherwise_it_is_frames(changes: dict[str, Any]) -> None:
-    assert await _chosen("auto", "auto", **changes) is Kind.GRPC
+    assert await _chosen("auto", "auto", **changes) is TransportKind.GRPC
 
 
 async def test_a_worker_without_an_offer_gets_frames() -> None:
     async with ends(TransportConfig()) as both:
         outlet, _ = both.context.attach(link_pb2.TransportOffer(), WORKER_PEER)
-        assert outlet.kind is Kind.GRPC
+        assert outlet.kind is TransportKind.GRPC
 
 
 @pytest.mark.parametrize(
@@ -95,16 +95,16 @@ async def test_between_gpus_of_two_machines_it_is_nccl(on_gpus: list[tuple[str, 
         assert on_gpus == [(both.worker.offer.peer, NCCL)]
         both.worker.offer.gpu = "GPU-1"  # one GPU: nccl refuses that
         outlet, _ = both.context.attach(both.worker.offer, WORKER_PEER)
-        assert outlet.kind is Kind.GRPC
+        assert outlet.kind is TransportKind.GRPC
 
 
 def test_what_the_system_lacks_is_reported_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ends_module, "backends", lambda device: [])
     with pytest.raises(ConfigError, match="transport: dist"):
-        ContextTransports(TransportConfig(Kind.DIST), "127.0.0.1", torch.device("cpu"))
+        ContextTransports(TransportConfig(TransportKind.DIST), "127.0.0.1", torch.device("cpu"))
     monkeypatch.delattr("os.memfd_create")
     with pytest.raises(ConfigError, match="transport: shm"):
-        ContextTransports(TransportConfig(Kind.SHM), "127.0.0.1", torch.device("cpu"))
+        ContextTransports(TransportConfig(TransportKind.SHM), "127.0.0.1", torch.device("cpu"))
 
 
 def test_choices() -> None:

@@ -28,7 +28,7 @@ from tests.support.transports import (
 from tests.support.waiting import until
 from twotower.errors import Unavailable
 from twotower.internal.v1 import link_pb2
-from twotower.transport.config import Kind, TransportConfig
+from twotower.transport.config import TransportConfig, TransportKind
 from twotower.transport.ends import ContextTransports, WorkerTransports
 from twotower.wire.frames import Key, Spec
 
@@ -55,7 +55,7 @@ class Peer:
 
 
 @asynccontextmanager
-async def _peer(role: str, kind: Kind) -> AsyncIterator[Peer]:
+async def _peer(role: str, kind: TransportKind) -> AsyncIterator[Peer]:
     pipe = asyncio.subprocess.PIPE
     argv = (sys.executable, "-m", "tests.support.transport_peer", role, kind.value)
     process = await asyncio.create_subprocess_exec(*argv, stdin=pipe, stdout=pipe)
@@ -67,8 +67,8 @@ async def _peer(role: str, kind: Kind) -> AsyncIterator[Peer]:
         await process.wait()
 
 
-@pytest.mark.parametrize("kind", [Kind.SHM, Kind.DIST])
-async def test_a_worker_dies(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [TransportKind.SHM, TransportKind.DIST])
+async def test_a_worker_dies(kind: TransportKind) -> None:
     before = sorted(os.listdir("/dev/shm"))
     context = ContextTransports(TransportConfig(kind, timeout_s=60), "127.0.0.1", CPU)
     async with _peer("worker", kind) as peer, asyncio.timeout(50):
@@ -81,9 +81,9 @@ async def test_a_worker_dies(kind: Kind) -> None:
         assert announced is not None
         assert placed_in(announced) is not None
         await asyncio.sleep(0.1)
-        assert sending.done() == (kind is Kind.SHM)  # with dist, the context is in the middle of sending
+        assert sending.done() == (kind is TransportKind.SHM)  # with dist, the context is in the middle of sending
         await peer.die()
-        if kind is Kind.SHM:
+        if kind is TransportKind.SHM:
             sending = asyncio.create_task(send(outlet, BIG, stream))
         with pytest.raises(Unavailable):
             await sending
@@ -94,8 +94,8 @@ async def test_a_worker_dies(kind: Kind) -> None:
     assert sorted(os.listdir("/dev/shm")) == before
 
 
-@pytest.mark.parametrize("kind", [Kind.SHM, Kind.DIST])
-async def test_a_context_dies(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [TransportKind.SHM, TransportKind.DIST])
+async def test_a_context_dies(kind: TransportKind) -> None:
     before = sorted(os.listdir("/dev/shm"))
     worker = WorkerTransports(TransportConfig(kind, timeout_s=60), CPU)
     async with _peer("context", kind) as peer, asyncio.timeout(50):
@@ -105,9 +105,9 @@ async def test_a_context_dies(kind: Kind) -> None:
         await stream.write(link_pb2.ContextMessage.FromString(await peer.line()))
         receiving = asyncio.create_task(receive(inlet, stream, SMALL))
         await asyncio.sleep(0.1)
-        assert receiving.done() == (kind is Kind.SHM)
+        assert receiving.done() == (kind is TransportKind.SHM)
         await peer.die()
-        if kind is Kind.DIST:
+        if kind is TransportKind.DIST:
             with pytest.raises(Unavailable):
                 await receiving
         else:  # what was written can still be read, and is gone after that
@@ -124,7 +124,7 @@ async def test_a_context_dies(kind: Kind) -> None:
 
 
 async def test_a_context_dies_between_two_frames() -> None:
-    async with ends(TransportConfig(Kind.GRPC)) as both, asyncio.timeout(20):
+    async with ends(TransportConfig(TransportKind.GRPC)) as both, asyncio.timeout(20):
         outlet, inlet = both.attach()
         announced, *frames = await messages(outlet, BIG)
         assert announced == header(None)
@@ -145,7 +145,7 @@ async def test_a_stream_that_breaks_in_the_middle_of_a_transfer() -> None:
     async def write(message: link_pb2.ContextMessage) -> None:
         raise Broken
 
-    for kind in Kind:
+    for kind in TransportKind:
         async with ends(TransportConfig(kind, timeout_s=10)) as both, asyncio.timeout(20):
             outlet, inlet = both.attach()
             with pytest.raises(Broken):

@@ -42,7 +42,7 @@ from twotower.model.state import ContextState
 from twotower.model.weights import load_context_tower
 from twotower.request import GenerationParams
 from twotower.transport import pairs
-from twotower.transport.config import Kind, TransportConfig
+from twotower.transport.config import TransportConfig, TransportKind
 from twotower.transport.dist import DistInlet
 from twotower.transport.interface import Inlet, Outlet
 from twotower.transport.layout import ALIGNMENT
@@ -50,14 +50,14 @@ from twotower.wire.frames import MESSAGE_BYTES, Key, Spec
 from twotower.wire.state import delta_from, delta_spec, delta_tensors, fill_state, state_spec, state_tensors
 from twotower_kernels.backend import load
 
-KINDS = pytest.mark.parametrize("kind", list(Kind))
+KINDS = pytest.mark.parametrize("kind", list(TransportKind))
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "cpu"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 BLOCK = 16
 
 
 @pytest.fixture
-async def both(kind: Kind) -> AsyncIterator[Ends]:
+async def both(kind: TransportKind) -> AsyncIterator[Ends]:
     async with ends(TransportConfig(kind, timeout_s=10)) as pair:
         yield pair
 
@@ -102,7 +102,7 @@ async def test_what_a_worker_is_told_of_a_transfer(both: Ends) -> None:
     announced = await stream.read()
     assert announced is not None
     assert announced.HasField("state")
-    assert (placed_in(announced) is None) == (outlet.kind is Kind.GRPC)
+    assert (placed_in(announced) is None) == (outlet.kind is TransportKind.GRPC)
     received = await inlet.receive(placed_in(announced), spec_of(tensors), CPU, stream.read)
     await sending
     assert received.size == sum(tensor.nbytes for tensor in tensors.values())
@@ -124,7 +124,7 @@ async def test_frames_are_written_one_message_at_a_time() -> None:
         await asyncio.sleep(0.001)
         writing -= 1
 
-    async with ends(TransportConfig(Kind.GRPC)) as both:
+    async with ends(TransportConfig(TransportKind.GRPC)) as both:
         outlet, _ = both.attach()
         await outlet.send(list(tensors.items()), header, write)
     assert (writing, most) == (0, 1)
@@ -251,7 +251,7 @@ async def test_what_does_not_fit_is_named(both: Ends, change: dict[Key, Spec], n
     assert both.context._pairs.open == 0
 
 
-@pytest.mark.parametrize("kind", [Kind.SHM])
+@pytest.mark.parametrize("kind", [TransportKind.SHM])
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -284,7 +284,7 @@ async def test_a_place_that_does_not_fit_is_named(both: Ends, change: dict[str, 
         await inlet.receive(placed, spec_of(tensors), CPU, Stream().read)
 
 
-@pytest.mark.parametrize("kind", [Kind.SHM])
+@pytest.mark.parametrize("kind", [TransportKind.SHM])
 async def test_more_bytes_than_a_segment_has(both: Ends) -> None:
     outlet, inlet = both.attach()
     (small,) = await messages(outlet, [(Key("a", 0), torch.ones(4))])
@@ -295,7 +295,7 @@ async def test_more_bytes_than_a_segment_has(both: Ends) -> None:
         await inlet.receive(message.state.tensors, spec_of(large), CPU, Stream().read)
 
 
-@pytest.mark.parametrize("kind", [Kind.DIST])
+@pytest.mark.parametrize("kind", [TransportKind.DIST])
 async def test_a_transfer_out_of_turn(both: Ends) -> None:
     tensors = {Key("x", 0): torch.ones(3)}
     outlet, inlet = both.attach()
@@ -314,17 +314,17 @@ async def test_a_transfer_out_of_turn(both: Ends) -> None:
 
 
 async def test_memory_is_not_to_be_had_where_frames_were_agreed() -> None:
-    async with ends(TransportConfig(Kind.GRPC)) as both:
+    async with ends(TransportConfig(TransportKind.GRPC)) as both:
         _, inlet = both.attach()
         with pytest.raises(Incompatible, match="which takes frames only"):
             await inlet.receive(link_pb2.Placed(), {}, CPU, Stream().read)
 
 
 @KINDS
-async def test_another_message_in_the_middle_of_frames_names_what_is_missing(kind: Kind) -> None:
+async def test_another_message_in_the_middle_of_frames_names_what_is_missing(kind: TransportKind) -> None:
     """Frames stand in for every transport."""
     tensors = {Key("a", 0): torch.ones(MESSAGE_BYTES // 4), Key("b", 0): torch.ones(MESSAGE_BYTES // 8)}
-    async with ends(TransportConfig(Kind.GRPC)) as frames, ends(TransportConfig(kind, timeout_s=10)) as both:
+    async with ends(TransportConfig(TransportKind.GRPC)) as frames, ends(TransportConfig(kind, timeout_s=10)) as both:
         announced, first, _ = await messages(frames.attach()[0], tensors.items())
         outlet, inlet = both.attach()
         await joined(outlet, inlet)
@@ -338,7 +338,7 @@ async def test_another_message_in_the_middle_of_frames_names_what_is_missing(kin
 
 
 @KINDS
-async def test_many_pairs_at_once(kind: Kind) -> None:
+async def test_many_pairs_at_once(kind: TransportKind) -> None:
     """Three contexts, three workers, three links each, all sending at the same time."""
     config = TransportConfig(kind, timeout_s=30)
     async with ends(config) as a, ends(config) as b, ends(config) as c:
@@ -373,29 +373,29 @@ async def _settled_files() -> int:
 
 
 @KINDS
-async def test_close_leaves_nothing(kind: Kind) -> None:
+async def test_close_leaves_nothing(kind: TransportKind) -> None:
     before, files = sorted(os.listdir("/dev/shm")), await _settled_files()
     tensors = _tensors()
     async with ends(TransportConfig(kind, timeout_s=10)) as both:
         outlet, inlet = both.attach()
         await transfer(outlet, inlet, tensors.items(), spec_of(tensors))
-        if kind is Kind.SHM:
+        if kind is TransportKind.SHM:
             assert mapped_segments() == 2  # one segment, at both ends
         del outlet, inlet
     await until(lambda: mapped_segments() == 0)  # a thread that copied may still be putting its work away
     assert sorted(os.listdir("/dev/shm")) == before
-    if kind is not Kind.DIST:  # torch closes its sockets in threads of its own
+    if kind is not TransportKind.DIST:  # torch closes its sockets in threads of its own
         assert len(os.listdir("/proc/self/fd")) <= files
 
 
 @KINDS
-async def test_links_come_and_go_and_nothing_grows(kind: Kind) -> None:
+async def test_links_come_and_go_and_nothing_grows(kind: TransportKind) -> None:
     tensors = _tensors()
     async with ends(TransportConfig(kind, timeout_s=10)) as both:
 
         async def link() -> None:
             outlet, inlet = both.attach()
-            assert both.context._pairs.open == (kind is Kind.DIST)
+            assert both.context._pairs.open == (kind is TransportKind.DIST)
             await transfer(outlet, inlet, tensors.items(), spec_of(tensors))
             await outlet.close()
             await inlet.close()
@@ -413,7 +413,7 @@ async def test_links_come_and_go_and_nothing_grows(kind: Kind) -> None:
         await until(lambda: _native_threads() <= threads)
 
 
-@pytest.mark.parametrize("kind", [Kind.SHM])
+@pytest.mark.parametrize("kind", [TransportKind.SHM])
 async def test_segments_are_used_again(both: Ends) -> None:
     tensors = _tensors()
     for _ in range(3):
@@ -424,7 +424,7 @@ async def test_segments_are_used_again(both: Ends) -> None:
     assert mapped_segments() == 2
 
 
-@pytest.mark.parametrize("kind", [Kind.DIST])
+@pytest.mark.parametrize("kind", [TransportKind.DIST])
 async def test_buffers_are_used_again(both: Ends) -> None:
     tensors = {Key("x", 0): torch.ones(1000)}
     outlet, inlet = both.attach()
@@ -436,7 +436,7 @@ async def test_buffers_are_used_again(both: Ends) -> None:
     assert len(places) == 1
 
 
-@pytest.mark.parametrize("kind", [Kind.SHM])
+@pytest.mark.parametrize("kind", [TransportKind.SHM])
 async def test_what_a_worker_still_reads_is_never_written_again(both: Ends) -> None:
     """Its link ends before it is released, and others send meanwhile."""
     first, second = {Key("x", 0): torch.full((1000,), 1.0)}, {Key("x", 0): torch.full((1000,), 2.0)}
@@ -475,7 +475,7 @@ async def test_several_transfers_are_held_at_once_and_released_in_any_order(both
         received.release()
 
 
-@pytest.mark.parametrize("kind", [Kind.SHM])
+@pytest.mark.parametrize("kind", [TransportKind.SHM])
 async def test_a_transfer_that_is_cancelled_leaves_its_segment_to_no_one(both: Ends) -> None:
     """Nobody knows whether the worker has been told of it."""
     tensors = {Key("x", 0): torch.ones(1000)}
@@ -498,7 +498,7 @@ async def test_a_transfer_that_is_cancelled_leaves_its_segment_to_no_one(both: E
 
 async def test_beyond_its_memory_a_context_sends_frames() -> None:
     tensors = _tensors()  # needs a segment of 8 MiB
-    config = TransportConfig(Kind.SHM, shm_bytes=12 << 20)
+    config = TransportConfig(TransportKind.SHM, shm_bytes=12 << 20)
     async with ends(config) as both, ends(config) as other:
         outlet, inlet = both.attach()
         (header_,) = await messages(outlet, tensors.items())  # not read: it stays leased
@@ -522,7 +522,7 @@ async def test_beyond_its_memory_a_context_sends_frames() -> None:
 async def test_every_link_has_a_group_of_its_own() -> None:
     """Made with it and dropped with it: one that breaks is nothing to the others."""
     tensors = _tensors()
-    async with ends(TransportConfig(Kind.DIST, timeout_s=10)) as both:
+    async with ends(TransportConfig(TransportKind.DIST, timeout_s=10)) as both:
         outlet, inlet = both.attach()
         other, other_inlet = both.attach()
         assert len({group.name for group in both.context._pairs._groups}) == both.context._pairs.open == 2
@@ -544,7 +544,7 @@ async def test_every_link_has_a_group_of_its_own() -> None:
         assert both.context._pairs.open == 0
 
 
-@pytest.mark.parametrize("kind", [Kind.DIST])
+@pytest.mark.parametrize("kind", [TransportKind.DIST])
 async def test_a_worker_that_stops_receiving_ends_the_group(both: Ends) -> None:
     tensors = {Key("ssm", 0): torch.ones(20_000_000)}
     outlet, inlet = both.attach()
@@ -566,7 +566,7 @@ async def test_a_worker_that_stops_receiving_ends_the_group(both: Ends) -> None:
 
 
 async def test_a_worker_that_never_comes_does_not_keep_a_context_waiting() -> None:
-    async with ends(TransportConfig(Kind.DIST, timeout_s=0.5)) as both:
+    async with ends(TransportConfig(TransportKind.DIST, timeout_s=0.5)) as both:
         outlet, _ = both.context.attach(both.worker.offer, WORKER_PEER)
         with pytest.raises(Unavailable, match="process group"):
             await asyncio.wait_for(messages(outlet, _tensors().items()), 20)
@@ -578,7 +578,7 @@ async def test_a_backend_that_failed_with_a_worker_is_not_tried_again(monkeypatc
     """Unless it is insisted on; and what is remembered of workers that came and went does not grow."""
     monkeypatch.setattr(pairs, "MAX_FAILED", 2)
     config = TransportConfig(timeout_s=0.2)
-    async with ends(config, TransportConfig(Kind.DIST, timeout_s=10)) as both:
+    async with ends(config, TransportConfig(TransportKind.DIST, timeout_s=10)) as both:
         offer = both.worker.offer
         for name in ("a", "b", "c"):
             offer.peer = name
@@ -597,7 +597,7 @@ async def test_a_backend_that_failed_with_a_worker_is_not_tried_again(monkeypatc
 
 async def test_a_group_that_worked_and_broke_is_no_reason_against_the_next() -> None:
     tensors = {Key("x", 0): torch.ones(3)}
-    async with ends(TransportConfig(timeout_s=10), TransportConfig(Kind.DIST, timeout_s=10)) as both:
+    async with ends(TransportConfig(timeout_s=10), TransportConfig(TransportKind.DIST, timeout_s=10)) as both:
         outlet, inlet = both.attach()
         await transfer(outlet, inlet, tensors.items(), spec_of(tensors))
         await inlet.close()

@@ -13,7 +13,7 @@ from typing import Any
 
 from twotower.broker.connection import connect
 from twotower.broker.heartbeat import heartbeat
-from twotower.broker.registry import Kind, Registry, Replica
+from twotower.broker.registry import Registry, Replica, ReplicaKind
 from twotower.internal.v1 import context_pb2, context_pb2_grpc
 from twotower.request import FinishReason, Mode, cut_block
 from twotower.rpc.server import RpcServer
@@ -111,11 +111,11 @@ async def run(redis_url: str, identity: str, pace_s: float) -> None:
     context = SimulatedContext(paced(pace_s))
     address, registry = await context.start(), Registry(redis, identity)
 
-    def describe(kind: Kind) -> Replica:
+    def describe(kind: ReplicaKind) -> Replica:
         load = context.running if kind == "context" else 0
         return Replica(kind, f"simulated-{kind}", address, identity, load=load, capacity=CAPACITY)
 
-    kinds: tuple[Kind, ...] = ("context", "denoiser")
+    kinds: tuple[ReplicaKind, ...] = ("context", "denoiser")
     for kind in kinds:
         await registry.announce(describe(kind))
     beats = [asyncio.create_task(heartbeat(registry, functools.partial(describe, kind))) for kind in kinds]

@@ -24,7 +24,7 @@ from twotower.internal.v1 import context_pb2_grpc, link_pb2
 from twotower.model.config import ModelConfig
 from twotower.rpc.channel import open_channel
 from twotower.rpc.server import RpcServer
-from twotower.transport.config import Kind, TransportConfig
+from twotower.transport.config import TransportConfig, TransportKind
 from twotower.transport.ends import ContextTransports, WorkerTransports
 from twotower.transport.interface import Inlet
 from twotower.transport.layout import off_loop
@@ -70,7 +70,7 @@ def _header(placed: link_pb2.Placed | None) -> link_pb2.ContextMessage:
     return link_pb2.ContextMessage(state=link_pb2.State(tensors=placed))
 
 
-async def measure(kind: Kind, length: int, rounds: int) -> Measured:
+async def measure(kind: TransportKind, length: int, rounds: int) -> Measured:
     """Medians of `rounds` snapshots of `length` tokens and as many deltas. Raises TwoTowerError if `kind` cannot be used."""
     config = TransportConfig(kind)
     worker = WorkerTransports(config, CPU)
@@ -121,7 +121,7 @@ def _spec(length: int) -> Mapping[Key, Spec]:
 
 
 @asynccontextmanager
-async def _sender(kind: Kind) -> AsyncIterator[str]:
+async def _sender(kind: TransportKind) -> AsyncIterator[str]:
     """The address of a context's end in a process of its own, which ends with us."""
     argv = (sys.executable, "-m", "twotower.bench.transport", kind.value)
     pipe = asyncio.subprocess.PIPE
@@ -134,7 +134,7 @@ async def _sender(kind: Kind) -> AsyncIterator[str]:
         await process.communicate()
 
 
-async def _serve(kind: Kind) -> None:
+async def _serve(kind: TransportKind) -> None:
     """Until stdin ends, as it does when the process that measures has ended, however it did."""
     torch.set_num_threads(1)
     server = RpcServer("127.0.0.1", 0)
@@ -150,4 +150,4 @@ async def _serve(kind: Kind) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(Kind(sys.argv[1])))
+    asyncio.run(_serve(TransportKind(sys.argv[1])))

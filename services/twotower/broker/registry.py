@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from twotower.broker import keys
 from twotower.broker.connection import broker_errors
 
-Kind = Literal["context", "denoiser"]
+ReplicaKind = Literal["context", "denoiser"]
 
 TTL_MS = 5_000
 
@@ -21,7 +21,7 @@ TTL_MS = 5_000
 class Replica:
     """A context or a denoiser, as it last described itself."""
 
-    kind: Kind
+    kind: ReplicaKind
     name: str
     address: str
     """Where its gRPC server is reached."""
@@ -64,7 +64,7 @@ class Registry:
                 pipe.srem(keys.replicas(self._identity, replica.kind), replica.name)
                 await pipe.execute()
 
-    async def replicas(self, kind: Kind) -> list[Replica]:
+    async def replicas(self, kind: ReplicaKind) -> list[Replica]:
         """All that live, by name. The cost grows with their number, not with what else the server holds."""
         index = keys.replicas(self._identity, kind)
         with broker_errors():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from twotower.cli import bench_device, bench_stalls, bench_streams
 from twotower.cli.options import add_place, add_stack_size, add_trace, check_at_least_one, check_target
 from twotower.errors import ConfigError
-from twotower.transport.config import CHOICES, Kind
+from twotower.transport.config import CHOICES, TransportKind
 
 if TYPE_CHECKING:
     from twotower.bench.prefix import PrefixResult
@@ -265,7 +265,7 @@ def _transport(args: argparse.Namespace) -> None:
     _say(args, f"delta of a 16-token block: {told['delta_bytes_real_size']:,} bytes")
     _say(args, f"snapshot at {args.tokens:,} tokens: {told['snapshot_bytes_real_size']:,} bytes")
     for name in args.only:
-        result = asyncio.run(measure(Kind(name), args.tokens, args.rounds))
+        result = asyncio.run(measure(TransportKind(name), args.tokens, args.rounds))
         told[name] = {key: round(value, 3) for key, value in asdict(result).items()}
         _say(
             args,

@@ -31,7 +31,7 @@ class ShownBlock:
     """One for each token, if asked for."""
 
 
-Event = ShownBlock | FinishReason | TwoTowerError
+LiveEvent = ShownBlock | FinishReason | TwoTowerError
 """A block, the end, or why the session failed."""
 
 
@@ -71,7 +71,7 @@ class LiveSession:
         """Its client does not read."""
         self.over = False
         """Nothing more is to be generated, or nobody would read it."""
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events: asyncio.Queue[LiveEvent] = asyncio.Queue()
 
     @property
     def ar(self) -> bool:
@@ -94,7 +94,7 @@ class LiveSession:
             self._events.put_nowait(error)
             self.over = True
 
-    async def next_event(self) -> Event:
+    async def next_event(self) -> LiveEvent:
         """For the gateway, in order."""
         return await self._events.get()
 

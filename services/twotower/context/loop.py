@@ -18,21 +18,21 @@ from twotower.context.messages import (
     CloseSession,
     CommitBlocks,
     Committed,
+    ContextEntry,
+    ContextResult,
     CopyState,
-    Entry,
     OpenSession,
     PrefixLoaded,
     PrefixMet,
     PrefixWanted,
-    Result,
     SessionFailed,
     SetPaused,
     StateCopied,
     StateSoonReady,
     TokenDecoded,
 )
-from twotower.context.prefixes import Match, PrefixCache
-from twotower.context.resident import Resident
+from twotower.context.prefixes import CachedPrefix, PrefixCache
+from twotower.context.resident import ContextResident
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.inbox import Inbox
 from twotower.engine.isolation import Isolation
@@ -58,7 +58,7 @@ class ContextLoop:
         engine: ContextEngine,
         pool: StatePool,
         prefixes: PrefixCache,
-        deliver: Callable[[Sequence[Result]], object],
+        deliver: Callable[[Sequence[ContextResult]], object],
         *,
         chunk: int,
         budget: int,
@@ -74,15 +74,15 @@ class ContextLoop:
         self._engine, self._pool, self._prefixes, self._take = engine, pool, prefixes, deliver
         self._chunk, self._budget, self._max_waiting = chunk, budget, max_waiting
         self._progress, self._pacing, self.tracer = progress, pacing or Pacing(), tracer
-        self.inbox: Inbox[Entry | None] = Inbox()
+        self.inbox: Inbox[ContextEntry | None] = Inbox()
         """None ends the loop."""
         self.refining = 0
         """Sessions whose next block a denoiser writes; kept by `Sessions`."""
         self.outbound = outbound or Outbound()
         self._waiting: WaitingLine[OpenSession] = WaitingLine()
-        self._residents: dict[str, Resident] = {}
-        self._isolation: Isolation[Resident] = Isolation("forward of the context tower", lambda resident: resident.name)
-        self._ahead: Plan[Resident] = Plan()
+        self._residents: dict[str, ContextResident] = {}
+        self._isolation: Isolation[ContextResident] = Isolation("forward of the context tower", lambda resident: resident.name)
+        self._ahead: Plan[ContextResident] = Plan()
         """What the next iteration would run; made anew whenever something has come or gone."""
         self._stopped = False
 
@@ -137,7 +137,7 @@ class ContextLoop:
                 case PrefixLoaded(_, chunks, snapshot):
                     resident.awaits_prefix = False
                     if snapshot is not None:
-                        self._prefixes.restore(resident.session, resident.borders, Match(chunks, snapshot))
+                        self._prefixes.restore(resident.session, resident.borders, CachedPrefix(chunks, snapshot))
         self._admit()
         self._copy_states()
         if entries:
@@ -157,14 +157,14 @@ class ContextLoop:
             self._pool.release(resident.session.state)
 
     def _fits(self, entry: OpenSession) -> bool:
-        return self._pool.fits(Resident.room_of(entry))
+        return self._pool.fits(ContextResident.room_of(entry))
 
     def _admit(self) -> None:
         for entry in self._waiting.admit(self._fits):
-            state = self._pool.acquire(Resident.room_of(entry))
+            state = self._pool.acquire(ContextResident.room_of(entry))
             session = self._engine.open(entry.session_id, entry.tokens, entry.params, entry.generated, state)
             borders, met = self._prefixes.begin(session)
-            self._residents[session.id] = resident = Resident(session, borders)
+            self._residents[session.id] = resident = ContextResident(session, borders)
             if met is not None:
                 self._deliver([PrefixMet(borders.links[: met.chunks], met.snapshot)])
             elif borders.links and self._prefixes.shared:
@@ -182,7 +182,7 @@ class ContextLoop:
 
     # plan
 
-    def _plan(self) -> Plan[Resident]:
+    def _plan(self) -> Plan[ContextResident]:
         return plan(self._residents.values(), budget=self._budget, chunk=self._chunk)
 
     def _load(self) -> Load:
@@ -191,8 +191,8 @@ class ContextLoop:
 
     # run and deliver: a forward of each kind, and its results at once. A failure reaches those it concerns, and no one else.
 
-    def _run(self, ahead: Plan[Resident]) -> None:
-        by_size: dict[int, list[Resident]] = defaultdict(list)
+    def _run(self, ahead: Plan[ContextResident]) -> None:
+        by_size: dict[int, list[ContextResident]] = defaultdict(list)
         for resident in sorted(ahead.commits, key=lambda resident: resident.session.state.slot):
             by_size[len(resident.session.blocks[0])].append(resident)
         for residents in by_size.values():
@@ -203,7 +203,7 @@ class ContextLoop:
             self._read(ahead.chunks)
         self._copy_states()
 
-    def _commit(self, residents: Sequence[Resident]) -> None:
+    def _commit(self, residents: Sequence[ContextResident]) -> None:
         """A block of each, all of one size."""
         self._announce([resident for resident in residents if len(resident.session.blocks) == 1])
         sessions = [resident.session for resident in residents]
@@ -213,7 +213,7 @@ class ContextLoop:
             session.blocks.popleft()
         self._deliver([Committed([s.id for s in sessions], [s.state.length for s in sessions], deltas)])
 
-    def _decode(self, residents: Sequence[Resident]) -> None:
+    def _decode(self, residents: Sequence[ContextResident]) -> None:
         try:
             with self._progress.forward(), self._span("decode", batch=len(residents)):
                 drawn = self._engine.decode([resident.session for resident in residents])
@@ -221,7 +221,7 @@ class ContextLoop:
             self._lost(residents, error)
             return
         self._isolation.clear()
-        results: list[Result] = []
+        results: list[ContextResult] = []
         for resident, token in zip(residents, drawn, strict=True):
             self._residents[resident.name] = self._residents.pop(resident.name)  # those who did not run are next
             if isinstance(token, int):
@@ -231,7 +231,7 @@ class ContextLoop:
                 results.append(self._failed(resident, token))
         self._deliver(results)
 
-    def _read(self, chunks: Sequence[tuple[Resident, int]]) -> None:
+    def _read(self, chunks: Sequence[tuple[ContextResident, int]]) -> None:
         """A packed forward of prompts."""
         self._announce([r for r, tokens in chunks if tokens == r.prefill_left and not r.session.blocks])
         tokens = sum(count for _, count in chunks)
@@ -245,7 +245,7 @@ class ContextLoop:
         for resident, _ in chunks:
             self._prefixes.keep(resident.session, resident.borders)
 
-    def _lost(self, residents: Sequence[Resident], error: Exception) -> None:
+    def _lost(self, residents: Sequence[ContextResident], error: Exception) -> None:
         """A forward that changes states as it goes has failed: each session begins again, alone; failing alone, it ends."""
         if len(residents) == 1:
             self._isolation.blame(residents[0], error)
@@ -256,20 +256,20 @@ class ContextLoop:
             resident.alone = True
             self._engine.restart(resident.session)
 
-    def _announce(self, settling: Sequence[Resident]) -> None:
+    def _announce(self, settling: Sequence[ContextResident]) -> None:
         first = [resident for resident in settling if not resident.announced]
         for resident in first:
             resident.announced = True
         self._deliver([StateSoonReady(resident.name) for resident in first])
 
-    def _end(self, failed: Sequence[tuple[Resident, Exception]]) -> None:
+    def _end(self, failed: Sequence[tuple[ContextResident, Exception]]) -> None:
         self._deliver([self._failed(resident, Unavailable(FAILED)) for resident, _ in failed])
 
-    def _failed(self, resident: Resident, error: TwoTowerError) -> SessionFailed:
+    def _failed(self, resident: ContextResident, error: TwoTowerError) -> SessionFailed:
         self._close(resident.name)
         return SessionFailed(resident.name, error)
 
-    def _deliver(self, results: Sequence[Result]) -> None:
+    def _deliver(self, results: Sequence[ContextResult]) -> None:
         if results:
             self.outbound.delivered += 1
             self._take(results)

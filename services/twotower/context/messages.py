@@ -72,7 +72,7 @@ class PrefixLoaded:
     """None: nothing."""
 
 
-Entry = OpenSession | CloseSession | CommitBlocks | CopyState | SetPaused | PrefixLoaded
+ContextEntry = OpenSession | CloseSession | CommitBlocks | CopyState | SetPaused | PrefixLoaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,4 +136,4 @@ class SessionFailed:
     error: TwoTowerError
 
 
-Result = PrefixWanted | PrefixMet | StateSoonReady | Committed | TokenDecoded | StateCopied | SessionFailed
+ContextResult = PrefixWanted | PrefixMet | StateSoonReady | Committed | TokenDecoded | StateCopied | SessionFailed

@@ -49,7 +49,7 @@ class PromptBorders:
         return 0 < chunks <= len(self.links) and (chunks == self.repeated or chunks % every == 0)
 
 
-class Match(NamedTuple):
+class CachedPrefix(NamedTuple):
     """A cached beginning of a prompt."""
 
     chunks: int
@@ -93,7 +93,7 @@ class PrefixCache:
         with self._lock:
             return pack_links(self._index.newest(MAX_ANNOUNCED))
 
-    def begin(self, session: Session) -> tuple[PromptBorders, Match | None]:
+    def begin(self, session: Session) -> tuple[PromptBorders, CachedPrefix | None]:
         """Where the session's prompt can be cached, and the cached beginning that its empty state was filled with."""
         links = self.spec.chain(session.prompt[:-1]) if self.enabled else []
         borders = PromptBorders(links, self._borders.meet(links))
@@ -103,11 +103,11 @@ class PrefixCache:
             found = self._index.longest(links)
         if found is None:
             return borders, None
-        match = Match(found.chunks, found.entry.value)
+        match = CachedPrefix(found.chunks, found.entry.value)
         self._fill(session.state, match)
         return borders, match
 
-    def restore(self, session: Session, borders: PromptBorders, match: Match) -> None:
+    def restore(self, session: Session, borders: PromptBorders, match: CachedPrefix) -> None:
         """Fill the session's empty state with what another replica had, and keep it here, too."""
         self._fill(session.state, match)
         self._keep(session.state, borders.links[match.chunks - 1], protected=True)
@@ -118,7 +118,7 @@ class PrefixCache:
         if rest == 0 and session.state.length <= len(session.prompt) and borders.keeps(chunks):
             self._keep(session.state, borders.links[chunks - 1], protected=chunks == borders.repeated)
 
-    def _fill(self, state: ContextState, match: Match) -> None:
+    def _fill(self, state: ContextState, match: CachedPrefix) -> None:
         rates = {Key("a", layer): rate for layer, rate in self._rates.items()}
         fill_state(state, {**match.snapshot, **rates}, match.chunks * self.spec.chunk_tokens)
 

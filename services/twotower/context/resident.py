@@ -10,7 +10,7 @@ from twotower.engine.session import Session, room_for
 from twotower.request import Mode
 
 
-class Resident:
+class ContextResident:
     """A session, and what keeps the loop from going on with it. Implements `engine.scheduler.Schedulable`."""
 
     def __init__(self, session: Session, borders: PromptBorders) -> None:

@@ -20,12 +20,12 @@ from twotower.context.messages import (
     CloseSession,
     CommitBlocks,
     Committed,
+    ContextResult,
     CopyState,
     OpenSession,
     PrefixLoaded,
     PrefixMet,
     PrefixWanted,
-    Result,
     SessionFailed,
     SetPaused,
     StateCopied,
@@ -154,13 +154,13 @@ class Sessions:
 
     # The loop
 
-    def take(self, results: Sequence[Result]) -> None:
+    def take(self, results: Sequence[ContextResult]) -> None:
         """What the loop has delivered."""
         for result in results:
             self._take(result)
         self._loop.outbound.taken += 1
 
-    def _take(self, result: Result) -> None:
+    def _take(self, result: ContextResult) -> None:
         if isinstance(result, Committed):
             self._committed(result)
         elif isinstance(result, PrefixMet):

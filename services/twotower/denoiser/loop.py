@@ -16,11 +16,11 @@ from torch import Tensor
 from twotower.denoiser.messages import (
     Begin,
     BlocksFinished,
-    Entry,
+    DenoiserEntry,
+    DenoiserResult,
     Extend,
     Held,
     Leave,
-    Result,
     SessionsFailed,
     SlotsFree,
     TensorsRead,
@@ -42,7 +42,7 @@ from twotower.wire.state import delta_from, fill_state
 log = logging.getLogger(__name__)
 
 
-class Resident:
+class DenoiserResident:
     """A session that has a slot here."""
 
     def __init__(self, begin: Begin, state: ContextState, rates: Mapping[int, Tensor], block: Refinement) -> None:
@@ -62,7 +62,7 @@ class DenoiserLoop:
         self,
         engine: DenoiserEngine,
         pool: StatePool,
-        deliver: Callable[[Sequence[Result]], object],
+        deliver: Callable[[Sequence[DenoiserResult]], object],
         *,
         progress: Progress,
         pacing: Pacing | None = None,
@@ -71,14 +71,14 @@ class DenoiserLoop:
         """deliver: takes results, in this thread."""
         self.engine, self._pool, self._deliver = engine, pool, deliver
         self._progress, self._pacing, self.tracer = progress, pacing or Pacing(), tracer
-        self.inbox: Inbox[Entry | None] = Inbox()
+        self.inbox: Inbox[DenoiserEntry | None] = Inbox()
         """None ends the loop."""
-        self._residents: dict[Held, Resident] = {}
+        self._residents: dict[Held, DenoiserResident] = {}
         self._waiting: deque[Begin] = deque()
         """States that have come, for which there is no room yet."""
         self._extensions: list[Extend] = []
         self._rates: Mapping[int, Tensor] = {}
-        self._isolation: Isolation[Resident] = Isolation("forward of the denoiser", lambda r: r.held.session_id)
+        self._isolation: Isolation[DenoiserResident] = Isolation("forward of the denoiser", lambda r: r.held.session_id)
         self._stopped = False
 
     def run(self) -> None:
@@ -141,7 +141,7 @@ class DenoiserLoop:
             self._extend(extend)
         while self._waiting and self._pool.fits(self._waiting[0].room):
             self._begin(self._waiting.popleft())
-        by_size: dict[int, list[Resident]] = defaultdict(list)
+        by_size: dict[int, list[DenoiserResident]] = defaultdict(list)
         for resident in sorted(self._residents.values(), key=lambda resident: resident.state.slot):
             if resident.block is not None:
                 by_size[resident.params.block_size].append(resident)
@@ -154,7 +154,7 @@ class DenoiserLoop:
         state = self._pool.acquire(begin.room)
         self._rates = _same_if_equal(self._rates, fill_state(state, begin.state.tensors, begin.length))
         block = self.engine.start(begin.params, state, begin.generated)
-        self._residents[begin.held] = Resident(begin, state, self._rates, block)
+        self._residents[begin.held] = DenoiserResident(begin, state, self._rates, block)
         self._deliver([TensorsRead(begin.state)])
 
     def _extend(self, extend: Extend) -> None:
@@ -180,11 +180,11 @@ class DenoiserLoop:
             else:
                 resident.block = self.engine.start(resident.params, resident.state, generated)
 
-    def _step(self, residents: Sequence[Resident]) -> None:
+    def _step(self, residents: Sequence[DenoiserResident]) -> None:
         with self._progress.forward(), self.tracer.start_as_current_span("step", attributes={"batch": len(residents)}):
             self.engine.step([resident.block for resident in residents if resident.block is not None])
 
-    def _hand_in(self, worked: Sequence[Resident]) -> None:
+    def _hand_in(self, worked: Sequence[DenoiserResident]) -> None:
         """What a forward finished: one message for each context."""
         finished: dict[str, list[tuple[Held, Refinement]]] = defaultdict(list)
         for resident in worked:
@@ -198,7 +198,7 @@ class DenoiserLoop:
                 resident.block = None
         self._deliver([BlocksFinished(context, blocks) for context, blocks in finished.items()])
 
-    def _fail(self, failed: Sequence[tuple[Resident, Exception]]) -> None:
+    def _fail(self, failed: Sequence[tuple[DenoiserResident, Exception]]) -> None:
         for resident, _ in failed:
             self._release(resident.held)
         if failed:

@@ -58,7 +58,7 @@ class Leave:
     held: Sequence[Held]
 
 
-Entry = Begin | Extend | Leave
+DenoiserEntry = Begin | Extend | Leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,4 +90,4 @@ class TensorsRead:
     received: Received
 
 
-Result = BlocksFinished | SessionsFailed | SlotsFree | TensorsRead
+DenoiserResult = BlocksFinished | SessionsFailed | SlotsFree | TensorsRead

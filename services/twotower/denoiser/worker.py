@@ -15,7 +15,7 @@ from opentelemetry.trace import Tracer
 from twotower.broker.ready_queue import EntryId, ReadyQueue, ReadySession
 from twotower.denoiser.link import ContextLink, dial
 from twotower.denoiser.loop import DenoiserLoop
-from twotower.denoiser.messages import BlocksFinished, Held, Leave, Result, SessionsFailed, SlotsFree, TensorsRead
+from twotower.denoiser.messages import BlocksFinished, DenoiserResult, Held, Leave, SessionsFailed, SlotsFree, TensorsRead
 from twotower.engine.progress import Progress
 from twotower.errors import BrokerUnavailable
 from twotower.model.checkpoint import Checkpoint
@@ -119,7 +119,7 @@ class Worker:
         if held:
             self.loop.inbox.put(Leave(held))
 
-    def take(self, results: Sequence[Result]) -> None:
+    def take(self, results: Sequence[DenoiserResult]) -> None:
         """What the loop has delivered."""
         for result in results:
             if isinstance(result, BlocksFinished):

@@ -129,7 +129,7 @@ class Completions:
         deadline = None if call.timeout_s is None else arrived + call.timeout_s
         with self._core.admit(call.requests):
             prepared = await self._core.prepare(call.requests)
-            reply = replies.Completion(prepared[0].job.request_id, int(time.time()), self._core.model.name)
+            reply = replies.CompletionReply(prepared[0].job.request_id, int(time.time()), self._core.model.name)
             async with aclosing(_merged([self._core.run(request, deadline) for request in prepared])) as events:
                 if call.stream:
                     await self._stream(call, reply, prepared, events, send)
@@ -140,7 +140,7 @@ class Completions:
     async def _whole(
         self,
         call: CompletionCall,
-        reply: replies.Completion,
+        reply: replies.CompletionReply,
         prepared: Sequence[Prepared],
         events: AsyncGenerator[tuple[int, Event], None],
     ) -> Response:
@@ -171,7 +171,7 @@ class Completions:
     async def _stream(
         self,
         call: CompletionCall,
-        reply: replies.Completion,
+        reply: replies.CompletionReply,
         prepared: Sequence[Prepared],
         events: AsyncGenerator[tuple[int, Event], None],
         send: Send,

@@ -18,7 +18,7 @@ BACKLOG = 2048
 """Connections that wait for it."""
 
 
-class _Server(uvicorn.Server):
+class _HttpServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:  # signals are main's
         yield
@@ -41,7 +41,7 @@ class HttpServer:
             access_log=False,
             backlog=ACCEPTED_AT_ONCE,
         )
-        self._server = _Server(config)
+        self._server = _HttpServer(config)
         self._task: asyncio.Task[None] | None = None
 
     @property

@@ -37,7 +37,7 @@ class Totals:
         }
 
 
-class Completion:
+class CompletionReply:
     """The replies of one call."""
 
     def __init__(self, request_id: str, created: int, model: str) -> None:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import grpc
 
-from twotower.broker.registry import Kind, Replica
+from twotower.broker.registry import Replica, ReplicaKind
 from twotower.errors import BrokerUnavailable
 from twotower.gateway.prefixes import PromptChains, SentPrefixes
 from twotower.internal.v1 import context_pb2_grpc
@@ -38,7 +38,7 @@ this share of its capacity, whichever is more."""
 class ReplicaSource(Protocol):
     """What is needed of `broker.registry.Registry`."""
 
-    async def replicas(self, kind: Kind) -> Sequence[Replica]:
+    async def replicas(self, kind: ReplicaKind) -> Sequence[Replica]:
         """All live replicas of a kind. Raises BrokerUnavailable."""
         ...
 
@@ -97,7 +97,7 @@ class ReplicaPool:
         self._keep_s = keep_s
         self._clock = clock
         self._refreshed = clock()
-        self._empty_since: dict[Kind, float] = {}
+        self._empty_since: dict[ReplicaKind, float] = {}
         """When the registry first named nobody of a kind after it had named somebody; infinity: it still names somebody."""
         self._away = False
         self._live: dict[str, ContextReplica] = {}
@@ -161,7 +161,7 @@ class ReplicaPool:
         if not self._forgotten("context", contexts):
             await self._take(contexts)
 
-    def _forgotten(self, kind: Kind, named: Sequence[Replica]) -> bool:
+    def _forgotten(self, kind: ReplicaKind, named: Sequence[Replica]) -> bool:
         """Whether a list that is empty all at once should not be believed yet."""
         if named:
             self._empty_since[kind] = math.inf

@@ -69,7 +69,7 @@ class PoolSize:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class PoolPlace:
     """What a session holds of a pool."""
 
     slot: int
@@ -86,7 +86,7 @@ class StatePool:
         self.device = device
         self.size = size
         heads = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
-        self.scratch = Place(size.slots, (size.pages,))
+        self.scratch = PoolPlace(size.slots, (size.pages,))
         """One slot and page more, nobody's: rows that fill up a batch compute there."""
         self.conv: dict[int, Tensor] = {}
         """Mamba layer -> (slots + 1, conv_dim, K), model dtype."""
@@ -141,7 +141,7 @@ class StatePool:
                 f"the state of {tokens} more tokens does not fit: {len(self._slots)} of {self.size.slots} slots"
                 f" and {self.free_pages} of {self.size.pages} pages are free"
             )
-        place = Place(heapq.heappop(self._slots), self._take_pages(pages_for(tokens)))
+        place = PoolPlace(heapq.heappop(self._slots), self._take_pages(pages_for(tokens)))
         mamba = self._mamba.get(place.slot)
         if mamba is None:
             mamba = {i: MambaState(self.conv[i][place.slot], self.ssm[i][place.slot]) for i in self.conv}

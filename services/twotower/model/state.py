@@ -14,7 +14,7 @@ from twotower.model.config import ATTENTION, MAMBA, ModelConfig
 from twotower_kernels.kernels import TORCH, Kernels
 
 if TYPE_CHECKING:
-    from twotower.model.pool import Place, StatePool
+    from twotower.model.pool import PoolPlace, StatePool
 
 _FIRST_CAPACITY = 256
 
@@ -145,7 +145,7 @@ class ContextState:
         mamba: Mapping[int, MambaState],
         kv: Mapping[int, KVState],
         pool: StatePool | None = None,
-        place: Place | None = None,
+        place: PoolPlace | None = None,
     ) -> None:
         self.config = config
         self.dtype = dtype

@@ -19,7 +19,7 @@ from twotower.prefix.stats import TierStats
 V = TypeVar("V")
 
 
-class Segment(StrEnum):
+class LruSegment(StrEnum):
     """Where an entry stands."""
 
     PROBATION = "probation"
@@ -27,48 +27,48 @@ class Segment(StrEnum):
 
 
 @dataclass(slots=True, eq=False)
-class Entry(Generic[V]):
+class IndexEntry(Generic[V]):
     """A prefix that is held. Only its index changes it."""
 
     link: bytes
     value: V
     num_bytes: int
-    segment: Segment
+    segment: LruSegment
     pins: int = 0
     """How many use it now; while any does, it stays."""
 
 
-class Match(NamedTuple, Generic[V]):
+class IndexMatch(NamedTuple, Generic[V]):
     """The longest prefix found."""
 
     chunks: int
-    entry: Entry[V]
+    entry: IndexEntry[V]
 
 
 @dataclass(slots=True)
-class _Segment(Generic[V]):
-    idle: OrderedDict[bytes, Entry[V]] = field(default_factory=OrderedDict)
+class _LruSegment(Generic[V]):
+    idle: OrderedDict[bytes, IndexEntry[V]] = field(default_factory=OrderedDict)
     """The one unused for longest first."""
-    pinned: OrderedDict[bytes, Entry[V]] = field(default_factory=OrderedDict)
+    pinned: OrderedDict[bytes, IndexEntry[V]] = field(default_factory=OrderedDict)
     held_bytes: int = 0
     idle_bytes: int = 0
 
-    def add(self, entry: Entry[V]) -> None:
+    def add(self, entry: IndexEntry[V]) -> None:
         """As the one used last."""
         (self.pinned if entry.pins else self.idle)[entry.link] = entry
         self.held_bytes += entry.num_bytes
         self.idle_bytes += 0 if entry.pins else entry.num_bytes
 
-    def remove(self, entry: Entry[V]) -> None:
+    def remove(self, entry: IndexEntry[V]) -> None:
         del (self.pinned if entry.pins else self.idle)[entry.link]
         self.held_bytes -= entry.num_bytes
         self.idle_bytes -= 0 if entry.pins else entry.num_bytes
 
-    def oldest(self) -> Entry[V] | None:
+    def oldest(self) -> IndexEntry[V] | None:
         """Of those that nobody uses."""
         return next(iter(self.idle.values()), None)
 
-    def newest_first(self) -> Iterator[Entry[V]]:
+    def newest_first(self) -> Iterator[IndexEntry[V]]:
         yield from reversed(self.pinned.values())
         yield from reversed(self.idle.values())
 
@@ -80,7 +80,7 @@ class PrefixIndex(Generic[V]):
         self,
         capacity: int,
         chunk_tokens: int,
-        on_evict: Callable[[Entry[V]], object],
+        on_evict: Callable[[IndexEntry[V]], object],
         *,
         probation_share: float = 0.2,
         stats: TierStats | None = None,
@@ -94,8 +94,8 @@ class PrefixIndex(Generic[V]):
         self._chunk_tokens = chunk_tokens
         self._on_evict = on_evict
         self._protected_limit = capacity - int(capacity * probation_share)
-        self._entries: dict[bytes, Entry[V]] = {}
-        self._segments: dict[Segment, _Segment[V]] = {segment: _Segment() for segment in Segment}
+        self._entries: dict[bytes, IndexEntry[V]] = {}
+        self._segments: dict[LruSegment, _LruSegment[V]] = {segment: _LruSegment() for segment in LruSegment}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -108,19 +108,19 @@ class PrefixIndex(Generic[V]):
         """Of all entries."""
         return sum(segment.held_bytes for segment in self._segments.values())
 
-    def get(self, link: bytes) -> Entry[V] | None:
+    def get(self, link: bytes) -> IndexEntry[V] | None:
         """An entry, which does not count as its use."""
         return self._entries.get(link)
 
-    def longest(self, chain: Sequence[bytes]) -> Match[V] | None:
+    def longest(self, chain: Sequence[bytes]) -> IndexMatch[V] | None:
         """The entry that covers most chunks of a prompt, which is protected from now on. Counts a hit or a miss."""
         for chunks in range(len(chain), 0, -1):
             entry = self._entries.get(chain[chunks - 1])
             if entry is not None:
-                self._use(entry, Segment.PROTECTED)
+                self._use(entry, LruSegment.PROTECTED)
                 self.stats.hits += 1
                 self.stats.hit_tokens += chunks * self._chunk_tokens
-                return Match(chunks, entry)
+                return IndexMatch(chunks, entry)
         self.stats.misses += 1
         return None
 
@@ -132,26 +132,26 @@ class PrefixIndex(Generic[V]):
         counts as meeting its prefix again.
         """
         if (known := self._entries.get(link)) is not None:
-            self._use(known, Segment.PROTECTED)
+            self._use(known, LruSegment.PROTECTED)
             return False
-        segments = tuple(Segment) if protected else (Segment.PROBATION,)
+        segments = tuple(LruSegment) if protected else (LruSegment.PROBATION,)
         needed = self.held_bytes + num_bytes - self.capacity
         if needed > sum(self._segments[segment].idle_bytes for segment in segments):
             return False
         self._evict(needed, segments)
-        entry = Entry(link, value, num_bytes, Segment.PROTECTED if protected else Segment.PROBATION)
+        entry = IndexEntry(link, value, num_bytes, LruSegment.PROTECTED if protected else LruSegment.PROBATION)
         self._entries[link] = entry
         self._segments[entry.segment].add(entry)
         self._settle()
         return True
 
-    def pin(self, entry: Entry[V]) -> None:
+    def pin(self, entry: IndexEntry[V]) -> None:
         """It is in use, and stays until `unpin` was called as often."""
         self._segments[entry.segment].remove(entry)
         entry.pins += 1
         self._segments[entry.segment].add(entry)
 
-    def unpin(self, entry: Entry[V]) -> None:
+    def unpin(self, entry: IndexEntry[V]) -> None:
         """One use is over; after the last one, the entry is the one used last."""
         if entry.pins < 1:
             raise ValueError("the entry is not pinned")
@@ -162,19 +162,19 @@ class PrefixIndex(Generic[V]):
 
     def free(self, num_bytes: int) -> int:
         """Evict until so many bytes are free that were not, protected entries last; returns how many it were."""
-        return self._evict(num_bytes, tuple(Segment))
+        return self._evict(num_bytes, tuple(LruSegment))
 
     def newest(self, limit: int) -> list[bytes]:
         """Links to tell others of: protected entries, then those on probation, each the one used last first."""
         links: list[bytes] = []
-        for segment in (Segment.PROTECTED, Segment.PROBATION):
+        for segment in (LruSegment.PROTECTED, LruSegment.PROBATION):
             for entry in self._segments[segment].newest_first():
                 if len(links) == limit:
                     return links
                 links.append(entry.link)
         return links
 
-    def _use(self, entry: Entry[V], segment: Segment) -> None:
+    def _use(self, entry: IndexEntry[V], segment: LruSegment) -> None:
         """Move an entry to the end of a segment."""
         self._segments[entry.segment].remove(entry)
         entry.segment = segment
@@ -183,14 +183,14 @@ class PrefixIndex(Generic[V]):
 
     def _settle(self) -> None:
         """Send back on probation what protected entries have too much, and tell the bytes."""
-        protected = self._segments[Segment.PROTECTED]
+        protected = self._segments[LruSegment.PROTECTED]
         while protected.held_bytes > self._protected_limit and (entry := protected.oldest()) is not None:
             protected.remove(entry)
-            entry.segment = Segment.PROBATION
-            self._segments[Segment.PROBATION].add(entry)
+            entry.segment = LruSegment.PROBATION
+            self._segments[LruSegment.PROBATION].add(entry)
         self.stats.bytes = self.held_bytes
 
-    def _evict(self, needed: int, segments: Sequence[Segment]) -> int:
+    def _evict(self, needed: int, segments: Sequence[LruSegment]) -> int:
         freed = 0
         for name in segments:
             segment = self._segments[name]

@@ -32,10 +32,10 @@ def make_server(
     """As `grpc.aio.server`. Services must register their methods, as generated code does; generic handlers are not asked."""
     if not GUARDED:
         return grpc.aio.server(interceptors=interceptors, options=options)
-    return cast(grpc.aio.Server, _Server(interceptors, options))
+    return cast(grpc.aio.Server, _GuardedServer(interceptors, options))
 
 
-class _Server(aio.Server):
+class _GuardedServer(aio.Server):
     """grpc.aio.Server over a core of ours."""
 
     def __init__(self, interceptors: Sequence[Any], options: ChannelOptions) -> None:

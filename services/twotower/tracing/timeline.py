@@ -109,7 +109,7 @@ def overlap_s(a: Intervals, b: Intervals) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class SpanKind:
     """All spans of one name."""
 
     count: int
@@ -127,7 +127,7 @@ class Summary:
     seconds: float
     busy: dict[str, float]
     """Share of the time that each process's engine computed."""
-    kinds: dict[str, Kind]
+    kinds: dict[str, SpanKind]
     """By name: `step`, `commit`, `send delta` ..."""
     commits_hidden: float
     """Share of the contexts' commit time in which a denoiser refined something."""
@@ -151,9 +151,9 @@ def summarize(spans: Sequence[Span]) -> Summary:
         length = sum(end - start for start, end in work)
         return overlap_s(work, steps) / length if length else 1.0
 
-    def kind(name: str, own: Sequence[Span]) -> Kind:
+    def kind(name: str, own: Sequence[Span]) -> SpanKind:
         length = sum(end - start for start, end in merged(own))
-        return Kind(len(own), length, 1e3 * sum(s.end_s - s.start_s for s in own) / len(own), hidden(name))
+        return SpanKind(len(own), length, 1e3 * sum(s.end_s - s.start_s for s in own) / len(own), hidden(name))
 
     return Summary(
         seconds,

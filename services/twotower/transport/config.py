@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Kind(StrEnum):
+class TransportKind(StrEnum):
     """A transport."""
 
     GRPC = "grpc"
@@ -15,14 +15,14 @@ class Kind(StrEnum):
 
 
 AUTO = "auto"
-CHOICES = (AUTO, *(kind.value for kind in Kind))
+CHOICES = (AUTO, *(kind.value for kind in TransportKind))
 
 
 @dataclass(frozen=True, slots=True)
 class TransportConfig:
     """Of one process: a context's or a worker's."""
 
-    kind: Kind | None = None
+    kind: TransportKind | None = None
     """None: the best that both ends can use."""
     shm_bytes: int = 1 << 30
     """Most shared memory that a context holds; what does not fit goes in frames."""
@@ -32,4 +32,4 @@ class TransportConfig:
     @classmethod
     def of(cls, choice: str) -> TransportConfig:
         """From one of `CHOICES`."""
-        return cls(None if choice == AUTO else Kind(choice))
+        return cls(None if choice == AUTO else TransportKind(choice))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from twotower.errors import Incompatible
 from twotower.internal.v1 import link_pb2
-from twotower.transport.config import Kind
+from twotower.transport.config import TransportKind
 from twotower.transport.group import CONTEXT_RANK, WORKER_RANK, Group
 from twotower.transport.interface import Header, Inlet, Outlet, Write
 from twotower.transport.layout import device_of, lay_out, off_loop, pack
@@ -20,7 +20,7 @@ TAGS = 1 << 31
 class DistOutlet(Outlet):
     """Announces a transfer on the stream, then sends it as one message of the link's own group."""
 
-    kind = Kind.DIST
+    kind = TransportKind.DIST
 
     def __init__(self, group: Group, closed: Callable[[bool], None]) -> None:
         """closed: called at the link's end; whether any transfer has come to its end."""
@@ -53,7 +53,7 @@ class DistOutlet(Outlet):
 class DistInlet(Inlet):
     """Receives into buffers of the group, which are used again."""
 
-    kind = Kind.DIST
+    kind = TransportKind.DIST
 
     def __init__(self, group: Group) -> None:
         self.group = group

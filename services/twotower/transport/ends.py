@@ -11,7 +11,7 @@ import torch
 
 from twotower.errors import ConfigError, Incompatible
 from twotower.internal.v1 import link_pb2
-from twotower.transport.config import Kind, TransportConfig
+from twotower.transport.config import TransportConfig, TransportKind
 from twotower.transport.frames import FrameInlet, FrameOutlet
 from twotower.transport.group import GLOO, NCCL, backends
 from twotower.transport.inbox import SegmentInbox
@@ -21,9 +21,9 @@ from twotower.transport.segments import SegmentPool
 from twotower.transport.shm import ShmInlet, ShmOutlet
 
 KIND_TO_PB = {
-    Kind.GRPC: link_pb2.TRANSPORT_GRPC,
-    Kind.SHM: link_pb2.TRANSPORT_SHM,
-    Kind.DIST: link_pb2.TRANSPORT_DIST,
+    TransportKind.GRPC: link_pb2.TRANSPORT_GRPC,
+    TransportKind.SHM: link_pb2.TRANSPORT_SHM,
+    TransportKind.DIST: link_pb2.TRANSPORT_DIST,
 }
 KIND_FROM_PB = {value: key for key, value in KIND_TO_PB.items()}
 
@@ -47,12 +47,18 @@ class ContextTransports:
 
         `grpc_peer`: gRPC's name for the worker's address.
         """
-        offered = [KIND_FROM_PB[kind] for kind in offer.kinds if kind in KIND_FROM_PB] or [Kind.GRPC]
+        offered = [KIND_FROM_PB[kind] for kind in offer.kinds if kind in KIND_FROM_PB] or [TransportKind.GRPC]
         wanted = self._config.kind
         if wanted is not None and wanted not in offered:
             raise Incompatible(f"transport.kinds: the worker offers {', '.join(offered)}, the context uses {wanted} only")
         refusals = []
-        for kind, backend in ((Kind.SHM, ""), (Kind.DIST, NCCL), (Kind.GRPC, ""), (Kind.DIST, GLOO)):
+        best_first = (
+            (TransportKind.SHM, ""),
+            (TransportKind.DIST, NCCL),
+            (TransportKind.GRPC, ""),
+            (TransportKind.DIST, GLOO),
+        )
+        for kind, backend in best_first:
             if kind not in offered or wanted not in (None, kind):
                 continue
             chosen = self._try(kind, backend, offer, grpc_peer)
@@ -66,11 +72,11 @@ class ContextTransports:
         self._segments.close()
         self._pairs.close()
 
-    def _try(self, kind: Kind, backend: str, offer: link_pb2.TransportOffer, grpc_peer: str) -> Chosen | str:
+    def _try(self, kind: TransportKind, backend: str, offer: link_pb2.TransportOffer, grpc_peer: str) -> Chosen | str:
         """An outlet, or why there can be none: what differs, by its field."""
-        if kind is Kind.GRPC:
+        if kind is TransportKind.GRPC:
             return FrameOutlet(), link_pb2.TransportChoice(kind=link_pb2.TRANSPORT_GRPC)
-        if kind is Kind.SHM:
+        if kind is TransportKind.SHM:
             if not shm_possible():
                 return "transport.kinds: the context's system has no shared memory for shm"
             if offer.host != host_token():
@@ -97,15 +103,15 @@ class WorkerTransports:
     def __init__(self, config: TransportConfig, device: torch.device) -> None:
         """Raises ConfigError if this machine lacks the transport asked for."""
         check_possible(config, device)
-        kinds = [kind for kind in Kind if config.kind in (None, kind) and _possible(kind, device)]
-        self._inbox = SegmentInbox() if Kind.SHM in kinds else None
+        kinds = [kind for kind in TransportKind if config.kind in (None, kind) and _possible(kind, device)]
+        self._inbox = SegmentInbox() if TransportKind.SHM in kinds else None
         self._config, self._device = config, device
         self.offer = link_pb2.TransportOffer(
             kinds=[KIND_TO_PB[kind] for kind in kinds],
             peer=uuid.uuid4().hex,
             host=host_token() if self._inbox else "",
             shm_socket=self._inbox.address if self._inbox else "",
-            backends=backends(device) if Kind.DIST in kinds else [],
+            backends=backends(device) if TransportKind.DIST in kinds else [],
             gpu=gpu_of(device),
         )
         """For `Hello`."""
@@ -149,5 +155,5 @@ def gpu_of(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
-def _possible(kind: Kind, device: torch.device) -> bool:
-    return kind is Kind.GRPC or (shm_possible() if kind is Kind.SHM else bool(backends(device)))
+def _possible(kind: TransportKind, device: torch.device) -> bool:
+    return kind is TransportKind.GRPC or (shm_possible() if kind is TransportKind.SHM else bool(backends(device)))

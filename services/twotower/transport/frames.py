@@ -8,7 +8,7 @@ from torch import Tensor
 
 from twotower.errors import Incompatible
 from twotower.internal.v1 import link_pb2
-from twotower.transport.config import Kind
+from twotower.transport.config import TransportKind
 from twotower.transport.interface import Header, Inlet, Outlet, Write
 from twotower.transport.layout import device_of, off_loop
 from twotower.wire.frames import Key, to_frames
@@ -17,7 +17,7 @@ from twotower.wire.frames import Key, to_frames
 class FrameOutlet(Outlet):
     """Cuts tensors into messages, one at a time, so that no more than one waits in memory."""
 
-    kind = Kind.GRPC
+    kind = TransportKind.GRPC
 
     async def send(self, tensors: Sequence[tuple[Key, Tensor]], header: Header, write: Write) -> None:
         """See `Outlet`."""
@@ -34,7 +34,7 @@ class FrameOutlet(Outlet):
 class FrameInlet(Inlet):
     """Takes frames only."""
 
-    kind = Kind.GRPC
+    kind = TransportKind.GRPC
 
     async def fetch(self, placed: link_pb2.Placed) -> Tensor:
         """Always raises Incompatible."""

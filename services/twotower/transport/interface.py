@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twotower.errors import Unavailable
 from twotower.internal.v1 import link_pb2
-from twotower.transport.config import Kind
+from twotower.transport.config import TransportKind
 from twotower.transport.layout import check_placed, layout_of, off_loop, unpack
 from twotower.wire.frames import FrameAssembler, Key, Spec
 
@@ -26,7 +26,7 @@ ReadFrames = Callable[[], Awaitable[link_pb2.ContextMessage | None]]
 class Outlet(ABC):
     """A context's end. One transfer at a time."""
 
-    kind: Kind
+    kind: TransportKind
 
     @abstractmethod
     async def send(self, tensors: Sequence[tuple[Key, Tensor]], header: Header, write: Write) -> None:
@@ -54,7 +54,7 @@ class Received:
 class Inlet(ABC):
     """A worker's end. One transfer at a time, in the order of their headers."""
 
-    kind: Kind
+    kind: TransportKind
 
     @abstractmethod
     async def fetch(self, placed: link_pb2.Placed) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from twotower.errors import Incompatible
 from twotower.internal.v1 import link_pb2
-from twotower.transport.config import Kind
+from twotower.transport.config import TransportKind
 from twotower.transport.frames import FrameOutlet
 from twotower.transport.inbox import SegmentInbox
 from twotower.transport.interface import Header, Inlet, Outlet, Write
@@ -20,7 +20,7 @@ from twotower.wire.frames import Key
 class ShmOutlet(Outlet):
     """Leases a segment for every transfer, until the worker has read it; without room for one, it sends frames."""
 
-    kind = Kind.SHM
+    kind = TransportKind.SHM
 
     def __init__(self, segments: PeerSegments) -> None:
         self._segments = segments
@@ -45,7 +45,7 @@ class ShmOutlet(Outlet):
 class ShmInlet(Inlet):
     """Reads segments where they are."""
 
-    kind = Kind.SHM
+    kind = TransportKind.SHM
 
     def __init__(self, inbox: SegmentInbox) -> None:
         self._inbox = inbox
