@@ -72,9 +72,11 @@ def test_shared_prompts_share_their_beginning_within_a_round_only() -> None:
 
 
 def test_what_is_told_of_shared_prompts() -> None:
-    result = PrefixResult([[4.0, 3.0, 1.0], [8.0, 1.0, 2.0], [6.0, 2.0, 2.0]])
+    result = PrefixResult([[4.0, 3.0, 1.0], [8.0, 1.0, 2.0], [6.0, 2.0, 2.0]], [0.5, 1.5, 0.8])
     assert (result.first_ms, result.following_ms, result.place_ms) == (6000.0, 2000.0, [6000.0, 2000.0, 2000.0])
     assert result.ratio == pytest.approx(1 / 3)
+    assert result.alone_ms == pytest.approx(800)
+    assert result.beginning == pytest.approx((2.0 - 0.8) / 6.0)
 
 
 def test_prefix(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -82,7 +84,8 @@ def test_prefix(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*words.split(), "--checkpoint", str(checkpoint)]) == 0
     told = json.loads(capfd.readouterr().out)
     assert (told["seed"], told["requests"], len(told["place_ms"])) == (7, 3, 3)
-    assert min(told["first_ms"], told["following_ms"], told["following_over_first"]) > 0
+    assert min(told["first_ms"], told["following_ms"], told["following_over_first"], told["alone_ms"]) > 0
+    assert told["beginning_over_first"] == pytest.approx((told["place_ms"][1] - told["alone_ms"]) / told["first_ms"], abs=1e-3)
     with up(checkpoint) as running:
         assert main([*words.split(), "--target", running.grpc]) == 0
         assert json.loads(capfd.readouterr().out).keys() == told.keys()

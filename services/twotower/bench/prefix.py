@@ -51,6 +51,18 @@ class PrefixResult:
     """Times to the first block, s, by round and place in it."""
 
     first_block_s: list[list[float]]
+    alone_s: list[float]
+    """Of tails without the shared beginning: what reading a tail and refining its block take by themselves."""
+
+    @property
+    def alone_ms(self) -> float:
+        """Median of the tails alone, ms."""
+        return 1e3 * statistics.median(self.alone_s)
+
+    @property
+    def beginning(self) -> float:
+        """What the beginning costs the second prompt, beyond its own tail and block, as a share of the first prompt's time."""
+        return (self.place_ms[1] - self.alone_ms) / self.first_ms
 
     @property
     def place_ms(self) -> list[float]:
@@ -78,7 +90,11 @@ async def shared_prefix(target: str, work: SharedPrompts) -> PrefixResult:
     ((warm_up,),) = dataclasses.replace(work, rounds=1, requests=1, seed=work.seed + 1).prompts()
     async with GatewayClient(target) as client:
         await _first_block_s(client, warm_up, work.params)  # first use costs are no one's speed
-        return PrefixResult([[await _first_block_s(client, prompt, work.params) for prompt in each] for each in work.prompts()])
+        shared, alone = [], []
+        for prompts in work.prompts():
+            shared.append([await _first_block_s(client, prompt, work.params) for prompt in prompts])
+            alone.append(await _first_block_s(client, prompts[0][work.prefix_tokens :], work.params))
+        return PrefixResult(shared, alone)
 
 
 async def _first_block_s(client: GatewayClient, prompt: list[int], params: GenerationParams) -> float:

@@ -212,6 +212,8 @@ def _prefix(args: argparse.Namespace) -> None:
     result, seed = asyncio.run(_shared_prefix(args))
     _say(args, f"first: {result.first_ms:,.1f} ms to the first block; following: {result.following_ms:,.1f} ms")
     _say(args, f"following over first: {result.ratio:.3f}")
+    _say(args, f"a tail alone, its block refined: {result.alone_ms:,.1f} ms")
+    _say(args, f"what the beginning costs the second, over the first: {result.beginning:.3f}")
     told = {
         "prefix_tokens": args.prefix_tokens,
         "tail_tokens": args.tail_tokens,
@@ -221,6 +223,8 @@ def _prefix(args: argparse.Namespace) -> None:
         "first_ms": result.first_ms,
         "following_ms": result.following_ms,
         "following_over_first": result.ratio,
+        "alone_ms": result.alone_ms,
+        "beginning_over_first": result.beginning,
         "place_ms": [round(ms, 2) for ms in result.place_ms],
     }
     _finish(args, told)
