@@ -36,7 +36,7 @@ def test_splits_share_no_question() -> None:
 def test_every_line_is_a_right_sum_and_leads_to_the_answer() -> None:
     for problem in take("train", 2):
         *lines, last = problem.lines
-        assert 2 <= len(lines) <= 5
+        assert 1 <= len(lines) <= 7
         for line in lines:
             found = SUM.search(line)
             assert found is not None, line
@@ -68,7 +68,7 @@ def test_solution_is_a_function_of_the_question() -> None:
 
 
 def test_solutions_are_long_enough_to_measure(full_tokenizer: Tokenizer) -> None:
-    assert mean(len(full_tokenizer.encode(p.solution).ids) for p in take("eval", 0, 300)) >= 64
+    assert mean(len(full_tokenizer.encode(p.solution).ids) for p in take("eval", 0, 300)) >= 48
 
 
 @pytest.mark.parametrize(
