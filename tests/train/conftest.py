@@ -9,10 +9,10 @@ from tokenizers import Tokenizer
 from twotower.model.config import ModelConfig
 from twotower.train.bpe import train_tokenizer
 from twotower.train.problems import problems
-from twotower.train.start import WORD_PROBLEMS
+from twotower.train.start import SHIPPED
 
 TINY: dict[str, Any] = {
-    **WORD_PROBLEMS,
+    **SHIPPED,
     "torch_dtype": "float32",
     "vocab_size": 320,
     "hidden_size": 32,

@@ -19,7 +19,7 @@ from .conftest import TINY
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "WORD_PROBLEMS", TINY)
+    monkeypatch.setattr(run, "SHIPPED", TINY)
 
 
 def test_corpus_tokenizer_context_denoiser(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -14,14 +14,14 @@ from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.layers import Mamba2, Router
 from twotower.train.bpe import BOS, EOS, MASK, PAD
 
-WORD_PROBLEMS: dict[str, Any] = {
+SHIPPED: dict[str, Any] = {
     "architectures": ["NemotronHTwoTowerForCausalLM"],
     "model_type": "nemotron_h",
     "torch_dtype": "bfloat16",
-    "vocab_size": 879,
+    "vocab_size": 2224,
     "hidden_size": 192,
-    "num_hidden_layers": 9,
-    "hybrid_override_pattern": "M*EM*EM*E",
+    "num_hidden_layers": 12,
+    "hybrid_override_pattern": "M*EM*EM*EM*E",
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "head_dim": 32,
