@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from twotower.model.config import ModelConfig
 from twotower.train.bpe import train_tokenizer
-from twotower.train.problems import problems
+from twotower.train.families.math.problems import problems
 from twotower.train.start import SHIPPED
 
 TINY: dict[str, Any] = {

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from twotower.train.bpe import BOS, EOS, MASK, PAD
-from twotower.train.problems import problems
+from twotower.train.families.math.problems import problems
 
 LOADED: dict[str, Tokenizer] = {}
 

@@ -174,3 +174,8 @@ def _alone() -> None:
     """A worker is one of many: it computes on one core."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device. It waits for nothing that a GPU is still doing: an unpinned one would."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -22,6 +22,9 @@ SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")
 
 VOCAB_SIZE = 1024
 
+ROUND = 16
+"""A whole-word vocabulary's size is a multiple: the head's product is then of a shape that kernels like."""
+
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
     """A tokenizer for texts like these. Any text round-trips, since all 256 bytes are tokens."""
@@ -38,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Token
 
 
 def whole_word_tokenizer(texts: Iterable[str], *, pieces: int, rarest: int, words: Iterable[str] = ()) -> Tokenizer:
-    """A tokenizer that knows every word of the texts whole which occurs `rarest` times, and `words`; what else comes is in pieces.
+    """A tokenizer that knows whole every word that occurs `rarest` times, and `words`; what else comes is in pieces.
 
     Unlike `train_tokenizer`, it spends no entries on the beginnings of words: `pieces` are learned for other words alone.
     """
@@ -51,8 +54,10 @@ def whole_word_tokenizer(texts: Iterable[str], *, pieces: int, rarest: int, word
     model = json.loads(tokenizer.to_str())
     vocabulary: dict[str, int] = model["model"]["vocab"]
     often = [word for word, count in counts.most_common() if count >= rarest]
-    for word in [*(parts[0][0] for parts in wanted), *often]:
-        vocabulary.setdefault(word, len(vocabulary))
+    whole = dict.fromkeys([*(parts[0][0] for parts in wanted), *often])
+    new = [word for word in whole if word not in vocabulary]
+    for word in new[: len(new) - (len(vocabulary) + len(new)) % ROUND]:  # the rarest are last
+        vocabulary[word] = len(vocabulary)
     model["model"]["ignore_merges"] = True  # what is a word of the vocabulary is never taken apart
     return Tokenizer.from_str(json.dumps(model))
 

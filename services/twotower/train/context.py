@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twotower.model.context_tower import ContextTower
-from twotower.train.batches import Place, SequenceBatch, sequence_batches, stream
+from twotower.train.batches import Place, SequenceBatch, sequence_batches, stream, to_device
 from twotower.train.corpus import Source, encode
 from twotower.train.forward import Usage, context_logits
 
@@ -48,7 +48,8 @@ class ContextTask:
 
     def loss(self, batch: SequenceBatch, generator: torch.Generator, usage: Usage) -> tuple[Tensor, int]:
         """See `Task.loss`."""
-        tokens, weights = batch.tokens.to(self._device).long(), batch.weights[:, 1:].flatten().to(self._device)
+        tokens = to_device(batch.tokens, self._device).long()
+        weights = to_device(batch.weights, self._device)[:, 1:].flatten()
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
             logits = context_logits(self.model, tokens[:, :-1], usage)
         losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
-from twotower.train.batches import BlockBatch, Place, block_batches, stream
+from twotower.train.batches import BlockBatch, Place, block_batches, stream, to_device
 from twotower.train.corpus import Source, encode
 from twotower.train.forward import BlockSeeds, Usage, block_logits, block_seeds
 
@@ -75,14 +75,14 @@ class DenoiserTask:
     def loss(self, batch: BlockBatch, generator: torch.Generator, usage: Usage) -> tuple[Tensor, int]:
         """See `Task.loss`."""
         device, block = self._device, batch.block
-        tokens = batch.tokens.to(device).long()
+        tokens = to_device(batch.tokens, device).long()
         clean = tokens[:, batch.prompt :].unflatten(1, (-1, block))
         # All chance is drawn on the CPU: equal for equal seeds on any device.
-        masked = draw_counts(clean.shape[:2], block, self._masking.all_masked, generator).to(device)
-        order = torch.rand(clean.shape, generator=generator).to(device)
+        masked = to_device(draw_counts(clean.shape[:2], block, self._masking.all_masked, generator), device)
+        order = to_device(torch.rand(clean.shape, generator=generator), device)
         own_order, own_tokens = torch.rand(2, generator=generator).tolist()
         with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
-            seeds = block_seeds(self.context, tokens, batch.prompt, block, batch.starts.to(device))
+            seeds = block_seeds(self.context, tokens, batch.prompt, block, to_device(batch.starts, device))
             known = clean
             if own_order < self._masking.own_order:
                 order, own = self._by_certainty(clean, masked, order, seeds, generator)
@@ -90,7 +90,7 @@ class DenoiserTask:
             mask = order.argsort(-1).argsort(-1) < masked.unsqueeze(-1)
             noisy = known.masked_fill(mask, self._mask_id)
             logits = block_logits(self.model, noisy, masked / block, seeds, usage)
-        scored = (mask & batch.counts.unsqueeze(-1).to(device)).flatten()
+        scored = (mask & to_device(batch.counts, device).unsqueeze(-1)).flatten()
         losses = F.cross_entropy(logits.flatten(0, -2), clean.flatten(), reduction="none")
         return (losses * scored).sum() / scored.sum().clamp(min=1), tokens.numel()
 
@@ -101,7 +101,7 @@ class DenoiserTask:
         """Order by the model's certainty at an earlier point of the refinement, the least certain first; and its tokens there."""
         block = clean.shape[-1]
         # An earlier point: between what is masked now and everything.
-        earlier = masked + ((block - masked + 1) * torch.rand(masked.shape, generator=generator).to(masked.device)).long()
+        earlier = masked + ((block - masked + 1) * to_device(torch.rand(masked.shape, generator=generator), masked.device)).long()
         known = order.argsort(-1).argsort(-1) >= earlier.unsqueeze(-1)
         logits = block_logits(self.model, clean.masked_fill(~known, self._mask_id), earlier / block, seeds)
         logits[..., self._mask_id] = -torch.inf

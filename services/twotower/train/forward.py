@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
-from twotower.model.layers import Attention, Mamba2, MoE
+from twotower.model.layers import Attention, Mamba2, Modulation, MoE
 from twotower.model.tower import Layer, Tower
 from twotower_kernels.experts import relu2
 from twotower_kernels.scan import chunk_scan
@@ -72,10 +72,10 @@ def block_logits(tower: DenoiserTower, noisy: Tensor, t: Tensor, seeds: BlockSee
     """Logits (B, n, L, vocab) fp32 of all blocks: noisy (B, n, L) int64, t (B, n) fp32 each block's masked share."""
     batch, blocks, length = noisy.shape
     modulations = tower.modulations(t.flatten())
-    h = tower.denoiser_tower.embeddings(noisy.flatten(0, 1))  # (B n, L, hidden)
+    h = _embed(tower.denoiser_tower, noisy.flatten(0, 1))  # (B n, L, hidden)
     for i, layer in enumerate(tower.denoiser_tower.layers):
         assert isinstance(layer, Layer)
-        modulate = modulations[i]
+        modulate = _as(modulations[i], h.dtype)
         if isinstance(layer.mixer, Mamba2):
             x = layer.norm(modulate(h))
             x = _mamba_blocks(layer.mixer, x, seeds.conv[i].flatten(0, 1), seeds.ssm[i].flatten(0, 1))
@@ -92,7 +92,7 @@ def block_logits(tower: DenoiserTower, noisy: Tensor, t: Tensor, seeds: BlockSee
 def _context(tower: Tower, tokens: Tensor, starts: Tensor | None, seeds: BlockSeeds | None, usage: Usage | None) -> Tensor:
     real = None if starts is None else torch.arange(tokens.shape[1], device=tokens.device) >= starts.unsqueeze(1)
     mask = None if real is None else _causal(real)
-    h = tower.embeddings(tokens)
+    h = _embed(tower, tokens)
     for i, layer in enumerate(tower.layers):
         assert isinstance(layer, Layer)
         x = layer.norm(h)
@@ -107,6 +107,22 @@ def _context(tower: Tower, tokens: Tensor, starts: Tensor | None, seeds: BlockSe
             x = _feed_forward(i, layer.mixer, x, usage)
         h = h + x
     return h
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    """Which of two forms is the faster here."""
+    return tensor.device.type == "cpu"
+
+
+def _embed(tower: Tower, tokens: Tensor) -> Tensor:
+    """(..., hidden): the residual stream, on a GPU in autocast's dtype, as it is when the model serves: half the traffic."""
+    h = tower.embeddings(tokens)
+    kind = h.device.type
+    return h if _on_cpu(h) or not torch.is_autocast_enabled(kind) else h.to(torch.get_autocast_dtype(kind))
+
+
+def _as(modulation: Modulation, dtype: torch.dtype) -> Modulation:
+    return Modulation(modulation.shift.to(dtype), modulation.scale.to(dtype), modulation.gate.to(dtype))
 
 
 def _causal(real: Tensor) -> Tensor:
@@ -202,7 +218,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     K and V repeated, on a CPU in fp32: there the backward of grouped or bf16 attention is several times slower.
     """
     repeats = q.shape[1] // k.shape[1]
-    if q.device.type != "cpu":
+    if not _on_cpu(q):
         k, v = (x.to(q.dtype).repeat_interleave(repeats, 1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     with torch.autocast(q.device.type, enabled=False):
@@ -219,7 +235,7 @@ def _feed_forward(i: int, mixer: nn.Module, h: Tensor, usage: Usage | None) -> T
         counts = torch.zeros(mixer.gate.weight.shape[0], dtype=torch.int64, device=h.device)
         chosen = experts.flatten()
         usage.counts[i] = counts.scatter_add_(0, chosen, torch.ones_like(chosen))
-    compute = _experts if h.device.type == "cpu" else _wide_experts
+    compute = _experts if _on_cpu(h) else _wide_experts
     routed = compute(flat, experts, weights, mixer.experts.up_proj, mixer.experts.down_proj)
     return routed.to(h.dtype).view_as(h) + mixer.shared_experts(h)
 

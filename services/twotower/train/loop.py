@@ -92,18 +92,18 @@ class Loop:
         """Train to the end (or to step `stop_at`), then save. Raises LossNotFinite."""
         config, progress = self.config, self.progress
         batches = self.task.batches(self.place)
-        last_save, last_log, tokens = time.monotonic(), time.monotonic(), 0
+        last_save = last_log = last_step = time.monotonic()
+        tokens = 0
         losses: list[Tensor] = []
         while not self._ended() and (stop_at is None or progress.step < stop_at):
-            began = time.monotonic()
             loss, norm, count = self._step(next(batches))
             progress.step += 1
             progress.tokens += count
-            progress.seconds += time.monotonic() - began
+            now = time.monotonic()
+            progress.seconds, last_step = progress.seconds + now - last_step, now
             losses.append(loss)
             tokens += count
             if progress.step % config.log_every == 0:
-                now = time.monotonic()
                 self._log(self._mean(losses), norm.item(), tokens / (now - last_log))
                 losses, tokens, last_log = [], 0, now
             if time.monotonic() - last_save > 60 * config.save_minutes:

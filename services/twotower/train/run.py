@@ -117,7 +117,7 @@ def train_context(config: TrainConfig, tokenizer_path: Path, prompt_weight: floa
     if config.init is not None:
         start = Checkpoint.open(config.init, towers=("context",))
         model.load_state_dict(load_context_tower(start, torch.float32, torch.device("cpu"), kernels="torch").state_dict())
-    model.to(resolve_device(config.device))
+    model.to(_device(config))
     pools = ContextPools(_source(config, config.loop.seed), tokenizer, config.rows, prompt_weight)
     task = ContextTask(model, pools, bf16=config.loop.bf16, workers=_workers(config))
 
@@ -137,7 +137,7 @@ def train_denoiser(config: TrainConfig, context_path: Path, *, masking: Masking 
     checkpoint = Checkpoint.open(context_path, towers=("context",))
     if (tokenizer := checkpoint.tokenizer_path) is None:
         raise CheckpointError(f"{context_path} has no tokenizer.json")
-    device = resolve_device(config.device)
+    device = _device(config)
     context = load_context_tower(checkpoint, torch.float32, device, kernels="torch")
     frozen = weights_hash(context)
     model = new_denoiser_tower(context)
@@ -185,6 +185,13 @@ def _source(config: TrainConfig, seed: int) -> Source:
 def _workers(config: TrainConfig) -> int:
     """A user's corpus is in memory; only built-in tasks are made."""
     return config.workers if config.corpus is None else 0
+
+
+def _device(config: TrainConfig) -> torch.device:
+    device = resolve_device(config.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # the scan's products in tf32: a training's noise is larger
+    return device
 
 
 def _tokenizer(path: Path) -> Tokenizer:

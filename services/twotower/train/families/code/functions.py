@@ -23,6 +23,11 @@ BRANCH_SHARE = 0.25
 """How often a function decides between two expressions instead of going through something."""
 
 NAMES = ("solve", "compute", "f", "task", "run", "answer", "process", "helper", "work", "make", "get_result", "func")
+HINTED = 0.15
+"""How often the parameters have types."""
+
+_HINTS = {"ints": "list[int]", "words": "list[str]", "text": "str", "n": "int", "int": "int"}
+
 MADE_UP = 0.04
 """How often a parameter has a made-up name."""
 
@@ -139,6 +144,8 @@ def _item(
     name = rng.choice(NAMES) if rng.random() < 0.4 else "_".join(words[: rng.randint(1, len(words))])
     if hasattr(builtins, name) or keyword.iskeyword(name):
         name += "_of"  # the body may call what it would hide
-    head = f'def {name}({", ".join(parameters)}):\n    """{docstring}"""'
+    hinted = rng.random() < HINTED
+    told = [f"{p}: {_HINTS[a]}" if hinted else p for p, a in zip(parameters, arguments, strict=True)]
+    head = f'def {name}({", ".join(told)}):\n    """{docstring}"""'
     text = "\n".join("    " + line for line in body)
     return Item("code", head, text, FunctionCheck(Signature(name, parameters, arguments), head, text))

@@ -114,7 +114,7 @@ def _inner(first: Relation, subject: str, second: Relation) -> str:
 
 
 def _posed(rng: random.Random, asked: Asked, openers: tuple[str, ...]) -> Item:
-    question = rng.choice(openers) + asked.question
+    question = rng.choice(openers) + _as_typed(rng, asked.question)
     steps = "\n".join(asked.facts)
     if rng.random() >= CHOICE_SHARE:
         return Item("knowledge", question, f"{steps}\nThe answer is {asked.answer}.", AnswerCheck(asked.answer, None))
@@ -125,6 +125,11 @@ def _posed(rng: random.Random, asked: Asked, openers: tuple[str, ...]) -> Item:
     form = rng.choice((" {l}) {o}", "\n{l}) {o}", "\n{l}. {o}", " {l}. {o}"))
     listed = "".join(form.format(l=name, o=option) for name, option in zip(LETTERS, options, strict=False))
     return Item("knowledge", question + listed, f"{steps}\nThe answer is {letter}.", AnswerCheck(asked.answer, letter))
+
+
+def _as_typed(rng: random.Random, question: str) -> str:
+    """Not everybody ends a question with a question mark."""
+    return question[:-1] if question.endswith("?") and rng.random() < 0.08 else question
 
 
 def _capital(sentence: str) -> str:

@@ -45,39 +45,52 @@ class _Teller:
                     f"{name} has {x} {box} of {y} {thing}.",
                     f"{name} owns {x} {box}, each with {y} {thing}.",
                     f"{name} has {x} {box} of {y} {thing} each.",
+                    f"{name} has {x} {box} with {y} {thing} each.",
+                    f"{name} has {x} {box} with {y} {thing} in each {words.singular(box)}.",
+                    f"{name} buys {x} {box}. Each {words.singular(box)} has {y} {thing}.",
                     f"{name} has {x} {box}. Each has {y} {thing}.",
                     f"{name} has {x} {box}. There are {y} {thing} in each.",
                     f"There are {y} {thing} in each of {name}'s {x} {box}.",
                     f"{name} buys {x} {box} of {y} {thing}.",
-                    f"{name} bought {x} {box} with {y} {thing} in each.",
-                    f"{name} starts with {x} {box} of {y} {thing}.",
+                        f"{name} starts with {x} {box} of {y} {thing}.",
                 )
             )
             return s.groups(a, b)
         have = s.number(1, s.rng.choice((20, 50, 100)))
         x = s.shown(have)
+        if s.chance(0.06):
+            return self._start_with_more(have)
         s.tell(
             s.pick(
                 f"{name} has {x} {thing}.",
                 f"{name} has {x} {thing}.",
                 f"{name} owns {x} {thing}.",
                 f"{name} starts with {x} {thing}.",
-                f"{name} had {x} {thing}.",
                 f"{name} has {x} {thing} in a box.",
                 f"At first {name} has {x} {thing}.",
                 f"There are {x} {thing} on {name}'s table.",
                 f"{name} keeps {x} {thing} at home.",
                 f"{name} begins with {x} {thing}.",
-                f"{name} picked {x} {thing}.",
+                f"{name} {s.pick('picks', 'buys', 'finds', 'makes')} {x} {thing}.",
                 f"In the morning {name} has {x} {thing}.",
             )
         )
         return have
 
+    def _start_with_more(self, have: int) -> int:
+        s, name, thing = self.s, self.name, self.thing
+        if s.chance(0.5):
+            n = s.amount(s.max_number - have)
+            s.tell(f"{name} has {s.shown(have)} {thing} and {s.rng.choice(words.GAINS)} {s.shown(n)} more.")
+            return s.gain(have, n)
+        n = s.amount(have)
+        s.tell(f"{name} has {s.shown(have)} {thing} and {s.rng.choice(words.LOSSES)} {s.shown(n)}{s.pick('', ' of them')}.")
+        return s.lose(have, n)
+
     def event(self, have: int) -> int:
         """Something happens; returns what there is then. Raises ImpossibleError."""
         kinds: list[Callable[[int], int]] = [self._gain] * 6 + [self._lose] * 6 + [self._boxes] * 2 + [self._boxes_lost]
-        kinds += [self._times, self._share, self._half]
+        kinds += [self._both, self._times, self._share, self._half]
         return self.s.rng.choice(kinds)(have)
 
     def _who(self) -> str:
@@ -106,7 +119,7 @@ class _Teller:
                 f"{s.when()} {other} gives {self._them(self.name)} {x} {thing}.",
                 f"{s.when()} {other} gives {self.name} {x} more {thing}.",
                 f"{s.when()} {other} gives {x} {thing} to {self.name}.",
-                f"{who} {s.pick('bought', 'found', 'got', 'won', 'picked', 'made')} {x} more {thing}.",
+                f"{who} {verb} {x} new {thing}.",
             )
         )
         return s.gain(have, n)
@@ -134,10 +147,53 @@ class _Teller:
                 f"{who} gives {x} {thing} to {s.her(self.name)} {s.pick('brother', 'sister', 'friend', 'mother', 'teacher')}.",
                 f"{s.when()} {other} takes {x} of them.",
                 f"{s.when()} {x} of the {thing} {s.pick('break', 'are lost', 'get lost', 'are sold', 'fall down')}.",
-                f"{who} {s.pick('lost', 'sold', 'used', 'ate', 'gave away')} {x} {s.pick(thing, 'of them')}.",
+                f"{who} {verb} {x} of these.",
             )
         )
         return s.lose(have, n)
+
+    def _both(self, have: int) -> int:
+        """Two events in one sentence."""
+        s, thing, other, who = self.s, self.thing, self.other, self._who()
+        first = s.pick("gain", "lose")
+        n = s.amount(s.max_number - have if first == "gain" else have - 1)
+        between = have + n if first == "gain" else have - n
+        x, gain, loss = s.shown(n), s.rng.choice(words.GAINS), s.rng.choice(words.LOSSES)
+        if first == "gain":
+            m = s.amount(between)
+            y = s.shown(m)
+            s.tell(
+                s.pick(
+                    f"{who} {gain} {x} more {thing} and {loss} {y} of them.",
+                    f"{who} {gain} {x} more and {loss} {y}.",
+                    f"{who} {gain} {x} {thing} and then {loss} {y}.",
+                    f"{who} {gain} {x} more and gives {y} to {other}.",
+                )
+            )
+            return s.lose(s.gain(have, n), m)
+        if s.chance(0.5):
+            m = s.amount(s.max_number - between)
+            y = s.shown(m)
+            s.tell(
+                s.pick(
+                    f"{who} {loss} {x} {thing} and {gain} {y} more.",
+                    f"{who} {loss} {x} of them and {gain} {y} more.",
+                    f"{who} {loss} {x} and then {gain} {y}.",
+                    f"{who} gives {x} to {other} and {gain} {y} more.",
+                )
+            )
+            return s.gain(s.lose(have, n), m)
+        m = s.amount(between)
+        y, third = s.shown(m), s.name(self.name, other)
+        s.tell(
+            s.pick(
+                f"{who} gives {x} {thing} to {other} and {y} to {third}.",
+                f"{who} gives {other} {x} {thing} and {third} {y}.",
+                f"{who} {loss} {x} {thing} and gives {y} to {other}.",
+                f"{who} {loss} {x} and {s.rng.choice([v for v in words.LOSSES if v != loss])} {y}.",
+            )
+        )
+        return s.lose(s.lose(have, n), m)
 
     def _bought(self) -> tuple[int, int]:
         s, thing, box, who = self.s, self.thing, self.box, self._who()
@@ -236,7 +292,7 @@ class _Teller:
             f"How many {thing} does {she} have?",
             f"How many does {name} have now?",
             f"How many does {she} have left?",
-            f"How many {thing} did {name} have at the end?",
+            f"How many {thing} does {name} have left now?",
             f"How many {thing} does {name} have at the end?",
             f"How many {thing} does {name} have altogether?",
         )

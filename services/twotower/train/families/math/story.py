@@ -23,6 +23,9 @@ SPELLED = 0.04
 """How often a problem writes its small numbers as words."""
 
 
+_VERBS = re.compile(rf"\b({'|'.join(words.PAST)})\b")
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One sum: `left op right = result`."""
@@ -59,6 +62,13 @@ class Problem:
         return "\n".join(self.lines)
 
 
+PAST = 0.22
+"""How often a problem is told in the past."""
+
+ADJECTIVE = 0.08
+"""How often things have a colour or the like."""
+
+
 class ImpossibleError(Exception):
     """The numbers left the allowed range: draw again."""
 
@@ -75,6 +85,7 @@ class Story:
         self._spelled = rng.random() < SPELLED
         self._thing = ""
         self._day: int | None = None
+        self._past = rng.random() < PAST
         self._timing = rng.choices(("days", "order", "none", "mixed"), (5, 2, 2, 1))[0]
 
     @property
@@ -118,6 +129,8 @@ class Story:
     def thing(self) -> str:
         """What is counted, in the plural."""
         self._thing = words.made_up(self.rng, 2) + "s" if self.chance(MADE_UP) else self.rng.choice(words.THINGS)
+        if self.chance(ADJECTIVE):
+            self._thing = f"{self.rng.choice(words.ADJECTIVES)} {self._thing}"
         return self._thing
 
     def she(self, name: str) -> str:
@@ -148,7 +161,10 @@ class Story:
         if self._thing:
             one = words.singular(self._thing)
             sentence = re.sub(rf"\b(1|one) (more )?{self._thing}\b", rf"\1 \2{one}", sentence)
-        self._told.append(sentence[0].upper() + sentence[1:])
+        self._told.append(self._tensed(sentence[0].upper() + sentence[1:]))
+
+    def _tensed(self, sentence: str) -> str:
+        return _VERBS.sub(lambda verb: words.PAST[verb[0]], sentence) if self._past else sentence
 
     def work(self, line: str, left: int, op: str, right: int) -> int:
         """A line of the solution; `{}` in it is the sum. Returns its value. Raises ImpossibleError."""
@@ -189,10 +205,14 @@ class Story:
         """How many more `a` is than `b`."""
         return self.work("the difference is {}", a, "-", b)
 
+    def _asked(self, question: str) -> str:
+        """Did she have or does she have: in a question only the first verb changes."""
+        return _VERBS.sub(lambda verb: words.PAST[verb[0]], question, count=1) if self._past else question
+
     def ask(self, question: str) -> Problem:
         """The finished problem: the last sum is the answer."""
         if not self._steps:
             raise ImpossibleError
         answer = self._steps[-1].result
         lines = (*self._lines, f"The answer is {answer}.")
-        return Problem(" ".join([*self._told, question]), lines, tuple(self._steps), answer)
+        return Problem(" ".join([*self._told, self._asked(question)]), lines, tuple(self._steps), answer)

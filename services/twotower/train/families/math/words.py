@@ -59,6 +59,24 @@ GAINS = ("buys", "finds", "gets", "picks", "wins", "receives", "collects", "make
 LOSSES = ("loses", "sells", "uses", "drops", "breaks", "donates", "eats", "mails", "spends", "trades", "returns", "hides")
 AWAY = ("gives away", "throws away", "uses up", "takes away", "gives back", "puts away", "sells off")
 
+ADJECTIVES = ("red", "blue", "green", "new", "old", "big", "small", "white", "black", "yellow", "round", "tiny")
+
+PAST = {
+    "has": "had", "owns": "owned", "is": "was", "are": "were", "does": "did", "do": "did", "buys": "bought", "finds": "found",
+    "gets": "got", "picks": "picked", "wins": "won", "receives": "received", "collects": "collected", "makes": "made",
+    "adds": "added", "gathers": "gathered", "borrows": "borrowed", "earns": "earned", "loses": "lost", "sells": "sold",
+    "uses": "used", "drops": "dropped", "breaks": "broke", "donates": "donated", "eats": "ate", "mails": "mailed",
+    "spends": "spent", "trades": "traded", "returns": "returned", "hides": "hid", "gives": "gave", "throws": "threw",
+    "takes": "took", "puts": "put", "starts": "started", "begins": "began", "keeps": "kept", "shares": "shared",
+    "splits": "split", "doubles": "doubled", "triples": "tripled", "ends": "ended", "costs": "cost", "pays": "paid",
+    "counts": "counted", "needs": "needed", "reads": "read", "walks": "walked", "bakes": "baked", "paints": "painted",
+    "writes": "wrote", "plants": "planted", "washes": "washed", "solves": "solved", "runs": "ran", "packs": "packed",
+    "draws": "drew", "learns": "learned", "folds": "folded", "saves": "saved", "swims": "swam", "sews": "sewed",
+    "types": "typed", "cooks": "cooked", "drinks": "drank", "builds": "built", "delivers": "delivered", "break": "broke",
+    "fall": "fell", "share": "shared", "get": "got",
+}  # fmt: skip
+"""Of every verb that problems tell with."""
+
 SPELLED = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
 )  # fmt: skip
@@ -83,6 +101,8 @@ def singular(thing: str) -> str:
     """One of what the word names in the plural."""
     if thing in ("fish", "sheep"):
         return thing
+    if thing == "shelves":
+        return "shelf"
     if thing in ("leaves", "scarves"):
         return thing[:-3] + "f"
     if thing.endswith("ies") and thing not in ("cookies", "pies"):

@@ -9,9 +9,9 @@ from statistics import mean
 import pytest
 from tokenizers import Tokenizer
 
-from twotower.train.answers import final_answer, is_correct, is_degenerate
-from twotower.train.problems import problems, split_of
-from twotower.train.story import MAX_NUMBER, Problem
+from twotower.train.families.answers import final_answer, is_correct, is_degenerate
+from twotower.train.families.math.problems import problems, split_of
+from twotower.train.families.math.story import MAX_NUMBER, Problem
 
 SUM = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+) [a-z]+\.$")
 
