@@ -18,7 +18,10 @@ PROBLEMS: tuple[tuple[str, int], ...] = (
         "Tom owns 12 pens. On Friday he buys 6 more. On Saturday he loses 4 of them. How many pens does Tom have?",
         14,
     ),
-    ("Mary has 50 stamps. On Tuesday she sells 18 stamps. On Wednesday she gets 7 more. How many stamps does Mary have now?", 39),
+    (
+        "Mary has 50 stamps. On Tuesday she sells 18 stamps. On Wednesday she gets 7 more. How many stamps does Mary have now?",
+        39,
+    ),
     ("Ben buys 6 books for 8 dollars each. He pays with 60 dollars. How many dollars does Ben have left?", 12),
     ("Leo has 15 cards. Mia has 4 more cards than Leo. How many cards do they have together?", 34),
     ("Kate reads 12 pages a day for 6 days. The goal is 90 pages. How many more pages are needed?", 18),
@@ -55,7 +58,8 @@ PROBLEMS: tuple[tuple[str, int], ...] = (
     ),
     # Four steps.
     (
-        "Rosa has 5 bags of 8 nuts. On Monday she eats 7 nuts. On Tuesday she gives 10 nuts to Luis. On Wednesday she gets 4 more. "
+        "Rosa has 5 bags of 8 nuts. On Monday she eats 7 nuts. On Tuesday she gives 10 nuts to Luis. "
+        "On Wednesday she gets 4 more. "
         "How many nuts does Rosa have?",
         27,
     ),
@@ -77,23 +81,27 @@ PROBLEMS: tuple[tuple[str, int], ...] = (
         57,
     ),
     (
-        "Julia has 4 jars of 7 candies. On Friday she eats 5 candies. On Saturday she buys 16 more. On Sunday she gives 9 candies "
+        "Julia has 4 jars of 7 candies. On Friday she eats 5 candies. On Saturday she buys 16 more. "
+        "On Sunday she gives 9 candies "
         "to Tim. On Monday she finds 3 more. How many candies does Julia have?",
         33,
     ),
     (
-        "Alice has 25 flowers. Then she picks 15 more flowers. Then she gives 8 flowers to Ken. Then she gets 4 flowers from Nina. "
+        "Alice has 25 flowers. Then she picks 15 more flowers. Then she gives 8 flowers to Ken. "
+        "Then she gets 4 flowers from Nina. "
         "Then she loses 6 of them. Then she sells 10. How many flowers does Alice have left?",
         20,
     ),
     # Six steps.
     (
-        "Oscar has 8 packs of 10 cards. On Monday he sells 13 cards. On Tuesday he gives 7 cards to Raj. On Wednesday he buys 9 more. "
+        "Oscar has 8 packs of 10 cards. On Monday he sells 13 cards. On Tuesday he gives 7 cards to Raj. "
+        "On Wednesday he buys 9 more. "
         "On Thursday he loses 21 cards. On Friday he gets 2 more. How many cards does Oscar have in the end?",
         50,
     ),
     (
-        "Clara starts with 18 beads. On Monday she buys 4 bags of 6 beads. On Tuesday she uses 17 beads. On Wednesday she finds 5 more. "
+        "Clara starts with 18 beads. On Monday she buys 4 bags of 6 beads. On Tuesday she uses 17 beads. "
+        "On Wednesday she finds 5 more. "
         "On Thursday she gives 11 beads to Grace. On Friday she gets 20 beads from Leo. How many beads does Clara have now?",
         39,
     ),

@@ -14,7 +14,7 @@ from twotower.engine.batch import generate_batch
 from twotower.engine.local import LocalEngine
 from twotower.request import GenerationParams, Mode
 from twotower.text.tokenizer import Tokenizer
-from twotower.train.answers import final_answer, is_correct
+from twotower.train.families.answers import final_number, is_correct
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", DEFAULT_CHECKPOINT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -52,7 +52,7 @@ def test_every_problem_that_is_shown_is_known_here() -> None:
 def test_every_problem_that_is_shown_is_answered_right(engine: LocalEngine, tokenizer: Tokenizer, mode: Mode) -> None:
     ends = ("", "\n")  # as they are shown, and as one may send them
     texts = solve(engine, tokenizer, mode, [problem + end for end in ends for problem in SHOWN])
-    assert [final_answer(text) for text in texts] == list(SHOWN.values()) * len(ends), texts
+    assert [final_number(text) for text in texts] == list(SHOWN.values()) * len(ends), texts
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.value)

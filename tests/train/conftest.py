@@ -8,11 +8,11 @@ from tokenizers import Tokenizer
 
 from twotower.model.config import ModelConfig
 from twotower.train.bpe import train_tokenizer
-from twotower.train.families.math.problems import problems
-from twotower.train.start import SHIPPED
+from twotower.train.families.stories.problems import problems
+from twotower.train.start import WORD_PROBLEMS
 
 TINY: dict[str, Any] = {
-    **SHIPPED,
+    **WORD_PROBLEMS,
     "torch_dtype": "float32",
     "vocab_size": 320,
     "hidden_size": 32,

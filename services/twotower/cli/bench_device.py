@@ -112,9 +112,9 @@ def _config(args: argparse.Namespace) -> ModelConfig:
     from twotower.bench.checkpoint import MIDDLE
     from twotower.bench.sizes import REAL
     from twotower.model.config import ModelConfig
-    from twotower.train.start import SHIPPED
+    from twotower.train.start import WORD_PROBLEMS
 
-    config = ModelConfig.from_dict({"small": SHIPPED, "middle": MIDDLE, "real": REAL}[args.size])
+    config = ModelConfig.from_dict({"small": WORD_PROBLEMS, "middle": MIDDLE, "real": REAL}[args.size])
     layers = getattr(args, "layers", None)
     if layers is None:
         return config

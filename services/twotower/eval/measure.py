@@ -19,9 +19,9 @@ from twotower.errors import CheckpointError
 from twotower.eval.config import AMONG, AR_EVERY, EvalConfig
 from twotower.request import GenerationParams, Mode, check_request
 from twotower.text.tokenizer import Tokenizer
-from twotower.train.families.answers import is_degenerate
-from twotower.train.families.math.problems import problems
-from twotower.train.families.math.story import Problem
+from twotower.train.families.answers import is_correct, is_degenerate
+from twotower.train.families.stories.problems import problems
+from twotower.train.families.stories.story import Problem
 
 TUNED_ON = 6
 """Problems on which settings are compared."""

@@ -18,7 +18,7 @@ from twotower.eval.measure import Evaluation
 from twotower.model.experts import as_format
 from twotower.model.layers import MoE
 from twotower.request import Mode
-from twotower.train.answers import is_correct
+from twotower.train.families.answers import is_correct
 from twotower_kernels.experts import grouped_experts
 from twotower_kernels.quant import RowError, dequantize, quantize, row_error
 

@@ -47,14 +47,14 @@ class Calibration:
         return f"head scale {self.scale:g} of [{'; '.join(shown)}]"
 
 
-def measure(path: Path, device_name: str, count: int, block: int | None = None) -> Calibration:
+def measure(path: Path, tasks: str, device_name: str, count: int, block: int | None = None) -> Calibration:
     """Try all scales on `count` held-out tasks of each family."""
     checkpoint, device = Checkpoint.open(path), resolve_device(device_name)
     assert checkpoint.tokenizer_path is not None
     tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path))
     context = load_context_tower(checkpoint, torch.float32, device, kernels="torch")
     tower = load_denoiser_tower(checkpoint, torch.float32, device, kernels="torch")
-    texts = probe_texts(tokenizer, "train", HELD_OUT_SEED, count, block or checkpoint.config.block_size)
+    texts = probe_texts(tokenizer, tasks, "train", HELD_OUT_SEED, count, block or checkpoint.config.block_size)
     bf16 = device.type != "cpu"
     tried = {
         scale: {
@@ -72,9 +72,9 @@ def choose(exact: dict[float, float]) -> float:
     return max(scale for scale, share in exact.items() if share >= best - TOLERANCE)
 
 
-def calibrate(path: Path, out: Path, device_name: str, count: int = 512) -> Calibration:
+def calibrate(path: Path, out: Path, tasks: str, device_name: str, count: int = 512) -> Calibration:
     """Measure, and write a checkpoint with the chosen scale."""
-    result = measure(path, device_name, count)
+    result = measure(path, tasks, device_name, count)
     apply_scale(path, out, result.scale)
     return result
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -18,9 +18,7 @@ from tokenizers import Tokenizer
 from twotower.errors import ConfigError
 from twotower.train.bpe import EOS
 from twotower.train.families.item import Item, Split
-from twotower.train.families.math.problems import drills, items
-from twotower.train.families.math.story import MAX_NUMBER
-from twotower.train.families.registry import FAMILIES
+from twotower.train.families.registry import DRILLS, TASKS
 
 POOL_SIZE = 2048
 """Examples of a pool."""
@@ -58,44 +56,36 @@ Source = Callable[[int], list[Text]]
 """Number of a pool -> its texts."""
 
 
-Mix = Mapping[str, float]
-"""How often a text is of each family, or of the drills."""
-
-MIX: Mix = {"math": 0.42, "code": 0.27, "knowledge": 0.21, "drills": 0.10}
-
-
 @dataclass(frozen=True, slots=True)
 class BuiltIn:
     """The built-in tasks as a source, with prompts that end in various ways, and among them drills of sums."""
 
     seed: int
+    tasks: str = "stories"
+    """A name of `TASKS`."""
     split: Split = "train"
     size: int = POOL_SIZE
-    mix: Mix = field(default_factory=lambda: MIX)
-    max_number: int = MAX_NUMBER
-    """Greatest number of the math problems and the drills."""
+    drill_share: float | None = None
+    """Share of the drills; None: the task set's own."""
+    max_number: int | None = None
+    """Greatest number of the problems and the drills; None: the task set's own."""
 
     def __call__(self, number: int) -> list[Text]:
         """See `Source`."""
-        seed = self.seed * 1_000_003 + number
+        tasks, seed = TASKS[self.tasks], self.seed * 1_000_003 + number
+        most = tasks.max_number if self.max_number is None else self.max_number
+        shares = tasks.shares if self.drill_share is None else tasks.with_drills(self.drill_share)
         rng = random.Random(f"mix:{self.split}:{seed}")
-        streams = {name: make(self.split, seed) for name, make in FAMILIES.items()}
-        streams["math"] = items(self.split, seed, self.max_number)
-        sums = drills(f"{self.split}:{seed}", self.max_number)
+        streams = {name: make(self.split, seed, most) for name, make in tasks.families.items()}
+        sums = tasks.drills(self.split, seed, most)
         texts = []
-        for name in rng.choices(list(self.mix), list(self.mix.values()), k=self.size):
-            if name == "drills":
+        for name in rng.choices(list(shares), list(shares.values()), k=self.size):
+            if name == DRILLS:
                 prompt, text = next(sums)
                 texts.append(Text(prompt, "\n" + text))
             else:
                 texts.append(posed(next(streams[name]), rng))
         return texts
-
-
-def with_drills(share: float) -> Mix:
-    """The usual mix with another share of drills."""
-    rest = 1 - MIX["drills"]
-    return {**{name: part * (1 - share) / rest for name, part in MIX.items()}, "drills": share}
 
 
 def posed(item: Item, rng: random.Random) -> Text:

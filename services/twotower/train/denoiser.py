@@ -98,10 +98,11 @@ class DenoiserTask:
     def _by_certainty(
         self, clean: Tensor, masked: Tensor, order: Tensor, seeds: BlockSeeds, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Order by the model's certainty at an earlier point of the refinement, the least certain first; and its tokens there."""
+        """The order of the model's certainty at an earlier point of the refinement, least first; and its tokens there."""
         block = clean.shape[-1]
         # An earlier point: between what is masked now and everything.
-        earlier = masked + ((block - masked + 1) * to_device(torch.rand(masked.shape, generator=generator), masked.device)).long()
+        share = to_device(torch.rand(masked.shape, generator=generator), masked.device)
+        earlier = masked + ((block - masked + 1) * share).long()
         known = order.argsort(-1).argsort(-1) >= earlier.unsqueeze(-1)
         logits = block_logits(self.model, clean.masked_fill(~known, self._mask_id), earlier / block, seeds)
         logits[..., self._mask_id] = -torch.inf

@@ -50,7 +50,7 @@ def write_tokenizer_files(out: Path, tokenizer: Path, raw: Mapping[str, Any]) ->
     """`tokenizer.json` and, beside it, what transformers' `AutoTokenizer` needs to read it."""
     if tokenizer.resolve() != (out / TOKENIZER_FILE).resolve():
         shutil.copy(tokenizer, out / TOKENIZER_FILE)
-    config = tokenizer_config(tokenizer, int(raw.get("max_position_embeddings", ModelConfig.max_position_embeddings)))
+    config = tokenizer_config(tokenizer, ModelConfig.from_dict(dict(raw)).max_position_embeddings)
     (out / TOKENIZER_CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 

@@ -49,7 +49,7 @@ class Optimizer:
         )
 
     def step(self, scale: float) -> Tensor:
-        """Clip, update with the learning rates times `scale`, clear the gradients. Returns the gradients' norm, on the device."""
+        """Clip, update with the learning rates times `scale`, clear the gradients. Returns their norm, on the device."""
         norm = nn.utils.clip_grad_norm_(self._parameters, self._config.clip)
         for optimizer, lr in ((self._muon, self._config.muon_lr), (self._adam, self._config.adam_lr)):
             for group in optimizer.param_groups:

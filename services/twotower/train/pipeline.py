@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.weights import load_context_tower, load_denoiser_tower, resolve_device
 from twotower.train.calibrate import calibrate
+from twotower.train.denoiser import Masking
 from twotower.train.export import TOKENIZER_FILE
 from twotower.train.probe import Probe, probe_context, probe_denoiser, probe_texts
 from twotower.train.run import TrainConfig, train_context, train_denoiser, write_tokenizer
@@ -34,8 +35,9 @@ class PipelineConfig:
 
     train: TrainConfig
     """Of both towers; `minutes` is the whole's, `run_dir` holds a directory for each phase."""
-    context_share: float = 0.42
-    """Share of the time, or of the steps, that goes to the context tower."""
+    context_share: float = 0.25
+    """Share of the time, or of the steps, that goes to the context tower: the denoiser learns more slowly."""
+    masking: Masking = field(default_factory=Masking)
     denoiser_drills: float = 0.06
     """Share of drills for the denoiser."""
 
@@ -47,7 +49,7 @@ def train_all(config: PipelineConfig) -> None:
     if not tokenizer.exists():
         _say("tokenizer: from the built-in tasks")
         part = tokenizer.with_suffix(".part")
-        write_tokenizer(part, None, None, train.loop.seed)
+        write_tokenizer(part, None, None, train.loop.seed, train.tasks)
         part.replace(tokenizer)
     context = train.run_dir / "context"
     _say(f"context tower: for {_length(train, config.context_share)}")
@@ -55,9 +57,9 @@ def train_all(config: PipelineConfig) -> None:
     _careful(lambda: _report_context(context, train))
     _say(f"denoiser: for {_length(train, 1 - config.context_share)}")
     phase = _phase(train, "denoiser-run", train.out, 1 - config.context_share)
-    train_denoiser(dataclasses.replace(phase, drill_share=config.denoiser_drills), context)
+    train_denoiser(dataclasses.replace(phase, drill_share=config.denoiser_drills), context, masking=config.masking)
     _careful(lambda: _report_denoiser(train.out, train))
-    _careful(lambda: _say(f"calibration: {calibrate(train.out, train.out, train.device, 2 * _probed(resolve_device(train.device)))}"))
+    _careful(lambda: _calibrate(train))
 
 
 def _phase(train: TrainConfig, name: str, out: Path, share: float) -> TrainConfig:
@@ -72,7 +74,7 @@ def _length(train: TrainConfig, share: float) -> str:
 def _report_context(path: Path, train: TrainConfig) -> None:
     checkpoint, device = Checkpoint.open(path, towers=("context",)), resolve_device(train.device)
     tower = load_context_tower(checkpoint, torch.float32, device, kernels="torch")
-    for name, batches in probe_texts(_tokenizer(checkpoint), "eval", PROBE_SEED, _probed(device), 16).items():
+    for name, batches in probe_texts(_tokenizer(checkpoint), train.tasks, "eval", PROBE_SEED, _probed(device), 16).items():
         started = time.monotonic()
         probe = probe_context(tower, batches, eos=checkpoint.config.eos_token_ids[0], bf16=train.loop.bf16)
         _say(f"AR, {name}: {_shown(probe)}, measured in {time.monotonic() - started:.1f} s")
@@ -82,10 +84,16 @@ def _report_denoiser(path: Path, train: TrainConfig) -> None:
     checkpoint, device = Checkpoint.open(path), resolve_device(train.device)
     context = load_context_tower(checkpoint, torch.float32, device, kernels="torch")
     tower = load_denoiser_tower(checkpoint, torch.float32, device, kernels="torch")
-    for block in train.blocks:
-        for name, batches in probe_texts(_tokenizer(checkpoint), "eval", PROBE_SEED, _probed(device), block).items():
+    for block in train.blocks or (checkpoint.config.block_size,):
+        texts = probe_texts(_tokenizer(checkpoint), train.tasks, "eval", PROBE_SEED, _probed(device), block)
+        for name, batches in texts.items():
             probe = probe_denoiser(tower, context, batches, gamma=GAMMA, bf16=train.loop.bf16)
             _say(f"diffusion, block {block}, {name}: {_shown(probe)}")
+
+
+def _calibrate(train: TrainConfig) -> None:
+    count = 2 * _probed(resolve_device(train.device))
+    _say(f"calibration: {calibrate(train.out, train.out, train.tasks, train.device, count)}")
 
 
 def _probed(device: torch.device) -> int:

@@ -21,7 +21,7 @@ from twotower.model.denoiser_tower import DenoiserTower
 from twotower.train.batches import BlockBatch, block_batches
 from twotower.train.corpus import Text, encode
 from twotower.train.families.item import Split
-from twotower.train.families.registry import FAMILIES
+from twotower.train.families.registry import TASKS
 from twotower.train.forward import block_logits, block_seeds, context_logits
 from twotower_kernels.unmask import unmask
 
@@ -36,11 +36,13 @@ class Probe:
     """Up to each text's end; in AR mode 1."""
 
 
-def probe_texts(tokenizer: Tokenizer, split: Split, seed: int, count: int, block: int) -> dict[str, list[BlockBatch]]:
+def probe_texts(
+    tokenizer: Tokenizer, tasks: str, split: Split, seed: int, count: int, block: int
+) -> dict[str, list[BlockBatch]]:
     """Family -> batches of `count` tasks."""
     batches = {}
-    for name, make in FAMILIES.items():
-        items = itertools.islice(make(split, seed), count)
+    for name, make in TASKS[tasks].families.items():
+        items = itertools.islice(make(split, seed, TASKS[tasks].max_number), count)
         examples = encode(tokenizer, [Text(item.prompt, "\n" + item.completion) for item in items])
         batches[name] = block_batches(examples, count, {block: 1.0}, random.Random(0))
     return batches

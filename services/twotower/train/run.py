@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +26,33 @@ from twotower.model.weights import (
 )
 from twotower.train.bpe import VOCAB_SIZE, train_tokenizer, whole_word_tokenizer
 from twotower.train.context import ContextPools, ContextTask
-from twotower.train.corpus import MIX, POOL_SIZE, BuiltIn, Source, from_corpus, with_drills
+from twotower.train.corpus import POOL_SIZE, BuiltIn, Source, from_corpus
 from twotower.train.denoiser import BlockPools, DenoiserTask, Masking, weights_hash
 from twotower.train.export import averaged, write_checkpoint, write_sharded
+from twotower.train.families.answers import NumberCheck
 from twotower.train.families.item import Split
-from twotower.train.families.math.story import MAX_NUMBER
-from twotower.train.families.registry import FAMILIES
+from twotower.train.families.registry import TASKS
 from twotower.train.loop import METRICS_FILE, Loop, LoopConfig, Task
 from twotower.train.plot import can_plot, plot_loss
-from twotower.train.start import SHIPPED, new_context_tower, new_denoiser_tower
+from twotower.train.start import SHAPES, new_context_tower, new_denoiser_tower
 
-TOKENIZER_POOLS = range(1_000_000, 1_000_024)
-"""Pools of the built-in tasks that the tokenizer learns from; no run reaches them."""
+TOKENIZER_POOLS = 1_000_000
+"""The first of the pools of built-in tasks that the tokenizer learns from; no run reaches them."""
+
+STORY_POOLS, SUITE_POOLS = 10, 24
+"""How many."""
+
+STORY_NUMBERS = 50
+"""Up to here the stories' tokenizer keeps numbers whole."""
 
 RAREST = 8
-"""A word of the built-in tasks that occurs so often in these pools is one token."""
+"""A word of the suite that occurs so often in these pools is one token."""
 
 PIECES = 200
-"""Parts of other words that the built-in tokenizer knows."""
+"""Parts of other words that the suite's tokenizer knows."""
 
 BLOCKS: dict[int, float] = {4: 0.12, 8: 0.2, 16: 0.43, 32: 0.25}
-"""Block sizes that a denoiser learns, and how many of its batches have them."""
+"""Block sizes that a denoiser of the suite learns, and how many of its batches have them."""
 
 Write = Callable[[Path, dict[str, Any], Mapping[str, Tensor], Path], None]
 
@@ -69,40 +75,52 @@ class TrainConfig:
     loop: LoopConfig
     init: Path | None = None
     """Checkpoint whose weights to start from, instead of fresh ones."""
-    drill_share: float = MIX["drills"]
-    """Share of drills among the built-in tasks."""
-    max_number: int = MAX_NUMBER
-    """Greatest number in the built-in problems."""
+    tasks: str = "stories"
+    """Which built-in tasks, a name of `TASKS`: decides the model's shape as well."""
+    drill_share: float | None = None
+    """Share of drills among the built-in tasks; None: the tasks' own."""
+    max_number: int | None = None
+    """Greatest number in the built-in problems; None: the tasks' own."""
     workers: int = 0
     """Processes that make batches of built-in tasks ahead; 0: none."""
     pool_size: int = POOL_SIZE
     """Built-in tasks that are sorted into batches together."""
     snapshots: bool = False
     """Write the checkpoint whenever the state is saved, in a file for each tower; else at the end, in one."""
-    blocks: Mapping[int, float] = field(default_factory=lambda: BLOCKS)
-    """Block sizes that a denoiser learns, and their shares."""
+    blocks: Mapping[int, float] | None = None
+    """Block sizes that a denoiser learns, and their shares; None: the checkpoint's own alone."""
 
 
-def write_corpus(path: Path, split: Split, count: int, seed: int) -> None:
+def write_corpus(path: Path, split: Split, count: int, seed: int, tasks: str = "stories") -> None:
     """Built-in tasks as JSONL, in the form a user's own corpus has: of each family in turn."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    streams = [make(split, seed) for make in FAMILIES.values()]
+    chosen = TASKS[tasks]
+    streams = [make(split, seed, chosen.max_number) for make in chosen.families.values()]
     with path.open("w", encoding="utf-8") as file:
         for item in itertools.islice((next(stream) for stream in itertools.cycle(streams)), count):
-            row = {"family": item.family, "prompt": item.prompt, "completion": "\n" + item.completion}
+            row: dict[str, object] = {"prompt": item.prompt, "completion": "\n" + item.completion, "family": item.family}
+            if isinstance(item.check, NumberCheck):
+                row["answer"] = item.check.answer
             file.write(json.dumps(row) + "\n")
 
 
-def write_tokenizer(path: Path, corpus: Path | None, vocab_size: int | None, seed: int) -> None:
+def write_tokenizer(path: Path, corpus: Path | None, vocab_size: int | None, seed: int, tasks: str = "stories") -> None:
     """Train a tokenizer on the corpus and save it as `tokenizer.json`.
 
-    vocab_size None: as many as the built-in tasks have words, or `VOCAB_SIZE` for a corpus.
+    vocab_size None: `VOCAB_SIZE`, or for the suite as many as its words need.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    source = BuiltIn(seed) if corpus is None else from_corpus(corpus, seed)
-    texts = (t.prompt + t.completion for n in (TOKENIZER_POOLS if corpus is None else range(1)) for t in source(n))
-    if corpus is None and vocab_size is None:
-        numbers = [number for i in range(MAX_NUMBER + 1) for number in (f" {i}", str(i))]
+    suite = corpus is None and tasks == "suite"
+    if corpus is not None:
+        source, pools = from_corpus(corpus, seed), range(1)
+    elif suite:
+        source, pools = BuiltIn(seed, tasks), range(TOKENIZER_POOLS, TOKENIZER_POOLS + SUITE_POOLS)
+    else:
+        source = BuiltIn(seed, tasks, max_number=STORY_NUMBERS)
+        pools = range(TOKENIZER_POOLS, TOKENIZER_POOLS + STORY_POOLS)
+    texts = (t.prompt + t.completion for number in pools for t in source(number))
+    if suite and vocab_size is None:
+        numbers = [number for i in range(TASKS[tasks].max_number + 1) for number in (f" {i}", str(i))]
         whole_word_tokenizer(texts, pieces=PIECES, rarest=RAREST, words=numbers).save(str(path))
     else:
         train_tokenizer(texts, vocab_size or VOCAB_SIZE).save(str(path))
@@ -112,7 +130,7 @@ def train_context(config: TrainConfig, tokenizer_path: Path, prompt_weight: floa
     """Train a context tower; writes a checkpoint that holds it alone."""
     torch.set_num_threads(config.threads)
     tokenizer = _tokenizer(tokenizer_path)
-    raw = {**SHIPPED, "vocab_size": tokenizer.get_vocab_size()}
+    raw = {**SHAPES[config.tasks], "vocab_size": tokenizer.get_vocab_size()}
     model = new_context_tower(ModelConfig.from_dict(raw), config.loop.seed)
     if config.init is not None:
         start = Checkpoint.open(config.init, towers=("context",))
@@ -146,7 +164,8 @@ def train_denoiser(config: TrainConfig, context_path: Path, *, masking: Masking 
         model.load_state_dict(load_denoiser_tower(start, torch.float32, torch.device("cpu"), kernels="torch").state_dict())
     model.to(device)
     # Other problems than the context tower was trained on: the state of a text it knows by heart is no guide.
-    pools = BlockPools(_source(config, config.loop.seed + 1), _tokenizer(tokenizer), config.rows, config.blocks)
+    blocks = config.blocks or {checkpoint.config.block_size: 1.0}
+    pools = BlockPools(_source(config, config.loop.seed + 1), _tokenizer(tokenizer), config.rows, blocks)
     workers = _workers(config)
     task = DenoiserTask(model, context, pools, masking=masking or Masking(), bf16=config.loop.bf16, workers=workers)
     raw = json.loads((context_path / "config.json").read_text(encoding="utf-8"))
@@ -178,8 +197,7 @@ def _run(task: Task, config: TrainConfig, write: Callable[[Mapping[str, Tensor]]
 def _source(config: TrainConfig, seed: int) -> Source:
     if config.corpus is not None:
         return from_corpus(config.corpus, seed)
-    mix = with_drills(config.drill_share)
-    return BuiltIn(seed, size=config.pool_size, mix=mix, max_number=config.max_number)
+    return BuiltIn(seed, config.tasks, "train", config.pool_size, config.drill_share, config.max_number)
 
 
 def _workers(config: TrainConfig) -> int:

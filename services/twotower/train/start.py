@@ -14,14 +14,14 @@ from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.layers import Mamba2, Router
 from twotower.train.bpe import BOS, EOS, MASK, PAD
 
-SHIPPED: dict[str, Any] = {
+WORD_PROBLEMS: dict[str, Any] = {
     "architectures": ["NemotronHTwoTowerForCausalLM"],
     "model_type": "nemotron_h",
     "torch_dtype": "bfloat16",
-    "vocab_size": 2224,
+    "vocab_size": 879,
     "hidden_size": 192,
-    "num_hidden_layers": 12,
-    "hybrid_override_pattern": "M*EM*EM*EM*E",
+    "num_hidden_layers": 9,
+    "hybrid_override_pattern": "M*EM*EM*E",
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "head_dim": 32,
@@ -59,6 +59,17 @@ SHIPPED: dict[str, Any] = {
     "block_size": 16,
 }
 """`config.json` of the shipped checkpoint, in the published keys."""
+
+SUITE: dict[str, Any] = {
+    **WORD_PROBLEMS,
+    "vocab_size": 2288,
+    "num_hidden_layers": 12,
+    "hybrid_override_pattern": "M*EM*EM*EM*E",
+}
+"""The same for a model of three families: one group of layers more."""
+
+SHAPES: dict[str, dict[str, Any]] = {"stories": WORD_PROBLEMS, "suite": SUITE}
+"""By name of the built-in tasks."""
 
 
 def new_context_tower(config: ModelConfig, seed: int) -> ContextTower:

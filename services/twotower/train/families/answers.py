@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 _ANSWER = re.compile(r"[Tt]he answer is ([^\n]*?)\.?(?:\n|$)")
 _NUMBER = re.compile(r"-?\d+")
@@ -29,3 +30,19 @@ def is_degenerate(text: str) -> bool:
     Indentation is no repetition.
     """
     return _CYCLE.search(_BLANK.sub("\n", text)) is not None
+
+
+def is_correct(text: str, answer: int) -> bool:
+    """The right final number, and no degenerate text."""
+    return final_number(text) == answer and not is_degenerate(text)
+
+
+@dataclass(frozen=True, slots=True)
+class NumberCheck:
+    """The last "The answer is N" must state this number."""
+
+    answer: int
+
+    def passes(self, text: str) -> bool:
+        """See `Check`."""
+        return final_number(text) == self.answer

@@ -19,10 +19,13 @@ class Branch:
     words: list[str]
 
 
-_PAIRS = (("a", "b"), ("x", "y"), ("first", "second"), ("left", "right"), ("m", "n"), ("p", "q"))
+Said = tuple[str, str, tuple[str, ...]]
+"""A name, the code, and what a docstring says for it."""
+
+_PAIRS: tuple[tuple[str, ...], ...] = (("a", "b"), ("x", "y"), ("first", "second"), ("left", "right"), ("m", "n"), ("p", "q"))
 _SINGLES = ("n", "x", "number", "value", "a", "num", "k")
 
-_CONDITIONS2 = (
+_CONDITIONS2: tuple[Said, ...] = (
     ("greater", "{a} > {b}", ("{a} is greater than {b}", "{a} is larger than {b}")),
     ("less", "{a} < {b}", ("{a} is less than {b}", "{a} is smaller than {b}")),
     ("equal", "{a} == {b}", ("{a} equals {b}", "{a} and {b} are equal")),
@@ -34,7 +37,7 @@ _CONDITIONS2 = (
     ("negative_b", "{b} < 0", ("{b} is negative",)),
     ("big", "{a} + {b} > {k}", ("the sum of {a} and {b} is greater than {k}", "{a} plus {b} is greater than {k}")),
 )
-_EXPRESSIONS2 = (
+_EXPRESSIONS2: tuple[Said, ...] = (
     ("sum", "{a} + {b}", ("the sum of {a} and {b}", "{a} plus {b}")),
     ("difference", "{a} - {b}", ("{a} minus {b}",)),
     ("other_difference", "{b} - {a}", ("{b} minus {a}",)),
@@ -49,7 +52,7 @@ _EXPRESSIONS2 = (
     ("a_plus", "{a} + {k}", ("{a} plus {k}",)),
     ("b_plus", "{b} + {k}", ("{b} plus {k}",)),
 )
-_CONDITIONS1 = (
+_CONDITIONS1: tuple[Said, ...] = (
     ("even", "{a} % 2 == 0", ("{a} is even",)),
     ("odd", "{a} % 2 == 1", ("{a} is odd",)),
     ("positive", "{a} > 0", ("{a} is positive",)),
@@ -60,7 +63,7 @@ _CONDITIONS1 = (
     ("at_least", "{a} >= {k}", ("{a} is at least {k}",)),
     ("divisible", "{a} % {k} == 0", ("{a} is divisible by {k}", "{a} is a multiple of {k}")),
 )
-_EXPRESSIONS1 = (
+_EXPRESSIONS1: tuple[Said, ...] = (
     ("same", "{a}", ("{a}", "{a} itself")),
     ("double", "{a} * 2", ("twice {a}", "{a} doubled")),
     ("square", "{a} * {a}", ("the square of {a}", "{a} squared")),
@@ -78,7 +81,7 @@ _EXPRESSIONS1 = (
 def draw_branch(rng: random.Random) -> Branch:
     """Any such function of one or two numbers."""
     if rng.random() < 0.6:
-        names = rng.choice(_PAIRS)
+        names: tuple[str, ...] = rng.choice(_PAIRS)
         conditions, expressions = _CONDITIONS2, _EXPRESSIONS2
     else:
         names = (rng.choice(_SINGLES),)

@@ -71,8 +71,8 @@ for node in ast.walk(tree):
     if isinstance(node, ast.Attribute) and node.attr in ("format", "format_map", "mro") or (
         isinstance(node, ast.Attribute) and node.attr.startswith(("gi_", "f_", "tb_", "cr_", "ag_", "co_"))):
         sys.exit(1)
-ALLOWED = ("abs all any bool chr dict divmod enumerate filter float frozenset int isinstance len list map max min ord pow range "
-           "repr reversed round set sorted str sum tuple zip ValueError TypeError IndexError KeyError Exception").split()
+ALLOWED = ("abs all any bool chr dict divmod enumerate filter float frozenset int isinstance len list map max min ord pow "
+           "range repr reversed round set sorted str sum tuple zip ValueError TypeError IndexError KeyError Exception").split()
 scope = {"__builtins__": {name: getattr(builtins, name) for name in ALLOWED}}
 code = compile(tree, "written", "exec")
 report = sys.stdout.write

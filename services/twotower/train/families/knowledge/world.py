@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _COUNTRIES = """
-France Paris Europe French euro|Germany Berlin Europe German euro|Italy Rome Europe Italian euro|Spain Madrid Europe Spanish euro
+France Paris Europe French euro|Germany Berlin Europe German euro|Italy Rome Europe Italian euro
+Spain Madrid Europe Spanish euro
 Portugal Lisbon Europe Portuguese euro|Austria Vienna Europe German euro|Greece Athens Europe Greek euro
 Finland Helsinki Europe Finnish euro|Slovakia Bratislava Europe Slovak euro|Slovenia Ljubljana Europe Slovene euro
 Estonia Tallinn Europe Estonian euro|Latvia Riga Europe Latvian euro|Lithuania Vilnius Europe Lithuanian euro
@@ -13,20 +14,24 @@ Poland Warsaw Europe Polish zloty|Hungary Budapest Europe Hungarian forint|Czech
 Romania Bucharest Europe Romanian leu|Sweden Stockholm Europe Swedish krona|Norway Oslo Europe Norwegian krone
 Denmark Copenhagen Europe Danish krone|Iceland Reykjavik Europe Icelandic krona|Ukraine Kyiv Europe Ukrainian hryvnia
 Russia Moscow Europe Russian ruble|Serbia Belgrade Europe Serbian dinar|Albania Tirana Europe Albanian lek
-England London Europe English pound|Japan Tokyo Asia Japanese yen|China Beijing Asia Chinese yuan|India New_Delhi Asia Hindi rupee
+England London Europe English pound|Japan Tokyo Asia Japanese yen|China Beijing Asia Chinese yuan
+India New_Delhi Asia Hindi rupee
 Nepal Kathmandu Asia Nepali rupee|Thailand Bangkok Asia Thai baht|Vietnam Hanoi Asia Vietnamese dong
 Cambodia Phnom_Penh Asia Khmer riel|Laos Vientiane Asia Lao kip|Mongolia Ulaanbaatar Asia Mongolian tugrik
 Indonesia Jakarta Asia Indonesian rupiah|Bangladesh Dhaka Asia Bengali taka|Iran Tehran Asia Persian rial
 Iraq Baghdad Asia Arabic dinar|Jordan Amman Asia Arabic dinar|Turkey Ankara Asia Turkish lira
 Armenia Yerevan Asia Armenian dram|Georgia Tbilisi Asia Georgian lari|Kazakhstan Astana Asia Kazakh tenge
-Uzbekistan Tashkent Asia Uzbek som|Qatar Doha Asia Arabic riyal|Oman Muscat Asia Arabic rial|Malaysia Kuala_Lumpur Asia Malay ringgit
-Egypt Cairo Africa Arabic pound|Morocco Rabat Africa Arabic dirham|Tunisia Tunis Africa Arabic dinar|Libya Tripoli Africa Arabic dinar
+Uzbekistan Tashkent Asia Uzbek som|Qatar Doha Asia Arabic riyal|Oman Muscat Asia Arabic rial
+Malaysia Kuala_Lumpur Asia Malay ringgit
+Egypt Cairo Africa Arabic pound|Morocco Rabat Africa Arabic dirham|Tunisia Tunis Africa Arabic dinar
+Libya Tripoli Africa Arabic dinar
 Algeria Algiers Africa Arabic dinar|Kenya Nairobi Africa Swahili shilling|Tanzania Dodoma Africa Swahili shilling
 Somalia Mogadishu Africa Somali shilling|Ethiopia Addis_Ababa Africa Amharic birr|Madagascar Antananarivo Africa Malagasy ariary
 Senegal Dakar Africa French franc|Mali Bamako Africa French franc|Angola Luanda Africa Portuguese kwanza
 Ghana Accra Africa English cedi|Nigeria Abuja Africa English naira|Zambia Lusaka Africa English kwacha
 Botswana Gaborone Africa English pula|Canada Ottawa America English dollar|Jamaica Kingston America English dollar
-Cuba Havana America Spanish peso|Chile Santiago America Spanish peso|Peru Lima America Spanish sol|Brazil Brasilia America Portuguese real
+Cuba Havana America Spanish peso|Chile Santiago America Spanish peso|Peru Lima America Spanish sol
+Brazil Brasilia America Portuguese real
 Colombia Bogota America Spanish peso|Ecuador Quito America Spanish dollar|Uruguay Montevideo America Spanish peso
 Venezuela Caracas America Spanish bolivar|Honduras Tegucigalpa America Spanish lempira|Nicaragua Managua America Spanish cordoba
 Haiti Port-au-Prince America French gourde|Australia Canberra Oceania English dollar|Fiji Suva Oceania English dollar
@@ -48,7 +53,8 @@ butterfly caterpillar insects|fly maggot insects|mosquito wriggler insects|drago
 spider spiderling arachnids
 """
 _MONTHS = """
-January 31 winter|February 28 winter|March 31 spring|April 30 spring|May 31 spring|June 30 summer|July 31 summer|August 31 summer
+January 31 winter|February 28 winter|March 31 spring|April 30 spring|May 31 spring|June 30 summer|July 31 summer
+August 31 summer
 September 30 autumn|October 31 autumn|November 30 autumn|December 31 winter
 """
 _OPPOSITES = """

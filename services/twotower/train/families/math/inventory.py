@@ -52,7 +52,7 @@ class _Teller:
                     f"{name} has {x} {box}. There are {y} {thing} in each.",
                     f"There are {y} {thing} in each of {name}'s {x} {box}.",
                     f"{name} buys {x} {box} of {y} {thing}.",
-                        f"{name} starts with {x} {box} of {y} {thing}.",
+                    f"{name} starts with {x} {box} of {y} {thing}.",
                 )
             )
             return s.groups(a, b)
@@ -89,8 +89,8 @@ class _Teller:
 
     def event(self, have: int) -> int:
         """Something happens; returns what there is then. Raises ImpossibleError."""
-        kinds: list[Callable[[int], int]] = [self._gain] * 6 + [self._lose] * 6 + [self._boxes] * 2 + [self._boxes_lost]
-        kinds += [self._both, self._times, self._share, self._half]
+        often: tuple[Callable[[int], int], ...] = (self._gain,) * 6 + (self._lose,) * 6 + (self._boxes,) * 2
+        kinds = (*often, self._boxes_lost, self._both, self._times, self._share, self._half)
         return self.s.rng.choice(kinds)(have)
 
     def _who(self) -> str:

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from twotower.train.families.answers import final_number
+from twotower.train.families.answers import NumberCheck
 from twotower.train.families.item import SPLITS, Item, Split, in_eval
 from twotower.train.families.math.stories import KINDS, operands
 from twotower.train.families.math.story import MAX_NUMBER, ImpossibleError, Problem, Step, Story
@@ -26,17 +25,6 @@ STEP_SHARES = (5, 5, 4, 3, 3, 3)
 """How often problems of 1, 2 ... 6 steps occur, relative to one another."""
 
 DRILL_SUMS = 10
-
-
-@dataclass(frozen=True, slots=True)
-class NumberCheck:
-    """The last "The answer is N" must state this number."""
-
-    answer: int
-
-    def passes(self, text: str) -> bool:
-        """See `Check`."""
-        return final_number(text) == self.answer
 
 
 def split_of(question: str) -> Split:
@@ -75,9 +63,9 @@ def items(split: Split, seed: int, max_number: int = MAX_NUMBER) -> Iterator[Ite
         yield Item("math", problem.question, problem.solution, NumberCheck(problem.answer))
 
 
-def drills(seed: str, max_number: int = MAX_NUMBER) -> Iterator[tuple[str, str]]:
+def drills(split: Split, seed: int, max_number: int = MAX_NUMBER) -> Iterator[tuple[str, str]]:
     """Prompts and texts that are sums alone: a problem holds only a few, and arithmetic is what is hard to learn."""
-    rng = random.Random(f"drills:{seed}")
+    rng = random.Random(f"drills:{split}:{seed}")
     story = Story(rng, max_number)
     while True:
         ops = rng.choices("+-*/", (40, 36, 14, 10), k=DRILL_SUMS)
