@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format proto proto-check clean
+.PHONY: help setup demo test test-slow train lint format proto proto-check clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -39,6 +39,11 @@ test: setup  ## All tests that take less than a minute each
 
 test-slow: setup  ## Tests that take longer: 1,000 streams, kernels compiled for an H200 (if Triton is installed)
 	$(BIN)/python -m pytest -q -m 'slow and not gpu'
+
+MINUTES ?= 14
+TRAIN ?=
+train: setup  ## Train both towers anew on math, code and knowledge, into runs/suite; interrupted, it goes on (see docs/training.md)
+	$(BIN)/twotower train all --out runs/suite --run-dir runs/suite-run --minutes $(MINUTES) $(TRAIN)
 
 lint: setup proto-check  ## ruff, mypy, and that the stubs are fresh
 	$(BIN)/ruff check .

@@ -36,8 +36,8 @@ def inventory(s: Story) -> Problem:
     while events > 0:
         day = s.day()
         who = s.pick(f"On {day} {name}", f"On {day} {words.pronoun(name).lower()}")
-        kind = s.pick("gain", "gain", "lose", "lose", "lose", "boxes", "times")
-        if kind == "boxes" and events >= 2:
+        kind = s.pick("gain", "gain", "lose", "lose", "lose", "boxes", "boxes", "times")
+        if kind == "boxes":
             a, b = s.number(*TABLE), s.number(*TABLE)
             s.tell(s.pick(f"{who} buys {a} {box} of {b} {thing}.", f"{who} gets {a} more {box} with {b} {thing} in each."))
             more = s.work(f"on {day} {a} {box} of {b} {thing} come in", a, "*", b, thing)
@@ -49,7 +49,7 @@ def inventory(s: Story) -> Problem:
                 s.pick(f"{who} makes the number of {thing} {a} times as big.", f"{who} ends up with {a} times as many {thing}.")
             )
             have = s.work(f"on {day} {name} has {a} times as many {thing}", have, "*", a, thing)
-        elif kind in ("gain", "boxes"):
+        elif kind == "gain":
             a, verb = s.number(2, 20), s.pick("buys", "finds", "gets", "picks", "wins")
             s.tell(s.pick(f"{who} {verb} {a} more {thing}.", f"{who} {verb} {a} more.", f"{who} {verb} another {a} {thing}."))
             have = s.work(f"on {day} {name} {verb} {a} more {thing}", have, "+", a, thing)
