@@ -15,6 +15,7 @@ from twotower.errors import CheckpointError, ConfigError, InvalidArgument
 from twotower.eval.config import EvalConfig
 from twotower.eval.measure import Comparison, Evaluation, Score, Settings
 from twotower.request import GenerationParams, Mode
+from twotower.train.families.answers import NumberCheck
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +32,9 @@ def _completion(tokens: int, forwards: int, seconds: float) -> Completion:
 def test_scores() -> None:
     ar, diffusion = Score(seconds=4.0), Score(seconds=1.0)
     for score, forwards in ((ar, 40), (diffusion, 10)):
-        score.add(_completion(40, forwards, 0.5), "so 2 + 3 = 5.\nThe answer is 5.", 5)
-        score.add(_completion(40, forwards, 1.5), "The answer is 6.", 5)
-    diffusion.add(_completion(40, 10, 1.0), "7 7 7 7 7 7 7 7 7 7 The answer is 5.", 5)  # right, and degenerate
+        score.add(_completion(40, forwards, 0.5), "so 2 + 3 = 5.\nThe answer is 5.", NumberCheck(5), 0)
+        score.add(_completion(40, forwards, 1.5), "The answer is 6.", NumberCheck(5), 1)
+    diffusion.add(_completion(40, 10, 1.0), "7 7 7 7 7 7 7 7 7 7 The answer is 5.", NumberCheck(5), 2)  # right, and degenerate
     assert (ar.accuracy, diffusion.accuracy, diffusion.degenerate) == (1 / 2, 1 / 3, 1)
     comparison = Comparison(1, ar, diffusion, Settings(1, False), Settings(2, True))
     assert comparison.retention == pytest.approx(2 / 3)

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from twotower.model.config import ModelConfig
 from twotower.train.bpe import train_tokenizer
-from twotower.train.problems import problems
+from twotower.train.families.stories.problems import problems
 from twotower.train.start import WORD_PROBLEMS
 
 TINY: dict[str, Any] = {

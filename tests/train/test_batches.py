@@ -2,37 +2,44 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
 from twotower.errors import ConfigError
-from twotower.train.batches import Place, block_batches, sequence_batches, stream
+from twotower.train.batches import PROMPT_STEP, Place, block_batches, sequence_batches, stream
 from twotower.train.bpe import EOS
-from twotower.train.corpus import PROMPT_GRID, Example, built_in, encode, from_corpus, read_jsonl, read_plain
+from twotower.train.corpus import PROMPT_GRID, BuiltIn, Example, encode, from_corpus, posed, read_jsonl, read_plain
+from twotower.train.families.registry import TASKS
 
 BLOCK = 16
 
 
 def examples(tokenizer: Tokenizer) -> list[Example]:
-    return encode(tokenizer, built_in(0, size=100)(0))
+    return encode(tokenizer, BuiltIn(0, size=100)(0))
 
 
 def test_blocks_start_where_the_prompt_ends_and_hold_every_text_once(tokenizer: Tokenizer) -> None:
     texts = examples(tokenizer)
-    seen = []
-    for batch in block_batches(texts, 8, BLOCK, random.Random(0)):
-        assert batch.tokens.shape[0] <= 8
-        for row, counts in zip(batch.tokens.tolist(), batch.counts.tolist(), strict=True):
+    most = 8 * sum(len(e.prompt) + len(e.completion) for e in texts) // len(texts)
+    seen, sizes = [], set()
+    for batch in block_batches(texts, 8, {4: 0.5, BLOCK: 0.5}, random.Random(0)):
+        sizes.add(batch.block)
+        texts_in = batch.tokens.shape[0]
+        assert texts_in == 1 or texts_in * (batch.tokens.shape[1] - batch.block - PROMPT_STEP) <= most
+        assert 0 <= int(batch.starts.min()) <= int(batch.starts.max()) < PROMPT_STEP
+        for row, start, counts in zip(batch.tokens.tolist(), batch.starts.tolist(), batch.counts.tolist(), strict=True):
             completion = row[batch.prompt :]
-            assert len(completion) == len(counts) * BLOCK
+            assert len(completion) == len(counts) * batch.block
             end = completion.index(EOS) + 1
-            assert set(completion[end:]) <= {EOS}
-            assert sum(counts) == -(-end // BLOCK)
+            assert set(row[:start]) | set(completion[end:]) <= {EOS}
+            assert sum(counts) == -(-end // batch.block)
             assert counts == sorted(counts, reverse=True)
-            seen.append(Example(tuple(row[: batch.prompt]), tuple(completion[:end])))
+            seen.append(Example(tuple(row[start : batch.prompt]), tuple(completion[:end])))
     assert sorted(seen, key=str) == sorted(texts, key=str)
+    assert sizes == {4, BLOCK}
 
 
 def test_sequences_weigh_completions_fully_and_padding_not(tokenizer: Tokenizer) -> None:
@@ -54,8 +61,34 @@ def test_stream_continues_from_its_place() -> None:
 
 
 def test_pools_are_functions_of_their_number() -> None:
-    assert built_in(0, size=50)(3) == built_in(0, size=50)(3)
-    assert built_in(0, size=50)(3) != built_in(0, size=50)(4)
+    for tasks in ("stories", "suite"):
+        source = BuiltIn(0, tasks, size=30)
+        assert source(3) == BuiltIn(0, tasks, size=30)(3)
+        assert source(3) != source(4)
+
+
+def test_pools_made_ahead_by_processes_come_in_order() -> None:
+    source = BuiltIn(0, size=8)
+    ahead = itertools.islice(stream(source, Place(1, 2), workers=1), 14)
+    assert list(ahead) == source(1)[2:] + source(2)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_share_of_drills(share: float) -> None:
+    texts = BuiltIn(0, "suite", size=200, drill_share=share)(0)
+    drills = sum(text.prompt.startswith("Work out") for text in texts)
+    assert drills == 0 if share == 0 else 70 < drills < 130
+
+
+@pytest.mark.parametrize("end", ["", "\n", " ", "\n    "])
+def test_whatever_a_prompt_ends_with_the_text_goes_on_from_there(end: str) -> None:
+    class Always(random.Random):
+        def choices(self, population: Sequence[str], *_: object, **__: object) -> list[str]:  # type: ignore[override]
+            return [end if end in population else ""]
+
+    for item in (next(make("train", 0, 100)) for make in TASKS["suite"].families.values()):
+        text = posed(item, Always())
+        assert (text.prompt + text.completion).replace(" \n", "\n") == f"{item.prompt}\n{item.completion}"
 
 
 def test_own_corpus_gives_every_text_once_an_epoch(tmp_path: Path) -> None:
@@ -96,9 +129,14 @@ def test_plain_text_becomes_prompts_and_how_they_go_on(tokenizer: Tokenizer, tmp
     encoded = encode(tokenizer, texts)
     assert [e.completion[-1] == EOS for e in encoded] == [False, False, True, True]
     assert all(len(e.prompt) % PROMPT_GRID == 0 for e in encoded[1:3])
-    for batch in block_batches(encoded, 8, BLOCK, random.Random(0)):
-        ends = [e for e in encoded if len(e.prompt) == batch.prompt and not e.open_end]
-        assert (batch.tokens == EOS).any() == bool(ends)  # what is cut off is not said to end
+    rows = [
+        row[int(start) :].tolist()
+        for batch in block_batches(encoded, 8, {BLOCK: 1.0}, random.Random(0))
+        for row, start in zip(batch.tokens, batch.starts, strict=True)
+    ]
+    for e in encoded:  # what is cut off is not said to end
+        [row] = [row for row in rows if tuple(row[: len(e.prompt)]) == e.prompt]
+        assert (EOS in row[: len(e.prompt) + len(e.completion) // BLOCK * BLOCK + BLOCK * (not e.open_end)]) != e.open_end
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe bad", b"word"])

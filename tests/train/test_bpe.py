@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from twotower.train.bpe import BOS, EOS, MASK, PAD
-from twotower.train.problems import problems
+from twotower.train.bpe import BOS, EOS, MASK, PAD, whole_word_tokenizer
+from twotower.train.families.stories.problems import problems
 
 LOADED: dict[str, Tokenizer] = {}
 
@@ -37,3 +37,12 @@ def test_prompt_and_completion_apart_are_the_tokens_of_the_whole(tokenizer: Toke
     for _, problem in zip(range(100), problems("eval", 0), strict=False):
         apart = tokenizer.encode(problem.question).ids + tokenizer.encode("\n" + problem.solution).ids
         assert apart == tokenizer.encode(f"{problem.question}\n{problem.solution}").ids
+
+
+def test_a_whole_word_vocabulary_keeps_frequent_words_whole_and_round_trips_the_rest() -> None:
+    texts = ["return total + 1\n", "kites and kites and kites", "rare"] * 3
+    tokenizer = whole_word_tokenizer(texts, pieces=20, rarest=6, words=[f" {i}" for i in range(120)])
+    assert tokenizer.get_vocab_size() % 16 == 0
+    assert len(tokenizer.encode(" kites and 99").ids) == 3
+    for text in ("rare words, \u00e9 and 1234", "def f(x):\n    return x\n"):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text

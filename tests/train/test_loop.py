@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from twotower.model.config import ModelConfig
-from twotower.train.context import ContextTask
+from twotower.train.context import ContextPools, ContextTask
 from twotower.train.corpus import Text
-from twotower.train.denoiser import DenoiserTask, draw_counts, weights_hash
+from twotower.train.denoiser import BlockPools, DenoiserTask, Masking, draw_counts, weights_hash
 from twotower.train.forward import Usage
 from twotower.train.loop import METRICS_FILE, STATE_FILE, Loop, LoopConfig, LossNotFinite
 from twotower.train.optim import orthogonalize
@@ -28,14 +28,13 @@ def source(number: int) -> list[Text]:
 
 
 def context_task(config: ModelConfig, tokenizer: Tokenizer) -> ContextTask:
-    return ContextTask(new_context_tower(config, 0), source, tokenizer, rows=4, prompt_weight=0.1, bf16=False)
+    return ContextTask(new_context_tower(config, 0), ContextPools(source, tokenizer, 4, 0.1), bf16=False)
 
 
 def denoiser_task(config: ModelConfig, tokenizer: Tokenizer) -> DenoiserTask:
     context = new_context_tower(config, 0)
-    return DenoiserTask(
-        new_denoiser_tower(context), context, source, tokenizer, rows=4, all_masked=0.2, own_order=0.5, bf16=False
-    )
+    pools = BlockPools(source, tokenizer, 4, {8: 0.5, 16: 0.5})
+    return DenoiserTask(new_denoiser_tower(context), context, pools, masking=Masking(0.2, 0.5, 0.5), bf16=False)
 
 
 def losses(run_dir: Path) -> list[float]:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twotower.cli.options import add_checkpoint, add_context_experts, add_experts, add_place
+from twotower.errors import ConfigError
 
 if TYPE_CHECKING:
+    from twotower.eval.config import EvalConfig
     from twotower.eval.measure import Comparison, Settings
     from twotower.eval.sweep import Point
 
@@ -41,7 +43,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--sweep", action="store_true", help="vary gamma, steps and block size as well")
     parser.add_argument(
-        "--out", type=Path, default=Path("eval"), metavar="DIR", help="where --sweep writes sweep.md and sweep.png"
+        "--suite",
+        nargs="*",
+        choices=("stories", "math", "code", "knowledge"),
+        metavar="FAMILY",
+        help="a table of several families, with intervals (default: math code knowledge)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("eval"),
+        metavar="DIR",
+        help="where --sweep writes sweep.md and sweep.png, and --suite writes suite.md",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
@@ -77,6 +90,9 @@ def run(args: argparse.Namespace) -> None:
         threads=args.threads,
         compiled={"auto": None, "yes": True, "no": False}[args.compile],
     )
+    if args.suite is not None:
+        _suite(args, config)
+        return
     if args.sweep:
         from twotower.eval.sweep import plot, require_matplotlib, sweep, table
 
@@ -101,6 +117,18 @@ def run(args: argparse.Namespace) -> None:
         headline, *others = [comparison.as_json() for comparison in comparisons]
         extra = {"sweep": [point.as_json() for point in points]} if points else {}
         print(json.dumps({**headline, "batches": others, "settings": {**settings, **place}, **extra}))
+
+
+def _suite(args: argparse.Namespace, config: EvalConfig) -> None:
+    from twotower.eval.config import SUITE
+    from twotower.eval.suite import run_suite, table
+
+    if args.sweep:
+        raise ConfigError("suite: --sweep varies the settings of one family; leave one of the two out")
+    rows = run_suite(config, args.suite or SUITE, lambda row: print(table([row]).splitlines()[-1], file=sys.stderr, flush=True))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "suite.md").write_text(table(rows), encoding="utf-8")
+    print(json.dumps({"rows": [row.as_json() for row in rows]}) if args.json else table(rows), end="\n" if args.json else "")
 
 
 def _row(c: Comparison) -> str:

@@ -14,6 +14,14 @@ AR_EVERY = 3
 AMONG = 25
 """Problems after which the other mode has its turn: both modes see the same state of a noisy machine."""
 
+SUITE = ("math", "code", "knowledge")
+"""The families of the suite."""
+
+
+def families() -> tuple[str, ...]:
+    """All there are."""
+    return ("stories", *SUITE)
+
 
 @dataclass(frozen=True, slots=True)
 class EvalConfig:
@@ -23,6 +31,8 @@ class EvalConfig:
     seed: int = 1
     """Of the problems; none of them can occur in training, whatever the seed."""
     problems: int = 200
+    family: str = "stories"
+    """Of the problems: one of `families`."""
     batches: tuple[int, ...] = (1,)
     """Requests in flight; the first is the headline, the others are reported beside it."""
     params: GenerationParams = field(default_factory=GenerationParams)
@@ -40,6 +50,8 @@ class EvalConfig:
     """Compiled graphs for single requests; None: whatever is faster, found out for each mode."""
 
     def __post_init__(self) -> None:
+        if self.family not in families():
+            raise ConfigError(f"family: must be one of {', '.join(families())}, not {self.family!r}")
         for name in ("problems", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name}: must be at least 1, not {value}")

@@ -19,9 +19,9 @@ from twotower.errors import CheckpointError
 from twotower.eval.config import AMONG, AR_EVERY, EvalConfig
 from twotower.request import GenerationParams, Mode, check_request
 from twotower.text.tokenizer import Tokenizer
-from twotower.train.answers import is_correct, is_degenerate
-from twotower.train.problems import problems
-from twotower.train.story import Problem
+from twotower.train.families.answers import is_degenerate
+from twotower.train.families.item import Check, Item
+from twotower.train.families.registry import TASKS
 
 TUNED_ON = 6
 """Problems on which settings are compared."""
@@ -41,11 +41,16 @@ class Score:
     latencies: list[float] = field(default_factory=list)
     first_blocks: list[float] = field(default_factory=list)
 
-    def add(self, result: Completion, text: str, answer: int) -> None:
-        """Count one solution."""
+    right: dict[int, bool] = field(default_factory=dict)
+    """By problem."""
+
+    def add(self, result: Completion, text: str, check: Check, problem: int) -> None:
+        """Count one solution, of the problem with this number."""
+        degenerate = is_degenerate(text)
+        self.right[problem] = check.passes(text) and not degenerate
         self.problems += 1
-        self.solved += is_correct(text, answer)
-        self.degenerate += is_degenerate(text)
+        self.solved += self.right[problem]
+        self.degenerate += degenerate
         self.tokens += len(result.token_ids)
         self.forwards += result.forwards
         self.latencies.append(result.seconds)
@@ -125,9 +130,9 @@ class Comparison:
 class Evaluation:
     """A checkpoint, and the problems to solve with it."""
 
-    def __init__(self, config: EvalConfig) -> None:
-        """Load both towers. Raises TwoTowerError."""
-        self.engine = LocalEngine(
+    def __init__(self, config: EvalConfig, engine: LocalEngine | None = None) -> None:
+        """Load both towers, unless an engine has them already. Raises TwoTowerError."""
+        self.engine = engine or LocalEngine(
             config.checkpoint,
             dtype=config.dtype,
             device=config.device,
@@ -137,10 +142,12 @@ class Evaluation:
         )
         path = self.engine.checkpoint.tokenizer_path
         if path is None:
-            raise CheckpointError(f"{config.checkpoint} has no tokenizer.json, which word problems need")
+            raise CheckpointError(f"{config.checkpoint} has no tokenizer.json, which problems in words need")
         self.tokenizer = Tokenizer.load(path)
-        self.problems: list[Problem] = list(itertools.islice(problems("eval", config.seed), config.problems))
-        self.prompts = [self.tokenizer.encode(problem.question) for problem in self.problems]
+        [tasks] = (tasks for tasks in TASKS.values() if config.family in tasks.families)
+        stream = tasks.families[config.family]("eval", config.seed, tasks.max_number)
+        self.problems: list[Item] = list(itertools.islice(stream, config.problems))
+        self.prompts = [self.tokenizer.encode(problem.prompt) for problem in self.problems]
         self.settings: dict[tuple[Mode, int], Settings] = {}
         """The engine's settings by mode and batch."""
         self._threads = (config.threads,) if config.threads is not None else _thread_counts()
@@ -203,7 +210,8 @@ class Evaluation:
         results = list(generate_batch(engine.context, engine.denoiser, prompts, params, batch))
         score.seconds += time.perf_counter() - started
         for result in results:
-            score.add(result, self.tokenizer.decode(result.token_ids), self.problems[which[result.index]].answer)
+            problem = which[result.index]
+            score.add(result, self.tokenizer.decode(result.token_ids), self.problems[problem].check, problem)
 
 
 def _thread_counts() -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from twotower.eval.measure import Evaluation
 from twotower.model.experts import as_format
 from twotower.model.layers import MoE
 from twotower.request import Mode
-from twotower.train.answers import is_correct
+from twotower.train.families.answers import is_degenerate
 from twotower_kernels.experts import grouped_experts
 from twotower_kernels.quant import RowError, dequantize, quantize, row_error
 
@@ -108,7 +108,7 @@ def _generate(evaluation: Evaluation, mode: Mode, batch: int) -> _Run:
         generate_batch(engine.context, engine.denoiser, evaluation.prompts, params, batch), key=lambda result: result.index
     )
     texts = [evaluation.tokenizer.decode(result.token_ids) for result in results]
-    solved = sum(is_correct(text, problem.answer) for text, problem in zip(texts, problems, strict=True))
+    solved = sum(problem.check.passes(text) and not is_degenerate(text) for text, problem in zip(texts, problems, strict=True))
     tokens = sum(len(result.token_ids) for result in results)
     return _Run(
         [result.token_ids for result in results], solved / len(problems), tokens / sum(result.forwards for result in results)

@@ -6,6 +6,8 @@ names and numbers in them: a denoiser, which writes all positions of a block at 
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer
@@ -20,12 +22,13 @@ SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")
 
 VOCAB_SIZE = 1024
 
+ROUND = 16
+"""A whole-word vocabulary's size is a multiple: the head's product is then of a shape that kernels like."""
+
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
     """A tokenizer for texts like these. Any text round-trips, since all 256 bytes are tokens."""
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer = _empty()
     trainer = BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
@@ -34,4 +37,33 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Token
     )
     tokenizer.train_from_iterator(texts, trainer)
     assert [tokenizer.token_to_id(t) for t in SPECIAL_TOKENS] == [PAD, BOS, EOS, MASK]
+    return tokenizer
+
+
+def whole_word_tokenizer(texts: Iterable[str], *, pieces: int, rarest: int, words: Iterable[str] = ()) -> Tokenizer:
+    """A tokenizer that knows whole every word that occurs `rarest` times, and `words`; what else comes is in pieces.
+
+    Unlike `train_tokenizer`, it spends no entries on the beginnings of words: `pieces` are learned for other words alone.
+    """
+    splitter = ByteLevel(add_prefix_space=False)
+    seen = list(texts)
+    counts: Counter[str] = Counter(piece for text in seen for piece, _ in splitter.pre_tokenize_str(text))
+    wanted = [splitter.pre_tokenize_str(word) for word in words]
+    assert all(len(parts) == 1 for parts in wanted)
+    tokenizer = train_tokenizer(seen, len(SPECIAL_TOKENS) + 256 + pieces)
+    model = json.loads(tokenizer.to_str())
+    vocabulary: dict[str, int] = model["model"]["vocab"]
+    often = [word for word, count in counts.most_common() if count >= rarest]
+    whole = dict.fromkeys([*(parts[0][0] for parts in wanted), *often])
+    new = [word for word in whole if word not in vocabulary]
+    for word in new[: len(new) - (len(vocabulary) + len(new)) % ROUND]:  # the rarest are last
+        vocabulary[word] = len(vocabulary)
+    model["model"]["ignore_merges"] = True  # what is a word of the vocabulary is never taken apart
+    return Tokenizer.from_str(json.dumps(model))
+
+
+def _empty() -> Tokenizer:
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
     return tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
@@ -11,35 +12,44 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twotower.model.context_tower import ContextTower
-from twotower.train.batches import Place, SequenceBatch, sequence_batches, stream
+from twotower.train.batches import Place, SequenceBatch, sequence_batches, stream, to_device
 from twotower.train.corpus import Source, encode
 from twotower.train.forward import Usage, context_logits
+
+
+@dataclass(frozen=True, slots=True)
+class ContextPools:
+    """Number of a pool -> its batches. It can be sent to another process if the source can."""
+
+    source: Source
+    tokenizer: Tokenizer
+    rows: int
+    """Texts of average length in a batch."""
+    prompt_weight: float
+
+    def __call__(self, number: int) -> list[SequenceBatch]:
+        """See `stream`."""
+        examples = encode(self.tokenizer, self.source(number))
+        return sequence_batches(examples, self.rows, self.prompt_weight, random.Random(number))
 
 
 class ContextTask:
     """Cross entropy on completions, and a little on prompts (which are mostly chance)."""
 
-    def __init__(
-        self, model: ContextTower, source: Source, tokenizer: Tokenizer, *, rows: int, prompt_weight: float, bf16: bool
-    ) -> None:
+    def __init__(self, model: ContextTower, pools: ContextPools, *, bf16: bool, workers: int = 0) -> None:
         self.model = model
-        self._source, self._tokenizer = source, tokenizer
-        self._rows, self._prompt_weight, self._bf16 = rows, prompt_weight, bf16
+        self._pools, self._bf16, self._workers = pools, bf16, workers
         self._device = model.device
         model.train()
 
     def batches(self, place: Place) -> Iterator[SequenceBatch]:
         """See `Task.batches`."""
-
-        def pool(number: int) -> list[SequenceBatch]:
-            examples = encode(self._tokenizer, self._source(number))
-            return sequence_batches(examples, self._rows, self._prompt_weight, random.Random(number))
-
-        return stream(pool, place)
+        return stream(self._pools, place, self._workers)
 
     def loss(self, batch: SequenceBatch, generator: torch.Generator, usage: Usage) -> tuple[Tensor, int]:
         """See `Task.loss`."""
-        tokens, weights = batch.tokens.to(self._device), batch.weights[:, 1:].flatten().to(self._device)
+        tokens = to_device(batch.tokens, self._device).long()
+        weights = to_device(batch.weights, self._device)[:, 1:].flatten()
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
             logits = context_logits(self.model, tokens[:, :-1], usage)
         losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")

@@ -1,4 +1,4 @@
-"""Where training texts come from: the built-in problems, a user's JSONL file, or plain text.
+"""Where training texts come from: the built-in tasks, a user's JSONL file, or plain text.
 
 A source gives *pools*: lists of a few thousand examples, each a function of its number alone, so that an
 interrupted run finds its place again.
@@ -6,7 +6,6 @@ interrupted run finds its place again.
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import re
@@ -18,14 +17,17 @@ from tokenizers import Tokenizer
 
 from twotower.errors import ConfigError
 from twotower.train.bpe import EOS
-from twotower.train.problems import problems
-from twotower.train.story import MAX_NUMBER, Problem
+from twotower.train.families.item import Item, Split
+from twotower.train.families.registry import DRILLS, TASKS
 
 POOL_SIZE = 2048
 """Examples of a pool."""
 
 PROMPT_ENDS = (("", 14), ("\n", 2), (" ", 1), ("\nAnswer:", 2), (" Answer:", 1))
 """What may follow a question, and how often: a user should not need to know how a prompt ends."""
+
+CODE_ENDS = (("", 12), ("\n", 5), ("\n    ", 2))
+"""What may follow a docstring."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,39 +56,45 @@ Source = Callable[[int], list[Text]]
 """Number of a pool -> its texts."""
 
 
-DRILL_SHARE = 0.3
-"""Share of the texts that are sums alone: a problem holds only two to four, and arithmetic is what is hard to learn."""
+@dataclass(frozen=True, slots=True)
+class BuiltIn:
+    """The built-in tasks as a source, with prompts that end in various ways, and among them drills of sums."""
 
-DRILL_SUMS = 10
+    seed: int
+    tasks: str = "stories"
+    """A name of `TASKS`."""
+    split: Split = "train"
+    size: int = POOL_SIZE
+    drill_share: float | None = None
+    """Share of the drills; None: the task set's own."""
+    max_number: int | None = None
+    """Greatest number of the problems and the drills; None: the task set's own."""
+
+    def __call__(self, number: int) -> list[Text]:
+        """See `Source`."""
+        tasks, seed = TASKS[self.tasks], self.seed * 1_000_003 + number
+        most = tasks.max_number if self.max_number is None else self.max_number
+        shares = tasks.shares if self.drill_share is None else tasks.with_drills(self.drill_share)
+        rng = random.Random(f"mix:{self.split}:{seed}")
+        streams = {name: make(self.split, seed, most) for name, make in tasks.families.items()}
+        sums = tasks.drills(self.split, seed, most)
+        texts = []
+        for name in rng.choices(list(shares), list(shares.values()), k=self.size):
+            if name == DRILLS:
+                prompt, text = next(sums)
+                texts.append(Text(prompt, "\n" + text))
+            else:
+                texts.append(posed(next(streams[name]), rng))
+        return texts
 
 
-def built_in(
-    seed: int,
-    split: str = "train",
-    size: int = POOL_SIZE,
-    drill_share: float = DRILL_SHARE,
-    max_number: int = MAX_NUMBER,
-) -> Source:
-    """The built-in problems, with prompts that end in various ways, and among them drills of the sums they need."""
-
-    def pool(number: int) -> list[Text]:
-        rng = random.Random(f"prompt ends:{split}:{seed}:{number}")
-        stream = problems(split, seed * 1_000_003 + number, max_number)
-        ends = rng.choices([e for e, _ in PROMPT_ENDS], [w for _, w in PROMPT_ENDS], k=size)
-        return [_drill(stream) if rng.random() < drill_share else _posed(next(stream), end) for end in ends]
-
-    return pool
-
-
-def _posed(problem: Problem, end: str) -> Text:
-    return Text(problem.question + end, completion_after(end, problem.solution))
-
-
-def _drill(stream: Iterator[Problem]) -> Text:
-    """Sums as they occur in problems."""
-    sums = list(itertools.islice((step for problem in stream for step in problem.steps), DRILL_SUMS))
-    asked = ", ".join(f"{s.left} {s.op} {s.right}" for s in sums)
-    return Text(f"Work out {asked}.", "\n" + "\n".join(f"Step {i}: so {s}." for i, s in enumerate(sums, 1)))
+def posed(item: Item, rng: random.Random) -> Text:
+    """A task with one of the ends that a prompt may have."""
+    if item.family == "code":
+        end = rng.choices([e for e, _ in CODE_ENDS], [w for _, w in CODE_ENDS])[0]
+        return Text(item.prompt + end, ("\n" + item.completion).removeprefix(end))
+    end = rng.choices([e for e, _ in PROMPT_ENDS], [w for _, w in PROMPT_ENDS])[0]
+    return Text(item.prompt + end, completion_after(end, item.completion))
 
 
 def completion_after(end: str, solution: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
@@ -13,80 +14,100 @@ from torch.nn import functional as F
 
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
-from twotower.train.batches import BlockBatch, Place, block_batches, stream
+from twotower.train.batches import BlockBatch, Place, block_batches, stream, to_device
 from twotower.train.corpus import Source, encode
 from twotower.train.forward import BlockSeeds, Usage, block_logits, block_seeds
 
 
-class DenoiserTask:
-    """Cross entropy on the masked tokens of every block of the completions.
+@dataclass(frozen=True, slots=True)
+class BlockPools:
+    """Number of a pool -> its batches. It can be sent to another process if the source can."""
 
-    A share `all_masked` of the blocks is masked whole, as every refinement starts; in the others the masked share is
-    uniform. A share `own_order` of the batches is masked as the model's own refinement would have it at some point:
-    the most certain tokens are known. The others are masked at random.
-    """
+    source: Source
+    tokenizer: Tokenizer
+    rows: int
+    """Texts of average length in a batch."""
+    blocks: Mapping[int, float]
+    """Block size -> how often a batch has it."""
+
+    def __call__(self, number: int) -> list[BlockBatch]:
+        """See `stream`."""
+        examples = encode(self.tokenizer, self.source(number))
+        return block_batches(examples, self.rows, self.blocks, random.Random(number))
+
+
+@dataclass(frozen=True, slots=True)
+class Masking:
+    """How blocks are masked."""
+
+    all_masked: float = 0.3
+    """Share of the blocks that are masked whole, as every refinement starts; in the others the masked share is uniform."""
+    own_order: float = 0.3
+    """Share of the batches masked as the model's own refinement would have it at some point; the others at random."""
+    own_tokens: float = 0.25
+    """Share of those in which the known tokens are the model's own as well, wrong ones included."""
+
+
+class DenoiserTask:
+    """Cross entropy on the masked tokens of every block of the completions."""
 
     def __init__(
         self,
         model: DenoiserTower,
         context: ContextTower,
-        source: Source,
-        tokenizer: Tokenizer,
+        pools: BlockPools,
         *,
-        rows: int,
-        all_masked: float,
-        own_order: float,
+        masking: Masking,
         bf16: bool,
+        workers: int = 0,
     ) -> None:
         self.model, self.context = model, context
-        self._source, self._tokenizer = source, tokenizer
-        self._rows, self._bf16 = rows, bf16
-        self._all_masked, self._own_order = all_masked, own_order
-        self._block, self._mask_id = model.config.block_size, model.config.mask_token_id
+        self._pools, self._masking, self._bf16, self._workers = pools, masking, bf16, workers
+        self._mask_id = model.config.mask_token_id
         self._device = model.device
         context.requires_grad_(False).eval()
         model.train()
 
     def batches(self, place: Place) -> Iterator[BlockBatch]:
         """See `Task.batches`."""
-
-        def pool(number: int) -> list[BlockBatch]:
-            examples = encode(self._tokenizer, self._source(number))
-            return block_batches(examples, self._rows, self._block, random.Random(number))
-
-        return stream(pool, place)
+        return stream(self._pools, place, self._workers)
 
     def loss(self, batch: BlockBatch, generator: torch.Generator, usage: Usage) -> tuple[Tensor, int]:
         """See `Task.loss`."""
-        device = self._device
-        tokens = batch.tokens.to(device)
-        clean = tokens[:, batch.prompt :].unflatten(1, (-1, self._block))
+        device, block = self._device, batch.block
+        tokens = to_device(batch.tokens, device).long()
+        clean = tokens[:, batch.prompt :].unflatten(1, (-1, block))
         # All chance is drawn on the CPU: equal for equal seeds on any device.
-        masked = draw_counts(clean.shape[:2], self._block, self._all_masked, generator).to(device)
-        order = torch.rand(clean.shape, generator=generator).to(device)
+        masked = to_device(draw_counts(clean.shape[:2], block, self._masking.all_masked, generator), device)
+        order = to_device(torch.rand(clean.shape, generator=generator), device)
+        own_order, own_tokens = torch.rand(2, generator=generator).tolist()
         with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
-            seeds = block_seeds(self.context, tokens, batch.prompt, self._block)
-            if torch.rand((), generator=generator) < self._own_order:
-                order = self._by_certainty(clean, masked, order, seeds, generator)
+            seeds = block_seeds(self.context, tokens, batch.prompt, block, to_device(batch.starts, device))
+            known = clean
+            if own_order < self._masking.own_order:
+                order, own = self._by_certainty(clean, masked, order, seeds, generator)
+                known = own if own_tokens < self._masking.own_tokens else clean
             mask = order.argsort(-1).argsort(-1) < masked.unsqueeze(-1)
-            noisy = clean.masked_fill(mask, self._mask_id)
-            logits = block_logits(self.model, noisy, masked / self._block, seeds, usage)
-        scored = mask & batch.counts.unsqueeze(-1).to(device)
-        losses = F.cross_entropy(logits[scored], clean[scored], reduction="none")
-        return losses.mean(), clean.numel()
+            noisy = known.masked_fill(mask, self._mask_id)
+            logits = block_logits(self.model, noisy, masked / block, seeds, usage)
+        scored = (mask & to_device(batch.counts, device).unsqueeze(-1)).flatten()
+        losses = F.cross_entropy(logits.flatten(0, -2), clean.flatten(), reduction="none")
+        return (losses * scored).sum() / scored.sum().clamp(min=1), tokens.numel()
 
     @torch.no_grad()
     def _by_certainty(
         self, clean: Tensor, masked: Tensor, order: Tensor, seeds: BlockSeeds, generator: torch.Generator
-    ) -> Tensor:
-        """Order by the model's certainty at an earlier point of the refinement: the least certain first."""
-        block = self._block
+    ) -> tuple[Tensor, Tensor]:
+        """The order of the model's certainty at an earlier point of the refinement, least first; and its tokens there."""
+        block = clean.shape[-1]
         # An earlier point: between what is masked now and everything.
-        earlier = masked + ((block - masked + 1) * torch.rand(masked.shape, generator=generator).to(masked.device)).long()
+        share = to_device(torch.rand(masked.shape, generator=generator), masked.device)
+        earlier = masked + ((block - masked + 1) * share).long()
         known = order.argsort(-1).argsort(-1) >= earlier.unsqueeze(-1)
         logits = block_logits(self.model, clean.masked_fill(~known, self._mask_id), earlier / block, seeds)
         logits[..., self._mask_id] = -torch.inf
-        return logits.softmax(-1).amax(-1) + known * 2.0
+        certainty, tokens = logits.softmax(-1).max(-1)
+        return certainty + known * 2.0, torch.where(known, clean, tokens)
 
 
 def draw_counts(shape: torch.Size, block: int, all_masked: float, generator: torch.Generator) -> Tensor:

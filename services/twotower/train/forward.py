@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
-from twotower.model.layers import Attention, Mamba2, MoE
+from twotower.model.layers import Attention, Mamba2, Modulation, MoE
 from twotower.model.tower import Layer, Tower
 from twotower_kernels.experts import relu2
 from twotower_kernels.scan import chunk_scan
@@ -39,6 +39,8 @@ class BlockSeeds:
 
     prompt: int
     block: int
+    starts: Tensor | None = None
+    """(B,) int64: where each row's text begins, behind what fills it up on the left; None: at 0."""
     conv: dict[int, Tensor] = field(default_factory=dict)
     """Mamba layer -> (B, n, K-1, C): the raw columns before each block."""
     ssm: dict[int, Tensor] = field(default_factory=dict)
@@ -49,17 +51,20 @@ class BlockSeeds:
 
 def context_logits(tower: ContextTower, tokens: Tensor, usage: Usage | None = None) -> Tensor:
     """tokens (B, N) int64 -> logits (B, N, vocab) fp32 of the next token at each position."""
-    h = _context(tower.context_tower, tokens, None, usage)
+    h = _context(tower.context_tower, tokens, None, None, usage)
     return tower.context_lm_head(tower.context_tower.norm_f(h)).float()
 
 
 @torch.no_grad()
-def block_seeds(tower: ContextTower, tokens: Tensor, prompt: int, block: int) -> BlockSeeds:
-    """The state at the start of each block of tokens (B, P + n L), where the first starts at P >= 1."""
+def block_seeds(tower: ContextTower, tokens: Tensor, prompt: int, block: int, starts: Tensor | None = None) -> BlockSeeds:
+    """The state at the start of each block of tokens (B, P + n L), where the first starts at P >= 1.
+
+    starts (B,) int64: prompts of different lengths end together; what stands before a row's start leaves no trace.
+    """
     assert 1 <= prompt < tokens.shape[1]
     assert (tokens.shape[1] - prompt) % block == 0
-    seeds = BlockSeeds(prompt, block)
-    _context(tower.context_tower, tokens, seeds, None)
+    seeds = BlockSeeds(prompt, block, starts)
+    _context(tower.context_tower, tokens, starts, seeds, None)
     return seeds
 
 
@@ -67,10 +72,10 @@ def block_logits(tower: DenoiserTower, noisy: Tensor, t: Tensor, seeds: BlockSee
     """Logits (B, n, L, vocab) fp32 of all blocks: noisy (B, n, L) int64, t (B, n) fp32 each block's masked share."""
     batch, blocks, length = noisy.shape
     modulations = tower.modulations(t.flatten())
-    h = tower.denoiser_tower.embeddings(noisy.flatten(0, 1))  # (B n, L, hidden)
+    h = _embed(tower.denoiser_tower, noisy.flatten(0, 1))  # (B n, L, hidden)
     for i, layer in enumerate(tower.denoiser_tower.layers):
         assert isinstance(layer, Layer)
-        modulate = modulations[i]
+        modulate = _as(modulations[i], h.dtype)
         if isinstance(layer.mixer, Mamba2):
             x = layer.norm(modulate(h))
             x = _mamba_blocks(layer.mixer, x, seeds.conv[i].flatten(0, 1), seeds.ssm[i].flatten(0, 1))
@@ -84,30 +89,60 @@ def block_logits(tower: DenoiserTower, noisy: Tensor, t: Tensor, seeds: BlockSee
     return logits.view(batch, blocks, length, -1)
 
 
-def _context(tower: Tower, tokens: Tensor, seeds: BlockSeeds | None, usage: Usage | None) -> Tensor:
-    h = tower.embeddings(tokens)
+def _context(tower: Tower, tokens: Tensor, starts: Tensor | None, seeds: BlockSeeds | None, usage: Usage | None) -> Tensor:
+    real = None if starts is None else torch.arange(tokens.shape[1], device=tokens.device) >= starts.unsqueeze(1)
+    mask = None if real is None else _causal(real)
+    h = _embed(tower, tokens)
     for i, layer in enumerate(tower.layers):
         assert isinstance(layer, Layer)
         x = layer.norm(h)
         if isinstance(layer.mixer, Mamba2):
-            x = _mamba_text(i, layer.mixer, x, seeds)
+            x = _mamba_text(i, layer.mixer, x, real, seeds)
         elif isinstance(layer.mixer, Attention):
             q, k, v = layer.mixer.project(x)
             if seeds is not None:
                 seeds.kv[i] = (k, v)
-            x = layer.mixer.output(_attend(q, k, v, None))
+            x = layer.mixer.output(_attend(q, k, v, mask))
         else:
             x = _feed_forward(i, layer.mixer, x, usage)
         h = h + x
     return h
 
 
-def _mamba_text(i: int, mixer: Mamba2, h: Tensor, seeds: BlockSeeds | None) -> Tensor:
+def _on_cpu(tensor: Tensor) -> bool:
+    """Which of two forms is the faster here."""
+    return tensor.device.type == "cpu"
+
+
+def _embed(tower: Tower, tokens: Tensor) -> Tensor:
+    """(..., hidden): the residual stream, on a GPU in autocast's dtype, as it is when the model serves: half the traffic."""
+    h = tower.embeddings(tokens)
+    kind = h.device.type
+    return h if _on_cpu(h) or not torch.is_autocast_enabled(kind) else h.to(torch.get_autocast_dtype(kind))
+
+
+def _as(modulation: Modulation, dtype: torch.dtype) -> Modulation:
+    return Modulation(modulation.shift.to(dtype), modulation.scale.to(dtype), modulation.gate.to(dtype))
+
+
+def _causal(real: Tensor) -> Tensor:
+    """(B, 1, N, N) from (B, N): what is real sees what is real before it; what is not sees itself, and nobody it."""
+    n = real.shape[1]
+    past = torch.ones(n, n, dtype=torch.bool, device=real.device).tril()
+    return ((past & real.unsqueeze(1)) | torch.eye(n, dtype=torch.bool, device=real.device)).unsqueeze(1)
+
+
+def _mamba_text(i: int, mixer: Mamba2, h: Tensor, real: Tensor | None, seeds: BlockSeeds | None) -> Tensor:
+    """h (B, N, hidden); real (B, N) bool: the other positions change nothing."""
     config, batch = mixer.config, h.shape[0]
     tail = config.conv_kernel - 1
     z, columns, dt = _project(mixer, h)
+    if real is not None:
+        columns = columns * real.unsqueeze(-1)
     columns = F.pad(columns, (0, 0, tail, 0))  # before the first token there is nothing
     x, b, c, dt = _convolve(mixer, columns, dt)
+    if real is not None:
+        dt = dt * real.unsqueeze(-1)  # neither decays nor adds
     a = mixer.decay_rate()
     state = h.new_zeros(batch, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size, dtype=torch.float32)
     with torch.autocast(h.device.type, enabled=False):  # the scan is fp32
@@ -166,19 +201,26 @@ def _attention_blocks(mixer: Attention, h: Tensor, context_k: Tensor, context_v:
     q, k, v = mixer.project(h)
     positions = torch.arange(h.shape[1], device=h.device)
     starts = (positions // seeds.block * seeds.block + seeds.prompt).unsqueeze(1)
-    seen = torch.arange(context_k.shape[2], device=h.device) < starts
+    places = torch.arange(context_k.shape[2], device=h.device)
+    seen = places < starts
     own = positions.unsqueeze(1) // seeds.block == positions // seeds.block
     keys, values = torch.cat([context_k, k], 2), torch.cat([context_v, v], 2)
     mask = torch.cat([seen, own], 1)
+    if seeds.starts is not None:
+        real = (places >= seeds.starts.unsqueeze(1)).unsqueeze(1)  # (B, 1, N)
+        mask = torch.cat([seen & real, own.expand(h.shape[0], -1, -1)], 2).unsqueeze(1)
     return mixer.output(_attend(q, keys, values, mask))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """q (B, heads, L, d), k and v (B, kv_heads, N, d), mask (L, N) or None for causal -> (B, heads, L, d).
+    """q (B, heads, L, d), k and v (B, kv_heads, N, d), mask (L, N) or (B, 1, L, N), or None for causal -> (B, heads, L, d).
 
-    In fp32 with K and V repeated: on a CPU the backward of grouped or bf16 attention is several times slower.
+    K and V repeated, on a CPU in fp32: there the backward of grouped or bf16 attention is several times slower.
     """
     repeats = q.shape[1] // k.shape[1]
+    if not _on_cpu(q):
+        k, v = (x.to(q.dtype).repeat_interleave(repeats, 1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     with torch.autocast(q.device.type, enabled=False):
         k, v = (x.float().repeat_interleave(repeats, 1) for x in (k, v))
         return F.scaled_dot_product_attention(q.float(), k, v, attn_mask=mask, is_causal=mask is None)
@@ -190,8 +232,11 @@ def _feed_forward(i: int, mixer: nn.Module, h: Tensor, usage: Usage | None) -> T
     flat = h.flatten(0, -2)
     experts, weights = mixer.gate(flat)
     if usage is not None:
-        usage.counts[i] = experts.flatten().bincount(minlength=mixer.gate.weight.shape[0])
-    routed = _experts(flat, experts, weights, mixer.experts.up_proj, mixer.experts.down_proj)
+        counts = torch.zeros(mixer.gate.weight.shape[0], dtype=torch.int64, device=h.device)
+        chosen = experts.flatten()
+        usage.counts[i] = counts.scatter_add_(0, chosen, torch.ones_like(chosen))
+    compute = _experts if _on_cpu(h) else _wide_experts
+    routed = compute(flat, experts, weights, mixer.experts.up_proj, mixer.experts.down_proj)
     return routed.to(h.dtype).view_as(h) + mixer.shared_experts(h)
 
 
@@ -207,3 +252,11 @@ def _experts(h: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tens
     ]
     scaled = torch.cat(outs).float() * weights.flatten()[order].unsqueeze(-1)
     return torch.zeros(h.shape, dtype=torch.float32, device=h.device).index_add(0, rows, scaled)
+
+
+def _wide_experts(h: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """As `_experts`, through all experts in two products: no sync with the device, and it has the arithmetic to spare."""
+    gates = torch.zeros(h.shape[0], up.shape[0], dtype=weights.dtype, device=h.device).scatter(1, experts, weights)
+    mid = relu2(F.linear(h, up.flatten(0, 1))).unflatten(1, up.shape[:2])
+    mid = mid * gates.to(mid.dtype).unsqueeze(-1)
+    return F.linear(mid.flatten(1), down.permute(1, 0, 2).flatten(1))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,8 @@ from twotower.train.optim import OptimConfig, Optimizer
 
 STATE_FILE = "state.pt"
 METRICS_FILE = "metrics.jsonl"
+
+_ROUTER_BIAS = re.compile(r"layers\.(\d+)\.mixer\.gate\.e_score_correction_bias$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +73,17 @@ class Progress:
 class Loop:
     """Trains a task until its end, or from where an interrupted run stopped."""
 
-    def __init__(self, task: Task, config: LoopConfig, run_dir: Path) -> None:
+    def __init__(
+        self, task: Task, config: LoopConfig, run_dir: Path, also: Callable[[dict[str, Tensor]], None] | None = None
+    ) -> None:
+        """also: called with the averaged weights whenever the state is saved."""
+        self._also = also
         self.task, self.config, self.run_dir = task, config, run_dir
         self.progress, self.place = Progress(), Place()
         self.optimizer = Optimizer(task.model, config.optim)
         self.ema = {name: p.detach().clone() for name, p in task.model.named_parameters()}
+        biases = ((_ROUTER_BIAS.search(name), p) for name, p in task.model.named_parameters())
+        self._biases = {int(found[1]): p for found, p in biases if found}
         run_dir.mkdir(parents=True, exist_ok=True)
         if (run_dir / STATE_FILE).exists():
             self._resume()
@@ -83,31 +92,43 @@ class Loop:
         """Train to the end (or to step `stop_at`), then save. Raises LossNotFinite."""
         config, progress = self.config, self.progress
         batches = self.task.batches(self.place)
-        last_save, last_log, tokens = time.monotonic(), time.monotonic(), 0
-        sums: list[float] = []
+        last_save = last_log = last_step = time.monotonic()
+        tokens = 0
+        losses: list[Tensor] = []
         while not self._ended() and (stop_at is None or progress.step < stop_at):
-            began = time.monotonic()
             loss, norm, count = self._step(next(batches))
             progress.step += 1
             progress.tokens += count
-            progress.seconds += time.monotonic() - began
-            sums.append(loss)
+            now = time.monotonic()
+            progress.seconds, last_step = progress.seconds + now - last_step, now
+            losses.append(loss)
             tokens += count
             if progress.step % config.log_every == 0:
-                now = time.monotonic()
-                self._log(sum(sums) / len(sums), norm, tokens / (now - last_log))
-                sums, tokens, last_log = [], 0, now
+                self._log(self._mean(losses), norm.item(), tokens / (now - last_log))
+                losses, tokens, last_log = [], 0, now
             if time.monotonic() - last_save > 60 * config.save_minutes:
+                self._mean(losses)
                 self.save()
                 last_save = time.monotonic()
+        self._mean(losses)
         self.save()
 
-    def _step(self, batch: Any) -> tuple[float, float, int]:
+    def _mean(self, losses: list[Tensor]) -> float:
+        """Of the latest steps. Raises LossNotFinite: a GPU is not asked after every step, but before anything is saved."""
+        mean = torch.stack(losses).mean().item() if losses else 0.0
+        if not math.isfinite(mean):
+            raise self._not_finite(mean)
+        return mean
+
+    def _not_finite(self, loss: float) -> LossNotFinite:
+        return LossNotFinite(f"loss is {loss} at step {self.progress.step}; the last good state is in {self.run_dir}")
+
+    def _step(self, batch: Any) -> tuple[Tensor, Tensor, int]:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.progress.step)
         usage = Usage()
         loss, count = self.task.loss(batch, generator, usage)
-        if not math.isfinite(loss.item()):
-            raise LossNotFinite(f"loss is {loss.item()} at step {self.progress.step}; the last good state is in {self.run_dir}")
+        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
+            raise self._not_finite(loss.item())
         loss.backward()
         norm = self.optimizer.step(self._schedule())
         self._balance(usage)
@@ -116,15 +137,13 @@ class Loop:
             names = list(self.ema)
             current = [p.detach() for _, p in self.task.model.named_parameters()]
             torch._foreach_lerp_([self.ema[n] for n in names], current, 1 - decay)
-        return loss.item(), norm, count
+        return loss.detach(), norm, count
 
     def _balance(self, usage: Usage) -> None:
         """Auxiliary-loss-free balancing: experts that get less than their share become easier to choose."""
         for i, counts in usage.counts.items():
-            for name, bias in self.task.model.named_parameters():
-                if name.endswith(f"layers.{i}.mixer.gate.e_score_correction_bias"):
-                    load = counts.float()
-                    bias.data.add_(torch.sign(load.mean() - load), alpha=self.config.balance)
+            load = counts.float()
+            self._biases[i].data.add_(torch.sign(load.mean() - load), alpha=self.config.balance)
 
     def _share(self) -> float:
         """How much of the run is done, in [0, 1]."""
@@ -154,7 +173,7 @@ class Loop:
         )
 
     def save(self) -> None:
-        """Write the state of the run, whole or not at all."""
+        """Write the state of the run, whole or not at all; and what else is to be written as often."""
         state = {
             "model": self.task.model.state_dict(),
             "ema": self.ema,
@@ -165,6 +184,8 @@ class Loop:
         part = self.run_dir / (STATE_FILE + ".part")
         torch.save(state, part)
         part.replace(self.run_dir / STATE_FILE)
+        if self._also is not None:
+            self._also(self.ema)
 
     def _resume(self) -> None:
         state = torch.load(self.run_dir / STATE_FILE, map_location="cpu", weights_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -44,11 +45,12 @@ class Optimizer:
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=config.adam_lr,
             betas=(0.9, 0.98),
+            fused=all(p.device.type == "cuda" for p in self._parameters),
         )
 
-    def step(self, scale: float) -> float:
-        """Clip, update with the learning rates times `scale`, clear the gradients. Returns the gradients' norm."""
-        norm = float(nn.utils.clip_grad_norm_(self._parameters, self._config.clip))
+    def step(self, scale: float) -> Tensor:
+        """Clip, update with the learning rates times `scale`, clear the gradients. Returns their norm, on the device."""
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._config.clip)
         for optimizer, lr in ((self._muon, self._config.muon_lr), (self._adam, self._config.adam_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * scale
@@ -78,19 +80,23 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update."""
+        """One update; matrices of one shape are made orthogonal together."""
         for group in self.param_groups:
+            by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonalize(parameter.grad.lerp(momentum, group["momentum"]))
-                rows, columns = parameter.shape[-2:]
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+                if parameter.grad is not None:
+                    by_shape[tuple(parameter.shape)].append(parameter)
+            for shape, parameters in by_shape.items():
+                gradients = [p.grad for p in parameters if p.grad is not None]
+                for parameter in parameters:
+                    if not self.state[parameter]:
+                        self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+                momenta = [self.state[p]["momentum"] for p in parameters]
+                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+                updates = orthogonalize(torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"])))
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                scale = max(1.0, shape[-2] / shape[-1]) ** 0.5
+                torch._foreach_add_(parameters, list(updates.unbind(0)), alpha=-group["lr"] * scale)
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:

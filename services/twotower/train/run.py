@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from twotower.errors import CheckpointError, ConfigError
 from twotower.model.checkpoint import Checkpoint
@@ -22,23 +23,38 @@ from twotower.model.weights import (
     load_denoiser_tower,
     read_tensors,
     resolve_device,
-    save_checkpoint,
 )
-from twotower.train.bpe import train_tokenizer
-from twotower.train.context import ContextTask
-from twotower.train.corpus import DRILL_SHARE, Source, built_in, from_corpus
-from twotower.train.denoiser import DenoiserTask, weights_hash
+from twotower.train.bpe import VOCAB_SIZE, train_tokenizer, whole_word_tokenizer
+from twotower.train.context import ContextPools, ContextTask
+from twotower.train.corpus import POOL_SIZE, BuiltIn, Source, from_corpus
+from twotower.train.denoiser import BlockPools, DenoiserTask, Masking, weights_hash
+from twotower.train.export import averaged, write_checkpoint, write_sharded
+from twotower.train.families.answers import NumberCheck
+from twotower.train.families.item import Split
+from twotower.train.families.registry import TASKS
 from twotower.train.loop import METRICS_FILE, Loop, LoopConfig, Task
 from twotower.train.plot import can_plot, plot_loss
-from twotower.train.problems import problems
-from twotower.train.start import WORD_PROBLEMS, new_context_tower, new_denoiser_tower
-from twotower.train.story import MAX_NUMBER
+from twotower.train.start import SHAPES, new_context_tower, new_denoiser_tower
 
-TOKENIZER_POOLS = range(1_000_000, 1_000_010)
-"""Pools of the built-in problems that the tokenizer learns from; no run reaches them."""
+TOKENIZER_POOLS = 1_000_000
+"""The first of the pools of built-in tasks that the tokenizer learns from; no run reaches them."""
 
-MAX_NUMBER_IN_WORDS = 50
-"""Up to here the built-in tokenizer keeps numbers whole."""
+STORY_POOLS, SUITE_POOLS = 10, 24
+"""How many."""
+
+STORY_NUMBERS = 50
+"""Up to here the stories' tokenizer keeps numbers whole."""
+
+RAREST = 8
+"""A word of the suite that occurs so often in these pools is one token."""
+
+PIECES = 200
+"""Parts of other words that the suite's tokenizer knows."""
+
+BLOCKS: dict[int, float] = {4: 0.12, 8: 0.2, 16: 0.43, 32: 0.25}
+"""Block sizes that a denoiser of the suite learns, and how many of its batches have them."""
+
+Write = Callable[[Path, dict[str, Any], Mapping[str, Tensor], Path], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,57 +66,86 @@ class TrainConfig:
     run_dir: Path
     """State to resume from, and metrics."""
     corpus: Path | None
-    """The user's own texts (`from_corpus`); None: the built-in problems."""
+    """The user's own texts (`from_corpus`); None: the built-in tasks."""
     rows: int
-    """Texts in a batch."""
+    """Texts of average length in a batch."""
     threads: int
     device: str
     """auto, cpu, cuda or cuda:N."""
     loop: LoopConfig
     init: Path | None = None
     """Checkpoint whose weights to start from, instead of fresh ones."""
-    drill_share: float = DRILL_SHARE
-    """Share of drills among the built-in problems."""
-    max_number: int = MAX_NUMBER
-    """Greatest number in the built-in problems."""
+    tasks: str = "stories"
+    """Which built-in tasks, a name of `TASKS`: decides the model's shape as well."""
+    drill_share: float | None = None
+    """Share of drills among the built-in tasks; None: the tasks' own."""
+    max_number: int | None = None
+    """Greatest number in the built-in problems; None: the tasks' own."""
+    workers: int = 0
+    """Processes that make batches of built-in tasks ahead; 0: none."""
+    pool_size: int = POOL_SIZE
+    """Built-in tasks that are sorted into batches together."""
+    snapshots: bool = False
+    """Write the checkpoint whenever the state is saved, in a file for each tower; else at the end, in one."""
+    blocks: Mapping[int, float] | None = None
+    """Block sizes that a denoiser learns, and their shares; None: the checkpoint's own alone."""
 
 
-def write_corpus(path: Path, split: str, count: int, seed: int) -> None:
-    """Built-in problems as JSONL, in the form a user's own corpus has."""
+def write_corpus(path: Path, split: Split, count: int, seed: int, tasks: str = "stories") -> None:
+    """Built-in tasks as JSONL, in the form a user's own corpus has: of each family in turn."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    chosen = TASKS[tasks]
+    streams = [make(split, seed, chosen.max_number) for make in chosen.families.values()]
     with path.open("w", encoding="utf-8") as file:
-        for p in itertools.islice(problems(split, seed), count):
-            file.write(json.dumps({"prompt": p.question, "completion": "\n" + p.solution, "answer": p.answer}) + "\n")
+        for item in itertools.islice((next(stream) for stream in itertools.cycle(streams)), count):
+            row: dict[str, object] = {"prompt": item.prompt, "completion": "\n" + item.completion, "family": item.family}
+            if isinstance(item.check, NumberCheck):
+                row["answer"] = item.check.answer
+            file.write(json.dumps(row) + "\n")
 
 
-def write_tokenizer(path: Path, corpus: Path | None, vocab_size: int, seed: int) -> None:
-    """Train a tokenizer on the corpus and save it as `tokenizer.json`."""
-    source = built_in(seed, max_number=MAX_NUMBER_IN_WORDS) if corpus is None else from_corpus(corpus, seed)
-    texts = (t.prompt + t.completion for n in (TOKENIZER_POOLS if corpus is None else range(1)) for t in source(n))
+def write_tokenizer(path: Path, corpus: Path | None, vocab_size: int | None, seed: int, tasks: str = "stories") -> None:
+    """Train a tokenizer on the corpus and save it as `tokenizer.json`.
+
+    vocab_size None: `VOCAB_SIZE`, or for the suite as many as its words need.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(texts, vocab_size).save(str(path))
+    suite = corpus is None and tasks == "suite"
+    if corpus is not None:
+        source, pools = from_corpus(corpus, seed), range(1)
+    elif suite:
+        source, pools = BuiltIn(seed, tasks), range(TOKENIZER_POOLS, TOKENIZER_POOLS + SUITE_POOLS)
+    else:
+        source = BuiltIn(seed, tasks, max_number=STORY_NUMBERS)
+        pools = range(TOKENIZER_POOLS, TOKENIZER_POOLS + STORY_POOLS)
+    texts = (t.prompt + t.completion for number in pools for t in source(number))
+    if suite and vocab_size is None:
+        numbers = [number for i in range(TASKS[tasks].max_number + 1) for number in (f" {i}", str(i))]
+        whole_word_tokenizer(texts, pieces=PIECES, rarest=RAREST, words=numbers).save(str(path))
+    else:
+        train_tokenizer(texts, vocab_size or VOCAB_SIZE).save(str(path))
 
 
 def train_context(config: TrainConfig, tokenizer_path: Path, prompt_weight: float = 0.1) -> None:
     """Train a context tower; writes a checkpoint that holds it alone."""
     torch.set_num_threads(config.threads)
     tokenizer = _tokenizer(tokenizer_path)
-    raw = {**WORD_PROBLEMS, "vocab_size": tokenizer.get_vocab_size()}
+    raw = {**SHAPES[config.tasks], "vocab_size": tokenizer.get_vocab_size()}
     model = new_context_tower(ModelConfig.from_dict(raw), config.loop.seed)
     if config.init is not None:
         start = Checkpoint.open(config.init, towers=("context",))
-        model.load_state_dict(load_context_tower(start, torch.float32, torch.device("cpu")).state_dict())
-    model.to(resolve_device(config.device))
-    source = _source(config, config.loop.seed)
-    task = ContextTask(model, source, tokenizer, rows=config.rows, prompt_weight=prompt_weight, bf16=config.loop.bf16)
-    loop = _run(task, config)
-    model.load_state_dict(loop.ema)
-    _write(config.out, raw, {**export_tensors(model, torch.bfloat16)}, tokenizer_path)
+        model.load_state_dict(load_context_tower(start, torch.float32, torch.device("cpu"), kernels="torch").state_dict())
+    model.to(_device(config))
+    pools = ContextPools(_source(config, config.loop.seed), tokenizer, config.rows, prompt_weight)
+    task = ContextTask(model, pools, bf16=config.loop.bf16, workers=_workers(config))
+
+    def write(ema: Mapping[str, Tensor]) -> None:
+        write_checkpoint(config.out, raw, export_tensors(averaged(model, ema), torch.bfloat16), tokenizer_path)
+
+    write(_run(task, config, write).ema)
 
 
-def train_denoiser(
-    config: TrainConfig, context_path: Path, *, all_masked: float = 0.0, own_order: float = 0.0, head_scale: float = 1.0
-) -> None:
+def train_denoiser(config: TrainConfig, context_path: Path, *, masking: Masking | None = None, head_scale: float = 1.0) -> None:
     """Train a denoiser against the frozen context tower of a checkpoint; writes a checkpoint of both towers.
 
     head_scale: what the head's weights are multiplied by at the end. The likeliest tokens stay what they are; below 1,
@@ -108,43 +153,39 @@ def train_denoiser(
     """
     torch.set_num_threads(config.threads)
     checkpoint = Checkpoint.open(context_path, towers=("context",))
-    if checkpoint.tokenizer_path is None:
+    if (tokenizer := checkpoint.tokenizer_path) is None:
         raise CheckpointError(f"{context_path} has no tokenizer.json")
-    device = resolve_device(config.device)
-    context = load_context_tower(checkpoint, torch.float32, device)
+    device = _device(config)
+    context = load_context_tower(checkpoint, torch.float32, device, kernels="torch")
     frozen = weights_hash(context)
     model = new_denoiser_tower(context)
     if config.init is not None:
         start = Checkpoint.open(config.init, towers=("denoiser",))
-        model.load_state_dict(load_denoiser_tower(start, torch.float32, torch.device("cpu")).state_dict())
+        model.load_state_dict(load_denoiser_tower(start, torch.float32, torch.device("cpu"), kernels="torch").state_dict())
     model.to(device)
     # Other problems than the context tower was trained on: the state of a text it knows by heart is no guide.
-    source = _source(config, config.loop.seed + 1)
-    task = DenoiserTask(
-        model,
-        context,
-        source,
-        _tokenizer(checkpoint.tokenizer_path),
-        rows=config.rows,
-        all_masked=all_masked,
-        own_order=own_order,
-        bf16=config.loop.bf16,
-    )
-    loop = _run(task, config)
-    assert weights_hash(context) == frozen, "the context tower changed while the denoiser was trained"
-    model.load_state_dict(loop.ema)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(head_scale)
+    blocks = config.blocks or {checkpoint.config.block_size: 1.0}
+    pools = BlockPools(_source(config, config.loop.seed + 1), _tokenizer(tokenizer), config.rows, blocks)
+    workers = _workers(config)
+    task = DenoiserTask(model, context, pools, masking=masking or Masking(), bf16=config.loop.bf16, workers=workers)
     raw = json.loads((context_path / "config.json").read_text(encoding="utf-8"))
     # The context's tensors are copied, not exported: they are to be the same bits, in whatever dtype they are.
     same = read_tensors(checkpoint, (name for name, _ in context_tensors(checkpoint.config)))
-    tensors = same | export_tensors(model, torch.bfloat16)
-    _write(config.out, raw, tensors, checkpoint.tokenizer_path)
+
+    def write(ema: Mapping[str, Tensor]) -> None:
+        assert weights_hash(context) == frozen, "the context tower changed while the denoiser was trained"
+        best = averaged(model, ema)
+        with torch.no_grad():
+            best.lm_head.weight.mul_(head_scale)
+        form: Write = write_sharded if config.snapshots else write_checkpoint
+        form(config.out, raw, same | export_tensors(best, torch.bfloat16), tokenizer)
+
+    write(_run(task, config, write).ema)
 
 
-def _run(task: Task, config: TrainConfig) -> Loop:
+def _run(task: Task, config: TrainConfig, write: Callable[[Mapping[str, Tensor]], None]) -> Loop:
     """Train to the end; the curve is drawn whether it ends well or not."""
-    loop = Loop(task, config.loop, config.run_dir)
+    loop = Loop(task, config.loop, config.run_dir, write if config.snapshots else None)
     try:
         loop.run()
     finally:
@@ -156,17 +197,22 @@ def _run(task: Task, config: TrainConfig) -> Loop:
 def _source(config: TrainConfig, seed: int) -> Source:
     if config.corpus is not None:
         return from_corpus(config.corpus, seed)
-    return built_in(seed, drill_share=config.drill_share, max_number=config.max_number)
+    return BuiltIn(seed, config.tasks, "train", config.pool_size, config.drill_share, config.max_number)
+
+
+def _workers(config: TrainConfig) -> int:
+    """A user's corpus is in memory; only built-in tasks are made."""
+    return config.workers if config.corpus is None else 0
+
+
+def _device(config: TrainConfig) -> torch.device:
+    device = resolve_device(config.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # the scan's products in tf32: a training's noise is larger
+    return device
 
 
 def _tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
         raise ConfigError(f"tokenizer {path} does not exist")
     return Tokenizer.from_file(str(path))
-
-
-def _write(out: Path, raw: dict[str, Any], tensors: dict[str, torch.Tensor], tokenizer: Path) -> None:
-    save_checkpoint(out, raw, tensors)
-    if tokenizer.resolve() != (out / "tokenizer.json").resolve():
-        shutil.copy(tokenizer, out / "tokenizer.json")
-    Checkpoint.open(out, towers=("context",))

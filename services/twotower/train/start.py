@@ -60,6 +60,17 @@ WORD_PROBLEMS: dict[str, Any] = {
 }
 """`config.json` of the shipped checkpoint, in the published keys."""
 
+SUITE: dict[str, Any] = {
+    **WORD_PROBLEMS,
+    "vocab_size": 2288,
+    "num_hidden_layers": 12,
+    "hybrid_override_pattern": "M*EM*EM*EM*E",
+}
+"""The same for a model of three families: one group of layers more."""
+
+SHAPES: dict[str, dict[str, Any]] = {"stories": WORD_PROBLEMS, "suite": SUITE}
+"""By name of the built-in tasks."""
+
 
 def new_context_tower(config: ModelConfig, seed: int) -> ContextTower:
     """A context tower with fresh fp32 weights."""

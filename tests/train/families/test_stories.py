@@ -9,9 +9,9 @@ from statistics import mean
 import pytest
 from tokenizers import Tokenizer
 
-from twotower.train.answers import final_answer, is_correct, is_degenerate
-from twotower.train.problems import problems, split_of
-from twotower.train.story import MAX_NUMBER, Problem
+from twotower.train.families.answers import final_number, is_correct, is_degenerate
+from twotower.train.families.stories.problems import problems, split_of
+from twotower.train.families.stories.story import MAX_NUMBER, Problem
 
 SUM = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+) [a-z]+\.$")
 
@@ -36,7 +36,7 @@ def test_splits_share_no_question() -> None:
 def test_every_line_is_a_right_sum_and_leads_to_the_answer() -> None:
     for problem in take("train", 2):
         *lines, last = problem.lines
-        assert 2 <= len(lines) <= 5
+        assert 1 <= len(lines) <= 7
         for line in lines:
             found = SUM.search(line)
             assert found is not None, line
@@ -68,7 +68,7 @@ def test_solution_is_a_function_of_the_question() -> None:
 
 
 def test_solutions_are_long_enough_to_measure(full_tokenizer: Tokenizer) -> None:
-    assert mean(len(full_tokenizer.encode(p.solution).ids) for p in take("eval", 0, 300)) >= 64
+    assert mean(len(full_tokenizer.encode(p.solution).ids) for p in take("eval", 0, 300)) >= 48
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_solutions_are_long_enough_to_measure(full_tokenizer: Tokenizer) -> None
         ("", None),
     ],
 )
-def test_final_answer(text: str, answer: int | None) -> None:
-    assert final_answer(text) == answer
+def test_final_number(text: str, answer: int | None) -> None:
+    assert final_number(text) == answer
 
 
 def test_degenerate_text_is_wrong_whatever_it_answers() -> None:

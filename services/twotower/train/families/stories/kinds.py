@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-from twotower.train import words
-from twotower.train.story import Problem, Story
+from twotower.train.families.stories import words
+from twotower.train.families.stories.story import Problem, Story
+
+EVENTS = (1, 1, 2, 2, 3, 3, 4, 4, 5)
+"""How many things happen to an inventory."""
 
 TABLE = (2, 9)
 """Factors of products between given numbers."""
@@ -16,7 +19,7 @@ def inventory(s: Story) -> Problem:
     """Somebody's things, gained and lost."""
     name, other = s.rng.sample(words.NAMES, 2)
     thing, box = s.rng.choice(words.THINGS), s.rng.choice(words.BOXES)
-    events = s.number(3, 4)
+    events = s.rng.choice(EVENTS)
     if s.rng.random() < 0.5:
         a, b = s.number(*TABLE), s.number(*TABLE)
         s.tell(
@@ -27,15 +30,14 @@ def inventory(s: Story) -> Problem:
             )
         )
         have = s.work(f"{name} has {a} {box} of {b} {thing}", a, "*", b, thing)
-        events -= 1
     else:
         have = s.number(3, 40)
         s.tell(s.pick(f"{name} has {have} {thing}.", f"{name} starts with {have} {thing}.", f"{name} owns {have} {thing}."))
     while events > 0:
         day = s.day()
         who = s.pick(f"On {day} {name}", f"On {day} {words.pronoun(name).lower()}")
-        kind = s.pick("gain", "gain", "lose", "lose", "lose", "boxes", "times")
-        if kind == "boxes" and events >= 2:
+        kind = s.pick("gain", "gain", "lose", "lose", "lose", "boxes", "boxes", "times")
+        if kind == "boxes":
             a, b = s.number(*TABLE), s.number(*TABLE)
             s.tell(s.pick(f"{who} buys {a} {box} of {b} {thing}.", f"{who} gets {a} more {box} with {b} {thing} in each."))
             more = s.work(f"on {day} {a} {box} of {b} {thing} come in", a, "*", b, thing)
@@ -47,7 +49,7 @@ def inventory(s: Story) -> Problem:
                 s.pick(f"{who} makes the number of {thing} {a} times as big.", f"{who} ends up with {a} times as many {thing}.")
             )
             have = s.work(f"on {day} {name} has {a} times as many {thing}", have, "*", a, thing)
-        elif kind in ("gain", "boxes"):
+        elif kind == "gain":
             a, verb = s.number(2, 20), s.pick("buys", "finds", "gets", "picks", "wins")
             s.tell(s.pick(f"{who} {verb} {a} more {thing}.", f"{who} {verb} {a} more.", f"{who} {verb} another {a} {thing}."))
             have = s.work(f"on {day} {name} {verb} {a} more {thing}", have, "+", a, thing)
@@ -73,6 +75,8 @@ def inventory(s: Story) -> Problem:
             f"How many {thing} does {name} have in the end?",
             f"How many {thing} are there now?",
             f"How many {thing} does {name} have?",
+            f"How many {thing} does {name} have left?",
+            f"How many {thing} are left?",
         )
     )
 
@@ -164,12 +168,12 @@ def rate(s: Story) -> Problem:
         )
     )
     done = s.work(f"{name} {verb} {a} {things} a {unit} for {days} {unit}s", a, "*", days, things)
-    kind = s.pick("more", "goal", "both", "both")
+    kind = s.pick("plain", "more", "goal", "both", "both")
     if kind in ("more", "both"):
         extra = s.number(2, 20)
         s.tell(s.pick(f"{she} {verb} {extra} more {things} after that.", f"Then {name} {verb} {extra} more {things}."))
         done = s.work(f"{name} {verb} {extra} more {things}", done, "+", extra, things)
-    if kind == "more":
+    if kind in ("more", "plain"):
         return s.ask(s.pick(f"How many {things} is that in all?", f"How many {things} is that altogether?"))
     goal = s.number(done + 1, min(s.max_number, done + 20))
     s.tell(s.pick(f"The goal is {goal} {things}.", f"In all, {goal} {things} are needed."))
@@ -185,7 +189,7 @@ def places(s: Story) -> Problem:
     a, b = s.number(*TABLE), s.number(*TABLE)
     s.tell(s.pick(f"A {place} has {a} {row} of {b} {seat}.", f"There are {a} {row} with {b} {seat} in each in a {place}."))
     left = s.work(f"the {place} has {a} {row} of {b} {seat}", a, "*", b, seat)
-    for _ in range(s.number(2, 3)):
+    for _ in range(s.rng.choice((0, 1, 1, 2, 2, 3, 3))):
         day, add = s.day(), s.rng.random() < 0.35
         n = s.number(2, 20 if add else min(20, left - 1))
         if add:
@@ -203,5 +207,5 @@ def places(s: Story) -> Problem:
     )
 
 
-KINDS: tuple[Callable[[Story], Problem], ...] = (inventory, inventory, comparison, shopping, rate, places)
+KINDS: tuple[Callable[[Story], Problem], ...] = (inventory, inventory, inventory, comparison, shopping, rate, places)
 """Each makes a problem from a fresh story, or raises ImpossibleError."""
