@@ -42,19 +42,17 @@ test: setup  ## All tests that take less than a minute each
 test-slow: setup  ## Tests that take longer: 1,000 streams, kernels compiled for an H200 (if Triton is installed)
 	$(BIN)/python -m pytest -q -m 'slow and not gpu'
 
-MINUTES ?= 0.5
 test-faults: setup  ## Storms: clients leave, processes die or stop; MINUTES=10 each, SCENARIO="leaving kill" (default: all)
-	$(BIN)/python -m tests.faults $(SCENARIO) --minutes $(MINUTES)
+	$(BIN)/python -m tests.faults $(SCENARIO) --minutes $(or $(MINUTES),0.5)
 
 test-gpu: setup  ## All that a CUDA device can check: kernels, towers, graphs, the reference (under three minutes)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	  { echo "there is no CUDA device that torch can use here" >&2; exit 1; }
 	$(BIN)/python -m pytest -q -n 8 --dist load -m 'gpu or device' $(GPU_TESTS)
 
-MINUTES ?= 14
 TRAIN ?=
 train: setup  ## Train both towers anew on math, code and knowledge, into runs/suite; interrupted, it goes on (see docs/training.md)
-	$(BIN)/twotower train all --out runs/suite --run-dir runs/suite-run --minutes $(MINUTES) $(TRAIN)
+	$(BIN)/twotower train all --out runs/suite --run-dir runs/suite-run --minutes $(or $(MINUTES),14) $(TRAIN)
 
 lint: setup proto-check  ## ruff, mypy, and that the stubs are fresh
 	$(BIN)/ruff check .
