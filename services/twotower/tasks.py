@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 AGAIN_S = 0.05
 
@@ -31,3 +38,24 @@ async def until_stopped(stop: asyncio.Event, *tasks: asyncio.Task[Any]) -> None:
             raise RuntimeError(f"{task.get_coro()} ended while the service runs")
     finally:
         await end_tasks(stopping)
+
+
+def end_process(why: str) -> NoReturn:
+    """End this process at once: it cannot go on, and nothing in it can be waited for. Its supervisor starts it again."""
+    log.critical("%s; this process ends", why)
+    logging.shutdown()
+    os._exit(1)
+
+
+def delivered_to(take: Callable[[T], None]) -> Callable[[T], object]:
+    """Calls `take` in the running event loop, from any thread. What is half taken leaves the process wrong: it ends then."""
+    loop = asyncio.get_running_loop()
+
+    def taken(results: T) -> None:
+        try:
+            take(results)
+        except Exception as error:
+            log.error("results of the engine", exc_info=error)
+            end_process("what the engine had delivered could not be taken")
+
+    return lambda results: loop.call_soon_threadsafe(taken, results)

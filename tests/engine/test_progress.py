@@ -59,7 +59,7 @@ def test_a_process_whose_engine_hangs_ends() -> None:
     """Though a thread of it never returns."""
     script = """
 import asyncio, threading
-from twotower.engine.progress import Progress, ends_when_stuck
+from twotower.engine.progress import Progress
 from twotower.engine.thread import EngineThread
 
 async def main():
@@ -70,10 +70,9 @@ async def main():
             threading.Event().wait()
 
     working = asyncio.create_task(thread.run(hang))
-    await progress.watch()
+    await progress.guard()
 
-with ends_when_stuck():
-    asyncio.run(main())
+asyncio.run(main())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1

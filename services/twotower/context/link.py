@@ -45,6 +45,10 @@ class _Transfer:
     session_ids: Sequence[str]
     tensors: Callable[[], Awaitable[Sequence[tuple[Key, Tensor]]]]
     header: Header
+    wanted: Callable[[], bool] = lambda: True
+    """Whether anybody still waits for it."""
+    sent: Callable[[], None] = lambda: None
+    """Called once, when the tensors are of no use here any more."""
 
 
 class WorkerLink:
@@ -93,7 +97,9 @@ class WorkerLink:
                 state.tensors.CopyFrom(placed)
             return link_pb2.ContextMessage(state=state)
 
-        self._put(_Transfer("send state", [live.id], tensors, header))
+        ref = _ref(live)
+        wanted, sent = lambda: self.holds(ref) is not None, self._sessions.copy_sent
+        self._put(_Transfer("send state", [live.id], tensors, header, wanted, sent))
 
     def send_committed(self, deltas: DeltaBatch, rows: Sequence[tuple[int, LiveSession, int]]) -> None:
         """What a commit made of this worker's blocks: rows of `deltas`, with their sessions and the lengths of their states."""
@@ -116,8 +122,13 @@ class WorkerLink:
     def _put(self, item: _Transfer) -> None:
         if self._says_arrived:
             self._on_way += 1
-            self._sessions.sent(1)
+            self._sessions.on_way(1)
         self._outgoing.put_nowait(item)
+
+    def _has_arrived(self) -> None:
+        if self._on_way:
+            self._on_way -= 1
+            self._sessions.on_way(-1)
 
     def holds(self, ref: link_pb2.SessionRef) -> LiveSession | None:
         """The session, if the worker holds it under that lease; a message about any other is dropped."""
@@ -142,9 +153,13 @@ class WorkerLink:
             raise
         finally:
             self._sessions.lost(self, why)
-            self._sessions.sent(-self._on_way)
+            self._sessions.on_way(-self._on_way)
             self._says_arrived, self._on_way = False, 0
             await end_tasks(*tasks)
+            while not self._outgoing.empty():
+                item = self._outgoing.get_nowait()
+                if isinstance(item, _Transfer):
+                    item.sent()
 
     async def _read(self, read: Read) -> None:
         while (message := await read()) is not None:
@@ -159,9 +174,7 @@ class WorkerLink:
                     for detached in message.detach.sessions:
                         self._sessions.detached(self, detached)
                 case "arrived":
-                    if self._on_way:
-                        self._on_way -= 1
-                        self._sessions.sent(-1)
+                    self._has_arrived()
                 case "alive":
                     pass
                 case other:
@@ -173,10 +186,15 @@ class WorkerLink:
             if isinstance(item, link_pb2.ContextMessage):
                 await write(item)
                 continue
+            if not item.wanted():
+                item.sent()
+                self._has_arrived()
+                continue
             spans = [transfer(self._tracer, item.name, session_id) for session_id in item.session_ids]
             try:
                 await self._outlet.send(await item.tensors(), item.header, write)
             finally:
+                item.sent()
                 for span in spans:
                     span.end()
 

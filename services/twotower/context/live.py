@@ -65,6 +65,10 @@ class LiveSession:
         """When it was last queued, by the event loop's clock."""
         self.link: WorkerLink | None = None
         """The worker that holds it."""
+        self.has_state = False
+        """A copy of the state has been sent to it; deltas may follow."""
+        self.missing: EntryId | None = None
+        """The entry, if it was not in the queue when it was last looked for."""
         self.writing = False
         """That worker writes its next block."""
         self.paused = False

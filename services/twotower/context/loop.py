@@ -20,6 +20,7 @@ from twotower.context.messages import (
     Committed,
     ContextEntry,
     ContextResult,
+    CopySent,
     CopyState,
     OpenSession,
     PrefixLoaded,
@@ -48,6 +49,8 @@ from twotower.wire.state import state_tensors
 log = logging.getLogger(__name__)
 
 FAILED = "the context tower failed on this request"
+MAX_COPIES = 4
+"""Copied states that may wait to be sent: each takes as much memory as a session."""
 
 
 class ContextLoop:
@@ -84,6 +87,8 @@ class ContextLoop:
         self._isolation: Isolation[ContextResident] = Isolation("forward of the context tower", lambda resident: resident.name)
         self._ahead: Plan[ContextResident] = Plan()
         """What the next iteration would run; made anew whenever something has come or gone."""
+        self._copies = 0
+        """Copied states that have not been sent."""
         self._stopped = False
 
     def run(self) -> None:
@@ -101,10 +106,11 @@ class ContextLoop:
             self._receive(patience)
             return
         self._pacing.begin()
-        self._receive(0)
-        self._run(self._ahead)
-        self._ahead = self._plan()
-        self._receive(0)
+        with self._progress.forward():
+            self._receive(0)
+            self._run(self._ahead)
+            self._ahead = self._plan()
+            self._receive(0)
         self._pacing.end(self._load())
 
     @property
@@ -120,6 +126,8 @@ class ContextLoop:
             match entry:
                 case None:
                     self._stopped = True
+                case CopySent():
+                    self._copies -= 1
                 case OpenSession():
                     self._open(entry)
                 case CloseSession(session_id):
@@ -138,9 +146,9 @@ class ContextLoop:
                     resident.awaits_prefix = False
                     if snapshot is not None:
                         self._prefixes.restore(resident.session, resident.borders, CachedPrefix(chunks, snapshot))
-        self._admit()
+        admitted = self._admit()
         self._copy_states()
-        if entries:
+        if entries or admitted:
             self._ahead = self._plan()
 
     def _open(self, entry: OpenSession) -> None:
@@ -159,8 +167,11 @@ class ContextLoop:
     def _fits(self, entry: OpenSession) -> bool:
         return self._pool.fits(ContextResident.room_of(entry))
 
-    def _admit(self) -> None:
+    def _admit(self) -> bool:
+        """Give memory to those who wait and fit; whether anybody did."""
+        admitted = False
         for entry in self._waiting.admit(self._fits):
+            admitted = True
             state = self._pool.acquire(ContextResident.room_of(entry))
             session = self._engine.open(entry.session_id, entry.tokens, entry.params, entry.generated, state)
             borders, met = self._prefixes.begin(session)
@@ -170,15 +181,25 @@ class ContextLoop:
             elif borders.links and self._prefixes.shared:
                 resident.awaits_prefix = True
                 self._deliver([PrefixWanted(session.id, borders.links)])
+        return admitted
 
     def _copy_states(self) -> None:
-        for resident in self._residents.values():
-            if resident.copy_for is not None and resident.settled:
+        for resident in list(self._residents.values()):
+            if self._copies >= MAX_COPIES:
+                return
+            if resident.copy_for is None or not resident.settled:
+                continue
+            state, lease = resident.session.state, resident.copy_for
+            try:
                 with torch.inference_mode():
-                    state, rates = resident.session.state, self._engine.decay_rates
-                    snapshot = {key: tensor.clone() for key, tensor in state_tensors(state, rates)}
-                lease, resident.copy_for = resident.copy_for, None
-                self._deliver([StateCopied(resident.name, lease, state.length, snapshot)])
+                    snapshot = {key: tensor.clone() for key, tensor in state_tensors(state, self._engine.decay_rates)}
+            except Exception as error:  # out of memory: the session goes on where there is some
+                log.error("the state of session %s could not be copied", resident.name, exc_info=error)
+                self._end([(resident, error)])
+                continue
+            resident.copy_for = None
+            self._copies += 1
+            self._deliver([StateCopied(resident.name, lease, state.length, snapshot)])
 
     # plan
 
@@ -207,7 +228,7 @@ class ContextLoop:
         """A block of each, all of one size."""
         self._announce([resident for resident in residents if len(resident.session.blocks) == 1])
         sessions = [resident.session for resident in residents]
-        with self._progress.forward(), self._span("commit", batch=len(sessions)):
+        with self._span("commit", batch=len(sessions)):
             deltas = self._engine.commit_together([(session, session.blocks[0]) for session in sessions])
         for session in sessions:
             session.blocks.popleft()
@@ -215,7 +236,7 @@ class ContextLoop:
 
     def _decode(self, residents: Sequence[ContextResident]) -> None:
         try:
-            with self._progress.forward(), self._span("decode", batch=len(residents)):
+            with self._span("decode", batch=len(residents)):
                 drawn = self._engine.decode([resident.session for resident in residents])
         except Exception as error:
             self._lost(residents, error)
@@ -224,6 +245,7 @@ class ContextLoop:
         results: list[ContextResult] = []
         for resident, token in zip(residents, drawn, strict=True):
             self._residents[resident.name] = self._residents.pop(resident.name)  # those who did not run are next
+            resident.alone = resident.alone and len(residents) > 1
             if isinstance(token, int):
                 resident.session.emit([token])
                 results.append(TokenDecoded(resident.name, token, resident.session.logprobs))
@@ -236,14 +258,18 @@ class ContextLoop:
         self._announce([r for r, tokens in chunks if tokens == r.prefill_left and not r.session.blocks])
         tokens = sum(count for _, count in chunks)
         try:
-            with self._progress.forward(), self._span("prefill", tokens=tokens, batch=len(chunks)):
+            with self._span("prefill", tokens=tokens, batch=len(chunks)):
                 self._engine.read([(resident.session, count) for resident, count in chunks])
         except Exception as error:
             self._lost([resident for resident, _ in chunks], error)
             return
         self._isolation.clear()
         for resident, _ in chunks:
-            self._prefixes.keep(resident.session, resident.borders)
+            resident.alone = resident.alone and resident.session.prefill_left > 0
+            try:
+                self._prefixes.keep(resident.session, resident.borders)
+            except Exception as error:  # out of memory: the state is not kept, and that is all
+                log.warning("a state could not be kept in the prefix cache: %s", error)
 
     def _lost(self, residents: Sequence[ContextResident], error: Exception) -> None:
         """A forward that changes states as it goes has failed: each session begins again, alone; failing alone, it ends."""

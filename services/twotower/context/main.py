@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -17,13 +17,14 @@ from twotower.broker.ready_queue import ReadyQueue
 from twotower.broker.registry import Registry, Replica
 from twotower.context.config import ContextConfig
 from twotower.context.loop import ContextLoop
+from twotower.context.messages import ContextResult
 from twotower.context.prefixes import PrefixCache
 from twotower.context.service import ContextService
 from twotower.context.sessions import Sessions
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.graphs import batch_buckets, token_buckets
 from twotower.engine.pacing import ContextPacing, Outbound, Pacing
-from twotower.engine.progress import Progress, ends_when_stuck
+from twotower.engine.progress import Progress
 from twotower.engine.thread import EngineThread
 from twotower.engine.turns import Turns
 from twotower.garbage import spare_what_is_loaded
@@ -42,7 +43,7 @@ from twotower.rpc.address import check_port
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
 from twotower.sizes import parse_bytes
-from twotower.tasks import end_tasks, until_stopped
+from twotower.tasks import delivered_to, end_tasks, until_stopped
 from twotower.tracing.recorder import recording
 from twotower.transport.config import TransportConfig
 from twotower.transport.ends import ContextTransports
@@ -54,11 +55,6 @@ SERVICE_NAME = context_pb2.DESCRIPTOR.services_by_name["ContextTower"].full_name
 
 async def run(config: ContextConfig) -> None:
     """Serve until SIGTERM, then drain. Raises CheckpointError, ConfigError, BrokerUnavailable before it serves."""
-    with ends_when_stuck():
-        await _run(config)
-
-
-async def _run(config: ContextConfig) -> None:
     stop = stop_requested()
     checkpoint = Checkpoint.open_shared(
         config.checkpoint, ("context",), context_experts=config.experts, revision=config.revision
@@ -82,12 +78,16 @@ async def _run(config: ContextConfig) -> None:
         queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
         async with _prefixes(config, checkpoint, engine) as prefixes:
             with recording(config.trace, f"context-{os.getpid()}") as tracer:
-                event_loop, progress, outbound = asyncio.get_running_loop(), Progress(config.stall_s), Outbound()
+                progress, outbound = Progress(config.stall_s), Outbound()
+
+                def take(results: Sequence[ContextResult]) -> None:
+                    sessions.take(results)
+
                 loop = ContextLoop(
                     engine,
                     pool,
                     prefixes,
-                    lambda results: event_loop.call_soon_threadsafe(sessions.take, results),
+                    delivered_to(take),
                     chunk=config.prefill_chunk,
                     budget=config.prefill_budget,
                     max_waiting=config.max_waiting,
@@ -96,16 +96,17 @@ async def _run(config: ContextConfig) -> None:
                     outbound=outbound,
                     tracer=tracer,
                 )
-                sessions = Sessions(loop, queue, prefixes.redis)
+                sessions: Sessions = Sessions(loop, queue, prefixes.redis)
                 transports = ContextTransports(TransportConfig.of(config.transport), config.host, tower.device)
                 service = ContextService(checkpoint, sessions, pool, transports, tracer, config.silence_s, paced=turns.shared)
-                working = asyncio.create_task(thread.run(loop.run))
+                working, guarding = asyncio.create_task(thread.run(loop.run)), asyncio.create_task(progress.guard())
                 try:
-                    await _serve(config, service, pool, prefixes, registry, stop, working, progress)
+                    await _serve(config, service, pool, prefixes, registry, stop, working)
                 finally:
                     loop.inbox.put(None)
                     transports.close()
                 await working
+                await end_tasks(guarding)
                 log.info("drained: %d slots and %d pages in use", pool.used_slots, pool.used_pages)
     finally:
         thread.close()
@@ -121,7 +122,6 @@ async def _serve(
     registry: Registry,
     stop: asyncio.Event,
     working: asyncio.Task[None],
-    progress: Progress,
 ) -> None:
     server, sessions = RpcServer(config.host, config.port), service.sessions
     context_pb2_grpc.add_ContextTowerServicer_to_server(service, server.server)
@@ -143,7 +143,7 @@ async def _serve(
         )
 
     await registry.announce(describe())
-    watching = sessions.watch_queue(), heartbeat(registry, describe), progress.watch(), server.watch()
+    watching = sessions.watch_queue(), heartbeat(registry, describe), server.watch()
     tasks = [asyncio.create_task(work) for work in watching]
     await server.set_serving(True)
     spare_what_is_loaded()
@@ -158,8 +158,9 @@ async def _serve(
         await server.set_serving(False)
         with contextlib.suppress(Exception):
             await registry.withdraw(describe())
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(sessions.empty.wait(), drain_s)
+        emptied = asyncio.create_task(sessions.empty.wait())
+        await asyncio.wait((emptied, working), timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
+        await end_tasks(emptied)
         await server.stop(0.5 if drain_s else 0.0)
         await end_tasks(*tasks)
 

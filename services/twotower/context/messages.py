@@ -72,7 +72,12 @@ class PrefixLoaded:
     """None: nothing."""
 
 
-ContextEntry = OpenSession | CloseSession | CommitBlocks | CopyState | SetPaused | PrefixLoaded
+@dataclass(frozen=True, slots=True)
+class CopySent:
+    """A copied state is on its way to its worker, or of no use any more: its memory is free."""
+
+
+ContextEntry = CopySent | OpenSession | CloseSession | CommitBlocks | CopyState | SetPaused | PrefixLoaded
 
 
 @dataclass(frozen=True, slots=True)

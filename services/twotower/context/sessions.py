@@ -21,6 +21,7 @@ from twotower.context.messages import (
     CommitBlocks,
     Committed,
     ContextResult,
+    CopySent,
     CopyState,
     OpenSession,
     PrefixLoaded,
@@ -142,23 +143,33 @@ class Sessions:
         else:
             self._failed(live, detached.detail or "the denoiser failed on it")
 
-    def sent(self, transfers: int) -> None:
-        """So many transfers more are on their way; less, when negative: they have arrived, or are lost."""
+    def copy_sent(self) -> None:
+        """A copied state needs its memory no more."""
+        self._loop.inbox.put(CopySent())
+
+    def on_way(self, transfers: int) -> None:
+        """More transfers are on their way; fewer, where negative: they have arrived, or are lost."""
         self._loop.outbound.on_way += transfers
 
     def lost(self, link: WorkerLink, why: str) -> None:
         """A worker has gone: its sessions go on elsewhere, from their last committed blocks."""
         for live in list(link.held.values()):
+            suspect = live.writing  # whose block it was at; others had no part in its end
             self._forget(live)
-            self._failed(live, why)
+            if suspect:
+                self._failed(live, why)
+            elif not live.over and not live.paused:
+                self._enqueue(live)
 
     # The loop
 
     def take(self, results: Sequence[ContextResult]) -> None:
         """What the loop has delivered."""
-        for result in results:
-            self._take(result)
-        self._loop.outbound.taken += 1
+        try:
+            for result in results:
+                self._take(result)
+        finally:
+            self._loop.outbound.taken += 1
 
     def _take(self, result: ContextResult) -> None:
         if isinstance(result, Committed):
@@ -167,18 +178,25 @@ class Sessions:
             if self._redis is not None:
                 self._redis.store_later(result.links, len(result.links), result.snapshot)
         elif (live := self._sessions.get(result.session_id)) is None:
-            return  # it is over; the loop will hear, or has heard
+            if isinstance(result, StateCopied):
+                self.copy_sent()
+            # It is over; the loop will hear, or has heard.
         elif isinstance(result, StateSoonReady):
             if not live.ar:
                 self._enqueue(live)
         elif isinstance(result, TokenDecoded):
             live.emit([result.token], 1, result.logprobs)
-            if live.paused:
+            if live.over:
+                self.end(live)
+            elif live.paused:
                 self._loop.inbox.put(SetPaused(live.id, True))
         elif isinstance(result, StateCopied):
             if live.link is not None and live.lease == result.lease:
                 self._set_writing(live, True)
+                live.has_state = True
                 live.link.send_state(live, result)
+            else:
+                self.copy_sent()
         elif isinstance(result, PrefixWanted):
             self._start(self._load_prefix(result))
         elif isinstance(result, SessionFailed):
@@ -190,7 +208,7 @@ class Sessions:
         rows: dict[WorkerLink, list[tuple[int, LiveSession, int]]] = defaultdict(list)
         for row, (session_id, length) in enumerate(zip(result.session_ids, result.lengths, strict=True)):
             live = self._sessions.get(session_id)
-            if live is None or live.link is None:
+            if live is None or live.link is None or not live.has_state:  # a copy of the whole state is still to come
                 continue
             if live.paused:  # a client that does not read must not keep a worker's slot
                 self._let_go(live, link_pb2.END_REASON_PAUSED)
@@ -204,6 +222,7 @@ class Sessions:
 
     def _forget(self, live: LiveSession) -> None:
         self._set_writing(live, False)
+        live.has_state = False
         if live.link is not None:
             live.link.held.pop(live.id, None)
             live.link = None
@@ -255,6 +274,10 @@ class Sessions:
                     return
                 await asyncio.sleep(BROKER_RETRY_S)
                 continue
+            except Exception as error:
+                log.error("session %s could not be queued", live.id, exc_info=error)
+                self._failed(live, "it could not be queued")
+                return
             if live.over or live.lease != lease:
                 await self._remove(entry)
             elif live.link is None:  # else a worker was faster than Redis' answer, and takes it off
@@ -285,7 +308,11 @@ class Sessions:
                     there = await self._queue.contains(entry)
                 except BrokerUnavailable:
                     break  # the heartbeat logs it; the next round tries again
-                if not there and live.entry_id == entry and not live.over:
+                if live.entry_id != entry or live.over:
+                    continue
+                if there or live.missing != entry:  # a worker may just have taken it off, and be about to ask for the session
+                    live.missing = None if there else entry
+                else:
                     live.entry_id = None
                     self._failed(live, "its entry was lost from the queue")
 

@@ -139,11 +139,15 @@ class ContextLink:
         inlet = self._worker.transports.attach(first.welcome.transport, self._address)
         self._says_arrived = first.welcome.say_arrived
         alive = asyncio.create_task(self._say_alive(first.welcome.silence_s / 4))
-        sending = asyncio.create_task(self._send(call))
+        sending, receiving = asyncio.create_task(self._send(call)), asyncio.create_task(self._receive(call, inlet))
         try:
-            await self._receive(call, inlet)
+            # Whatever fails ends the link; that nothing more is to be sent does not.
+            done, _ = await asyncio.wait((alive, sending, receiving), return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
         finally:
-            await end_tasks(alive, sending)
+            self.closed = True
+            await end_tasks(alive, sending, receiving)
             await inlet.close()
 
     async def _send(self, call: Any) -> None:

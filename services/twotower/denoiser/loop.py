@@ -96,8 +96,9 @@ class DenoiserLoop:
             self._receive(patience)
             return
         self._pacing.begin()
-        self._receive(0)
-        self._run()
+        with self._progress.forward():
+            self._receive(0)
+            self._run()
         self._pacing.end(self._load())
 
     # receive
@@ -181,7 +182,7 @@ class DenoiserLoop:
                 resident.block = self.engine.start(resident.params, resident.state, generated)
 
     def _step(self, residents: Sequence[DenoiserResident]) -> None:
-        with self._progress.forward(), self.tracer.start_as_current_span("step", attributes={"batch": len(residents)}):
+        with self.tracer.start_as_current_span("step", attributes={"batch": len(residents)}):
             self.engine.step([resident.block for resident in residents if resident.block is not None])
 
     def _hand_in(self, worked: Sequence[DenoiserResident]) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import socket
+from collections.abc import Sequence
 
 from twotower.broker.connection import connect
 from twotower.broker.heartbeat import heartbeat
@@ -14,11 +15,12 @@ from twotower.broker.ready_queue import ReadyQueue
 from twotower.broker.registry import Registry, Replica
 from twotower.denoiser.config import DenoiserConfig
 from twotower.denoiser.loop import DenoiserLoop
+from twotower.denoiser.messages import DenoiserResult
 from twotower.denoiser.worker import Worker
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.graphs import batch_buckets, token_buckets
 from twotower.engine.pacing import Pacing, SharedPacing
-from twotower.engine.progress import Progress, ends_when_stuck
+from twotower.engine.progress import Progress
 from twotower.engine.thread import EngineThread
 from twotower.engine.turns import Turns
 from twotower.garbage import spare_what_is_loaded
@@ -31,7 +33,7 @@ from twotower.model.weights import load_denoiser_tower, resolve_device, resolve_
 from twotower.request import GenerationParams
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
-from twotower.tasks import end_tasks, until_stopped
+from twotower.tasks import delivered_to, end_tasks, until_stopped
 from twotower.tracing.recorder import recording
 from twotower.transport.config import TransportConfig
 from twotower.transport.ends import WorkerTransports
@@ -41,11 +43,6 @@ log = logging.getLogger(__name__)
 
 async def run(config: DenoiserConfig) -> None:
     """Work until SIGTERM, then hand sessions back. Raises CheckpointError, ConfigError, BrokerUnavailable before it works."""
-    with ends_when_stuck():
-        await _run(config)
-
-
-async def _run(config: DenoiserConfig) -> None:
     stop = stop_requested()
     checkpoint = Checkpoint.open_shared(
         config.checkpoint, ("denoiser",), context_experts=config.context_experts, revision=config.revision
@@ -69,24 +66,29 @@ async def _run(config: DenoiserConfig) -> None:
         queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
         worker_id = f"{socket.gethostname()}-{os.getpid()}"
         with recording(config.trace, f"denoiser-{os.getpid()}") as tracer:
-            event_loop, progress = asyncio.get_running_loop(), Progress(config.stall_s)
+            progress = Progress(config.stall_s)
+
+            def take(results: Sequence[DenoiserResult]) -> None:
+                worker.take(results)
+
             loop = DenoiserLoop(
                 engine,
                 pool,
-                lambda results: event_loop.call_soon_threadsafe(worker.take, results),
+                delivered_to(take),
                 progress=progress,
                 pacing=SharedPacing(turns) if turns.shared else Pacing(),
                 tracer=tracer,
             )
             transports = WorkerTransports(TransportConfig.of(config.transport), tower.device)
-            worker = Worker(checkpoint, loop, queue, worker_id, pool, transports, progress, tracer)
-            working = asyncio.create_task(thread.run(loop.run))
+            worker: Worker = Worker(checkpoint, loop, queue, worker_id, pool, transports, progress, tracer)
+            working, guarding = asyncio.create_task(thread.run(loop.run)), asyncio.create_task(progress.guard())
             try:
-                await _work(config, checkpoint, worker, registry, stop, working, progress)
+                await _work(config, checkpoint, worker, registry, stop, working)
             finally:
                 loop.inbox.put(None)
                 transports.close()
             await working
+            await end_tasks(guarding)
             log.info("drained: %d slots and %d pages in use", pool.used_slots, pool.used_pages)
     finally:
         thread.close()
@@ -101,7 +103,6 @@ async def _work(
     registry: Registry,
     stop: asyncio.Event,
     working: asyncio.Task[None],
-    progress: Progress,
 ) -> None:
     server = RpcServer(config.host, config.port)
     await server.start([])
@@ -118,8 +119,7 @@ async def _work(
 
     await registry.announce(describe())
     pulling, *others = (
-        asyncio.create_task(work)
-        for work in (worker.pull(), worker.flush(), heartbeat(registry, describe), progress.watch(), server.watch())
+        asyncio.create_task(work) for work in (worker.pull(), worker.flush(), heartbeat(registry, describe), server.watch())
     )
     await server.set_serving(True)
     spare_what_is_loaded()

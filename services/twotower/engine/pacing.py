@@ -127,6 +127,7 @@ class ContextPacing(SharedPacing):
     def patience(self, load: Load) -> float | None:
         """See `Pacing`, and merging above."""
         if load.idle:
+            self._merging = self._gathering = None
             self._give()
             return None
         if load.prompts and not load.commits and not load.others and self._began is None:

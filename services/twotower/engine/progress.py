@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from twotower.errors import EngineStuck
-
-log = logging.getLogger(__name__)
+from twotower.tasks import end_process
 
 FACTOR = 20.0
 """How much longer than the longest forward seen one may take."""
 LOOK_S = 0.25
-
-
-@contextmanager
-def ends_when_stuck() -> Iterator[None]:
-    """Around a process's work: on EngineStuck the process ends here and now.
-
-    The thread that hangs cannot be ended, and would be waited for. With the process go its connections, and so its sessions.
-    """
-    try:
-        yield
-    except EngineStuck as error:
-        log.critical("%s; this process ends", error)
-        logging.shutdown()
-        os._exit(1)
 
 
 class Progress:
@@ -69,3 +52,13 @@ class Progress:
             await asyncio.sleep(LOOK_S)
             if self.overdue_s:
                 raise EngineStuck(f"a forward has not returned for {self._clock() - (self._since or 0.0):.0f} s")
+
+    async def guard(self) -> None:
+        """Until cancelled; the process ends when a forward is overdue, whatever else it is at.
+
+        The thread that hangs cannot be ended, and would be waited for. With the process go its links, and so its sessions.
+        """
+        try:
+            await self.watch()
+        except EngineStuck as error:
+            end_process(str(error))

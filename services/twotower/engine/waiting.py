@@ -30,7 +30,11 @@ class WaitingLine(Generic[T]):
 
     def leave(self, name: str) -> T | None:
         """Leave the line; returns the item, or None if it is not here."""
-        return self._items.pop(name, None)
+        item = self._items.pop(name, None)
+        if len(self._line) > 2 * len(self._items) + 16:  # those who left behind one who does not fit
+            self._line = [place for place in self._line if place[2] in self._items]
+            heapq.heapify(self._line)
+        return item
 
     def admit(self, fits: Callable[[T], bool]) -> Iterator[T]:
         """Take items off the front while they fit; each is yielded, to be admitted, before the next one is asked about."""

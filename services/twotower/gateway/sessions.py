@@ -24,7 +24,12 @@ log = logging.getLogger(__name__)
 SessionEvent = context_pb2.SessionBlock | FinishReason
 
 MAX_FAILURES = 4
-"""Failures in a row, without a block between them, that end a request; the contexts count on from these."""
+"""Failures of the request in a row, without a block between them, that end it; the contexts count on from these."""
+MAX_LOSSES = 20
+"""As `MAX_FAILURES`, for contexts that were lost for whatever reason."""
+QUICK_S = 1.0
+"""A context that is lost so soon after it was given a request may have been lost to the request; one that is lost later, or
+that was never reached, was not."""
 BACKOFF_S = 0.1
 
 LOST_CODES = frozenset(
@@ -45,6 +50,11 @@ class Job:
 
 class _LostError(Exception):
     """The session ended with its context; it can go on elsewhere."""
+
+    def __init__(self, why: str, *, suspect: bool = True) -> None:
+        """suspect: whether the request may be the reason."""
+        super().__init__(why)
+        self.suspect = suspect
 
 
 class SessionStream:
@@ -73,7 +83,9 @@ class SessionStream:
         self._on_reopen = on_reopen
         self._emitted: list[int] = []
         self._failures = 0
-        """Since the last block."""
+        """Since the last block,"""
+        self._losses = 0
+        """and contexts that were lost since then, whatever the reason."""
         self._full: set[ContextReplica] = set()
 
     async def events(self) -> AsyncGenerator[SessionEvent, None]:
@@ -102,7 +114,8 @@ class SessionStream:
                     continue
                 log.info("request %s: %s; trying another context", self._job.request_id, error)
             except _LostError as lost:
-                self._failures += 1
+                self._failures += lost.suspect
+                self._losses += 1
                 self._full.clear()  # that was when the session was opened
                 if (reason := self._complete()) is not None:  # only the word that it is over was lost
                     yield reason
@@ -110,10 +123,12 @@ class SessionStream:
                 if self._failures >= MAX_FAILURES:
                     times = f"{self._failures} times without a block between"
                     raise RequestFailed(f"the request failed {times}; the last time: {lost}") from None
+                if self._losses >= MAX_LOSSES:
+                    raise Unavailable(f"{self._losses} contexts were lost one after the other; the last time: {lost}") from None
                 log.warning("request %s: context %s was lost (%s)", self._job.request_id, replica.address, lost)
                 self._on_reopen()
                 give_up = clock() + self._wait_s
-                await self._sleep(BACKOFF_S * 2 ** (self._failures - 1))
+                await self._sleep(BACKOFF_S * 2 ** min(self._losses - 1, 4))
 
     async def _replica(self) -> ContextReplica:
         clock = asyncio.get_running_loop().time
@@ -148,6 +163,7 @@ class SessionStream:
         )
         timeout = None if self._deadline is None else max(0.0, self._deadline - asyncio.get_running_loop().time())
         replica.in_flight += 1
+        opened = asyncio.get_running_loop().time()
         call = replica.stub.Open(request, timeout=timeout)
         finish: FinishReason | None = None
         try:
@@ -156,22 +172,24 @@ class SessionStream:
                     finish = FINISH_FROM_PB.get(event.end.finish_reason, FinishReason.LENGTH)
                 else:
                     self._emitted.extend(event.block.token_ids)
-                    self._failures = 0
+                    self._failures = self._losses = 0
                     yield event.block
         except grpc.aio.AioRpcError as rpc:
             if finish is None:
-                raise self._judge(replica, rpc) from None
+                raise self._judge(replica, rpc, asyncio.get_running_loop().time() - opened) from None
         finally:
             replica.in_flight -= 1
             call.cancel()
         if finish is not None:  # told when the call is over: cancelled while it ends, it would log an error in the context
             yield finish
 
-    def _judge(self, replica: ContextReplica, rpc: grpc.aio.AioRpcError) -> TwoTowerError | _LostError:
+    def _judge(self, replica: ContextReplica, rpc: grpc.aio.AioRpcError, held_s: float) -> TwoTowerError | _LostError:
+        """What the end of a call means, `held_s` after it began."""
         error = error_from_rpc(rpc)
         if not raised_by_peer(rpc) and rpc.code() in LOST_CODES:
             replica.lose()
-            return _LostError(str(error))
+            reached = "failed to connect" not in str(rpc.details())
+            return _LostError(str(error), suspect=reached and held_s < QUICK_S)
         # Redis is the same for all; and whoever drains has not tried.
         if isinstance(error, Unavailable) and not isinstance(error, BrokerUnavailable | Draining):
             self._pool.pass_over(replica)

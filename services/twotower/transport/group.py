@@ -162,8 +162,9 @@ class Group:
             self._channel = cast(Channel, dist.ProcessGroupGloo(store, meeting.rank, 2, gloo))
 
     def _wait(self, move: Callable[[Channel], dist.Work]) -> None:
-        if self._channel is None:
+        channel = self._channel
+        if channel is None:
             raise RuntimeError("it is closed")
-        move(self._channel).wait(self._timeout)
+        move(channel).wait(self._timeout)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # NCCL's wait is the stream's, not ours
