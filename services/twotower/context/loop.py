@@ -49,7 +49,7 @@ from twotower.wire.state import state_tensors
 log = logging.getLogger(__name__)
 
 FAILED = "the context tower failed on this request"
-MAX_COPIES = 4
+MAX_COPIES = 16
 """Copied states that may wait to be sent: each takes as much memory as a session."""
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from twotower.engine.turns import Turns
 
 MERGE_S = 0.5
-GATHER_S = 0.004
+GATHER_S = 0.003
 ARRIVE_S = 0.1
 CREDIT_S = 1.0
 POLL_S = 0.0002
