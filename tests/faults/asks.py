@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from twotower.train.problems import problems
+from twotower.train.families.stories.problems import problems
 
 MAX_TOKENS = 96
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import write_sharded_checkpoint, write_tiny_checkpoint
+from twotower.cli.options import DEFAULT_CHECKPOINT
 from twotower.errors import CheckpointError, ConfigError
 from twotower.model.checkpoint import Checkpoint
 
@@ -120,6 +121,11 @@ def test_a_single_file_without_a_hash_is_not_shared_either(tmp_path: Path) -> No
     save_file(load_file(file), file)
     with pytest.raises(ConfigError, match="revision"):
         Checkpoint.open_shared(tmp_path, context_experts="auto", revision=None)
+
+
+def test_the_checkpoint_that_ships_says_what_it_holds() -> None:
+    """So that separate services serve it without a revision."""
+    assert Checkpoint.open_shared(DEFAULT_CHECKPOINT, context_experts="auto", revision=None).unsure is None
 
 
 def test_a_missing_shard_makes_the_identity_unsure_unless_the_index_or_a_revision_speaks_for_it(tmp_path: Path) -> None:
