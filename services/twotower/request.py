@@ -121,7 +121,7 @@ def check_request(prompt: Sequence[int], params: GenerationParams, limits: Model
     if params.mode is Mode.DIFFUSION and params.block_size > usable:
         raise InvalidArgument(
             "block_size",
-            f"must be at most {usable} with max_tokens {params.max_tokens}: nobody would see the rest of the block",
+            f"must be at most {usable} with max_tokens {params.max_tokens}: the rest of the block would be cut off",
         )
     if params.steps < 1:
         raise InvalidArgument("steps", f"must be at least 1, not {params.steps}")

@@ -83,6 +83,26 @@ async def test_a_drain_without_sessions_is_over_at_once(stack: Towers) -> None:
         await worker.worker.drain(60)
 
 
+async def test_a_drain_does_not_wait_for_an_engine_that_has_ended(stack: Towers) -> None:
+    """Its sessions never get to a block border; their context gives them to others."""
+    worker = stack.start_worker()
+    worker.slow_down()
+    call: Any = stack.open([5, 6, 7], dataclasses.replace(LONG, max_tokens=2000, gamma=1.0))
+    await until(lambda: bool(worker.loop._residents))
+    working, pulling, *_ = worker.tasks
+    pulling.cancel()
+
+    def broken(blocks: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    worker.loop.engine.step = broken  # type: ignore[method-assign]
+    worker.loop._isolation.blame = lambda item, error: broken(item)  # type: ignore[method-assign]  # the device is gone
+    async with asyncio.timeout(10):
+        await worker.worker.drain(60, working)
+    assert working.done()
+    call.cancel()
+
+
 class WrongContext(context_pb2_grpc.ContextTowerServicer):
     """Answers every link with the same messages, then waits. `SESSION` stands for the session that is asked for."""
 

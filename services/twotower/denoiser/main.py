@@ -134,7 +134,7 @@ async def _work(
         await end_tasks(pulling, *others)
         with contextlib.suppress(Exception):
             await registry.withdraw(describe())
-        await worker.drain(drain_s)
+        await worker.drain(drain_s, working)
         await server.stop(0.5)
 
 

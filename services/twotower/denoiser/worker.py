@@ -96,14 +96,19 @@ class Worker:
             with contextlib.suppress(BrokerUnavailable):
                 await self._queue.flush()
 
-    async def drain(self, timeout_s: float) -> None:
-        """Hand every session back at its next block border, and close all links. `pull` must have ended."""
+    async def drain(self, timeout_s: float, working: asyncio.Task[None] | None = None) -> None:
+        """Hand every session back at its next block border, and close all links. `pull` must have ended.
+
+        working: the engine's loop. When that ends before, no session can get to its border, and none is waited for.
+        """
         self._draining = True
+        if working is not None:
+            working.add_done_callback(lambda _: self._freed.set())
         for link in self._links.values():
             link.hand_back()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while self._held:
+                while self._held and (working is None or not working.done()):
                     self._freed.clear()
                     await self._freed.wait()
         for link in self._links.values():
