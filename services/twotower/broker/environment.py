@@ -2,5 +2,6 @@
 
 from __future__ import annotations
 
-REDIS_VARIABLE = "TWOTOWER_REDIS_URL"
-"""Its password need not be on a command line then, which every user of the machine can read."""
+from twotower.service.config import REDIS_VARIABLE
+
+__all__ = ["REDIS_VARIABLE"]

@@ -57,15 +57,17 @@ async def run(config: ContextConfig) -> None:
     """Serve until SIGTERM, then drain. Raises CheckpointError, ConfigError, BrokerUnavailable before it serves."""
     stop = stop_requested()
     checkpoint = Checkpoint.open_shared(
-        config.checkpoint, ("context",), context_experts=config.experts, revision=config.revision
+        config.service.checkpoint, ("context",), context_experts=config.tower.experts, revision=config.service.revision
     )
-    device = resolve_device(config.device)
-    turns = Turns(config.turns if device.type == "cpu" else None)
-    redis = await connect(config.redis_url)
-    thread = EngineThread("context-engine", config.threads, pinned=turns.shared)
+    device = resolve_device(config.tower.device)
+    turns = Turns(config.tower.turns if device.type == "cpu" else None)
+    redis = await connect(config.service.redis_url)
+    thread = EngineThread("context-engine", config.tower.threads, pinned=turns.shared)
     try:
-        place = resolve_dtype(config.dtype, checkpoint), device
-        tower = await thread.run(load_context_tower, checkpoint, *place, experts=config.experts, kernels=config.kernels)
+        place = resolve_dtype(config.tower.dtype, checkpoint), device
+        tower = await thread.run(
+            load_context_tower, checkpoint, *place, experts=config.tower.experts, kernels=config.tower.kernels
+        )
         engine = ContextEngine(tower)
         await thread.run(_warm_up, engine)
         pool = StatePool(tower.config, tower.dtype, tower.device, _pool_size(config, checkpoint, tower))
@@ -77,8 +79,8 @@ async def run(config: ContextConfig) -> None:
             log.info("warm: %s", warm)
         queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
         async with _prefixes(config, checkpoint, engine) as prefixes:
-            with recording(config.trace, f"context-{os.getpid()}") as tracer:
-                progress, outbound = Progress(config.stall_s), Outbound()
+            with recording(config.tower.trace, f"context-{os.getpid()}") as tracer:
+                progress, outbound = Progress(config.tower.stall_s), Outbound()
 
                 def take(results: Sequence[ContextResult]) -> None:
                     sessions.take(results)
@@ -97,7 +99,7 @@ async def run(config: ContextConfig) -> None:
                     tracer=tracer,
                 )
                 sessions: Sessions = Sessions(loop, queue, prefixes.redis)
-                transports = ContextTransports(TransportConfig.of(config.transport), config.host, tower.device)
+                transports = ContextTransports(TransportConfig.of(config.tower.transport), config.service.host, tower.device)
                 service = ContextService(checkpoint, sessions, pool, transports, tracer, config.silence_s, paced=turns.shared)
                 working, guarding = asyncio.create_task(thread.run(loop.run)), asyncio.create_task(progress.guard())
                 try:
@@ -123,7 +125,7 @@ async def _serve(
     stop: asyncio.Event,
     working: asyncio.Task[None],
 ) -> None:
-    server, sessions = RpcServer(config.host, config.port), service.sessions
+    server, sessions = RpcServer(config.service.host, config.port), service.sessions
     context_pb2_grpc.add_ContextTowerServicer_to_server(service, server.server)
     await server.start([SERVICE_NAME])
     # Known once the port is bound; every queued session names it.
@@ -151,7 +153,7 @@ async def _serve(
     drain_s = 0.0
     try:
         await until_stopped(stop, working, *tasks)
-        drain_s = config.drain_s
+        drain_s = config.service.drain_s
         log.info("draining %d sessions", len(sessions))
     finally:  # a loop that has failed leaves sessions behind, which go on elsewhere as soon as they are let go
         service.draining = True
@@ -169,10 +171,10 @@ async def _serve(
 async def _prefixes(config: ContextConfig, checkpoint: Checkpoint, engine: ContextEngine) -> AsyncIterator[PrefixCache]:
     """The prefix cache in both of its tiers, and its metrics."""
     tower = engine.tower
-    budget = prefix_budget(config.prefix_memory, state_budget(config.state_memory, tower.device))
+    budget = prefix_budget(config.prefix_memory, state_budget(config.tower.state_memory, tower.device))
     in_redis = 0 if config.prefix_redis_memory == "0" else parse_bytes(config.prefix_redis_memory, "prefix_redis_memory")
     spec = ChainSpec(checkpoint.identity, str(tower.dtype).removeprefix("torch."), config.prefill_chunk)
-    redis = await connect(config.redis_url, decode=False) if in_redis else None
+    redis = await connect(config.service.redis_url, decode=False) if in_redis else None
     try:
         tier = None
         if redis is not None:
@@ -194,9 +196,9 @@ def _metrics(config: ContextConfig, registry: CollectorRegistry) -> Iterator[Non
     if config.metrics_port is None:
         yield
         return
-    check_port(config.host, config.metrics_port, "--metrics-port")
-    server, thread = start_http_server(config.metrics_port, config.host, registry)
-    log.info("metrics on http://%s:%d/metrics", config.host, server.server_port)
+    check_port(config.service.host, config.metrics_port, "--metrics-port")
+    server, thread = start_http_server(config.metrics_port, config.service.host, registry)
+    log.info("metrics on http://%s:%d/metrics", config.service.host, server.server_port)
     try:
         yield
     finally:
@@ -208,7 +210,7 @@ def _pool_size(config: ContextConfig, checkpoint: Checkpoint, tower: ContextTowe
     return PoolSize.within(
         tower.config,
         tower.dtype,
-        state_budget(config.state_memory, tower.device),
+        state_budget(config.tower.state_memory, tower.device),
         max_slots=config.max_sessions,
         max_tokens=checkpoint.limits.max_context,
         row_bytes=2 * 4 * tower.config.vocab_size,  # AR: logits of one position in fp32, and what sampling makes of them

@@ -45,15 +45,17 @@ async def run(config: DenoiserConfig) -> None:
     """Work until SIGTERM, then hand sessions back. Raises CheckpointError, ConfigError, BrokerUnavailable before it works."""
     stop = stop_requested()
     checkpoint = Checkpoint.open_shared(
-        config.checkpoint, ("denoiser",), context_experts=config.context_experts, revision=config.revision
+        config.service.checkpoint, ("denoiser",), context_experts=config.context_experts, revision=config.service.revision
     )
-    device = resolve_device(config.device)
-    turns = Turns(config.turns if device.type == "cpu" else None)
-    redis = await connect(config.redis_url)
-    thread = EngineThread("denoiser-engine", config.threads, pinned=turns.shared)
+    device = resolve_device(config.tower.device)
+    turns = Turns(config.tower.turns if device.type == "cpu" else None)
+    redis = await connect(config.service.redis_url)
+    thread = EngineThread("denoiser-engine", config.tower.threads, pinned=turns.shared)
     try:
-        place = resolve_dtype(config.dtype, checkpoint), device
-        tower = await thread.run(load_denoiser_tower, checkpoint, *place, experts=config.experts, kernels=config.kernels)
+        place = resolve_dtype(config.tower.dtype, checkpoint), device
+        tower = await thread.run(
+            load_denoiser_tower, checkpoint, *place, experts=config.tower.experts, kernels=config.tower.kernels
+        )
         engine = DenoiserEngine(tower)
         await thread.run(_warm_up, engine)
         pool = StatePool(tower.config, tower.dtype, tower.device, _pool_size(config, checkpoint, tower))
@@ -65,8 +67,8 @@ async def run(config: DenoiserConfig) -> None:
             log.info("warm: %s", warm)
         queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
         worker_id = f"{socket.gethostname()}-{os.getpid()}"
-        with recording(config.trace, f"denoiser-{os.getpid()}") as tracer:
-            progress = Progress(config.stall_s)
+        with recording(config.tower.trace, f"denoiser-{os.getpid()}") as tracer:
+            progress = Progress(config.tower.stall_s)
 
             def take(results: Sequence[DenoiserResult]) -> None:
                 worker.take(results)
@@ -79,7 +81,7 @@ async def run(config: DenoiserConfig) -> None:
                 pacing=SharedPacing(turns) if turns.shared else Pacing(),
                 tracer=tracer,
             )
-            transports = WorkerTransports(TransportConfig.of(config.transport), tower.device)
+            transports = WorkerTransports(TransportConfig.of(config.tower.transport), tower.device)
             worker: Worker = Worker(checkpoint, loop, queue, worker_id, pool, transports, progress, tracer)
             working, guarding = asyncio.create_task(thread.run(loop.run)), asyncio.create_task(progress.guard())
             try:
@@ -104,7 +106,7 @@ async def _work(
     stop: asyncio.Event,
     working: asyncio.Task[None],
 ) -> None:
-    server = RpcServer(config.host, config.port)
+    server = RpcServer(config.service.host, config.port)
     await server.start([])
 
     def describe() -> Replica:
@@ -127,7 +129,7 @@ async def _work(
     drain_s = 0.0
     try:
         await until_stopped(stop, working, pulling, *others)
-        drain_s = config.drain_s
+        drain_s = config.service.drain_s
         log.info("draining %d sessions", worker.load)
     finally:  # a loop that has failed leaves sessions behind, which the context gives to others as soon as they are let go
         await server.set_serving(False)
@@ -143,7 +145,7 @@ def _pool_size(config: DenoiserConfig, checkpoint: Checkpoint, tower: DenoiserTo
     return PoolSize.within(
         tower.config,
         tower.dtype,
-        state_budget(config.state_memory, tower.device),
+        state_budget(config.tower.state_memory, tower.device),
         max_slots=config.slots,
         max_tokens=limits.max_context,
         row_bytes=2 * 4 * limits.block_size * tower.config.vocab_size,  # logits in fp32, and what unmasking makes of them
