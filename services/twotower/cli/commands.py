@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -15,16 +16,24 @@ from twotower.settings.sources import load
 
 C = TypeVar("C")
 
+WHAT = MappingProxyType(
+    {
+        "up": "start the whole stack on this machine",
+        "gateway": "what clients talk to, over gRPC and HTTP",
+        "context": "the context tower: reads prompts, keeps the state of sessions",
+        "denoiser": "a denoising worker: pulls sessions, writes their blocks",
+    }
+)
 SERVICES = MappingProxyType({"up": UpConfig, "gateway": GatewayConfig, "context": ContextConfig, "denoiser": DenoiserConfig})
 
 
 def add_service(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, description: str
-) -> argparse.ArgumentParser:
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: Callable[[argparse.Namespace], None]
+) -> None:
     """Register a command with all settings of its class."""
-    parser = commands.add_parser(name, help=description, description=description, allow_abbrev=False)
+    parser = commands.add_parser(name, help=WHAT[name], description=WHAT[name], allow_abbrev=False)
     add_config(parser, SERVICES[name])
-    return parser
+    parser.set_defaults(run=run)
 
 
 def read(config: type[C], name: str, args: argparse.Namespace, **plain: object) -> C:

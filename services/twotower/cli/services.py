@@ -13,11 +13,8 @@ from twotower.gateway.config import GatewayConfig
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the three commands."""
-    add_service(commands, "gateway", "what clients talk to, over gRPC and HTTP").set_defaults(run=run_gateway)
-    context = add_service(commands, "context", "the context tower: reads prompts, keeps the state of sessions")
-    context.set_defaults(run=run_context)
-    denoiser = add_service(commands, "denoiser", "a denoising worker: pulls sessions, writes their blocks")
-    denoiser.set_defaults(run=run_denoiser)
+    for name, run in (("gateway", run_gateway), ("context", run_context), ("denoiser", run_denoiser)):
+        add_service(commands, name, run)
 
 
 def run_gateway(args: argparse.Namespace) -> None:

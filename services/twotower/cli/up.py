@@ -13,7 +13,7 @@ from twotower.launcher.config import UpConfig
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the command."""
-    add_service(commands, "up", "start the whole stack on this machine").set_defaults(run=run)
+    add_service(commands, "up", run)
 
 
 def run(args: argparse.Namespace) -> None:
