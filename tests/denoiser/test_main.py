@@ -22,7 +22,7 @@ async def test_a_worker_whose_forwards_fail_ends_and_is_announced_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_tiny_checkpoint(tmp_path / "tiny")
-    monkeypatch.setattr(main, "_warm_up", lambda engine: None)
+    monkeypatch.setattr(main, "_first_use", lambda engine: None)
 
     def broken(self: DenoiserEngine, blocks: object) -> None:
         raise RuntimeError("an illegal memory access was encountered")

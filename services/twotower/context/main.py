@@ -13,7 +13,6 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from twotower.broker.connection import connect
 from twotower.broker.heartbeat import heartbeat
-from twotower.broker.ready_queue import ReadyQueue
 from twotower.broker.registry import Registry, Replica
 from twotower.context.config import ContextConfig
 from twotower.context.loop import ContextLoop
@@ -22,18 +21,14 @@ from twotower.context.prefixes import PrefixCache
 from twotower.context.service import ContextService
 from twotower.context.sessions import Sessions
 from twotower.engine.context_engine import ContextEngine
-from twotower.engine.graphs import batch_buckets, token_buckets
 from twotower.engine.pacing import ContextPacing, Outbound, Pacing
 from twotower.engine.progress import Progress
-from twotower.engine.thread import EngineThread
-from twotower.engine.turns import Turns
 from twotower.garbage import spare_what_is_loaded
 from twotower.internal.v1 import context_pb2, context_pb2_grpc
 from twotower.model.checkpoint import Checkpoint
-from twotower.model.context_tower import ContextTower
 from twotower.model.memory import prefix_budget, state_budget
-from twotower.model.pool import PAGE, PoolSize, StatePool
-from twotower.model.weights import load_context_tower, resolve_device, resolve_dtype
+from twotower.model.pool import StatePool
+from twotower.model.weights import load_context_tower
 from twotower.prefix.chain import ChainSpec
 from twotower.prefix.metrics import PrefixMetrics
 from twotower.prefix.redis_tier import RedisTier, RedisTierConfig
@@ -42,6 +37,7 @@ from twotower.request import GenerationParams
 from twotower.rpc.address import check_port
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
+from twotower.service.tower import TowerKind, tower_process
 from twotower.sizes import parse_bytes
 from twotower.tasks import delivered_to, end_tasks, until_stopped
 from twotower.tracing.recorder import recording
@@ -56,66 +52,49 @@ SERVICE_NAME = context_pb2.DESCRIPTOR.services_by_name["ContextTower"].full_name
 async def run(config: ContextConfig) -> None:
     """Serve until SIGTERM, then drain. Raises CheckpointError, ConfigError, BrokerUnavailable before it serves."""
     stop = stop_requested()
-    checkpoint = Checkpoint.open_shared(
-        config.service.checkpoint, ("context",), context_experts=config.tower.experts, revision=config.service.revision
+    kind = TowerKind(
+        name="context",
+        load=load_context_tower,
+        engine=ContextEngine,
+        first_use=_first_use,
+        row_positions=lambda checkpoint: 1,  # in AR mode
     )
-    device = resolve_device(config.tower.device)
-    turns = Turns(config.tower.turns if device.type == "cpu" else None)
-    redis = await connect(config.service.redis_url)
-    thread = EngineThread("context-engine", config.tower.threads, pinned=turns.shared)
-    try:
-        place = resolve_dtype(config.tower.dtype, checkpoint), device
-        tower = await thread.run(
-            load_context_tower, checkpoint, *place, experts=config.tower.experts, kernels=config.tower.kernels
-        )
-        engine = ContextEngine(tower)
-        await thread.run(_warm_up, engine)
-        pool = StatePool(tower.config, tower.dtype, tower.device, _pool_size(config, checkpoint, tower))
-        log.debug("state memory: %d slots, %d pages", pool.size.slots, pool.size.pages)
-        tokens = min(checkpoint.limits.max_context, pool.size.pages * PAGE)
-        contexts, batches = token_buckets(tokens), batch_buckets(pool.size.slots)
-        warm = await thread.run(lambda: engine.warm_up(pool, batches=batches, contexts=contexts))
-        if warm.sizes:
-            log.info("warm: %s", warm)
-        queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
-        async with _prefixes(config, checkpoint, engine) as prefixes:
-            with recording(config.tower.trace, f"context-{os.getpid()}") as tracer:
-                progress, outbound = Progress(config.tower.stall_s), Outbound()
+    tower = tower_process(kind, config.service, config.tower, context_experts=config.tower.experts, slots=config.max_sessions)
+    async with tower as process, _prefixes(config, process.checkpoint, process.engine) as prefixes:
+        with recording(config.tower.trace, f"context-{os.getpid()}") as tracer:
+            pool, turns = process.pool, process.turns
+            progress, outbound = Progress(config.tower.stall_s), Outbound()
 
-                def take(results: Sequence[ContextResult]) -> None:
-                    sessions.take(results)
+            def take(results: Sequence[ContextResult]) -> None:
+                sessions.take(results)
 
-                loop = ContextLoop(
-                    engine,
-                    pool,
-                    prefixes,
-                    delivered_to(take),
-                    chunk=config.prefill_chunk,
-                    budget=config.prefill_budget,
-                    max_waiting=config.max_waiting,
-                    progress=progress,
-                    pacing=ContextPacing(turns, outbound) if turns.shared else Pacing(),
-                    outbound=outbound,
-                    tracer=tracer,
-                )
-                sessions: Sessions = Sessions(loop, queue, prefixes.redis)
-                transports = ContextTransports(TransportConfig.of(config.tower.transport), config.service.host, tower.device)
-                service = ContextService(checkpoint, sessions, pool, transports, tracer, config.silence_s, paced=turns.shared)
-                working, guarding = asyncio.create_task(thread.run(loop.run)), asyncio.create_task(progress.guard())
+            loop = ContextLoop(
+                process.engine,
+                pool,
+                prefixes,
+                delivered_to(take),
+                chunk=config.prefill_chunk,
+                budget=config.prefill_budget,
+                max_waiting=config.max_waiting,
+                progress=progress,
+                pacing=ContextPacing(turns, outbound) if turns.shared else Pacing(),
+                outbound=outbound,
+                tracer=tracer,
+            )
+            sessions: Sessions = Sessions(loop, process.queue, prefixes.redis)
+            chosen = TransportConfig.of(config.tower.transport)
+            transports = ContextTransports(chosen, config.service.host, process.tower.device)
+            service = ContextService(
+                process.checkpoint, sessions, pool, transports, tracer, config.silence_s, paced=turns.shared
+            )
+            async with process.working(loop, progress) as working:
                 try:
-                    await _serve(config, service, pool, prefixes, registry, stop, working)
+                    await _serve(config, service, pool, prefixes, process.registry, stop, working)
                 finally:
                     loop.inbox.put(None)
                     transports.close()
                     await asyncio.wait((working,))
                     await sessions.close()
-                await working
-                await end_tasks(guarding)
-                log.info("drained: %d slots and %d pages in use", pool.used_slots, pool.used_pages)
-    finally:
-        thread.close()
-        turns.close()
-        await redis.aclose()
 
 
 async def _serve(
@@ -208,18 +187,7 @@ def _metrics(config: ContextConfig, registry: CollectorRegistry) -> Iterator[Non
         thread.join()
 
 
-def _pool_size(config: ContextConfig, checkpoint: Checkpoint, tower: ContextTower) -> PoolSize:
-    return PoolSize.within(
-        tower.config,
-        tower.dtype,
-        state_budget(config.tower.state_memory, tower.device),
-        max_slots=config.max_sessions,
-        max_tokens=checkpoint.limits.max_context,
-        row_bytes=2 * 4 * tower.config.vocab_size,  # AR: logits of one position in fp32, and what sampling makes of them
-    )
-
-
-def _warm_up(engine: ContextEngine) -> None:
+def _first_use(engine: ContextEngine) -> None:
     """One prefill and one commit, so that the first request does not pay for first-use costs."""
     params = GenerationParams(block_size=engine.tower.config.block_size)
     session = engine.open("warm-up", [0, 0], params)

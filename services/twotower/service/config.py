@@ -54,9 +54,14 @@ class TowerConfig:
     """Of a service that computes: a context or a denoiser."""
 
     dtype: str = setting(
-        "auto", choices=("auto", "float32", "bfloat16"), help="type of the weights and states", otherwise="auto, the checkpoint's"
+        "auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="type of the weights and states",
+        otherwise="auto, the checkpoint's",
     )
-    device: str = setting("auto", metavar="DEVICE", help="where it computes: cpu, cuda or cuda:N", otherwise="auto, CUDA where there is a device")
+    device: str = setting(
+        "auto", metavar="DEVICE", help="where it computes: cpu, cuda or cuda:N", otherwise="auto, CUDA where there is a device"
+    )
     kernels: str = setting(
         "auto", metavar="K", help="what computes: torch (the reference), cpu (C++) or triton", otherwise="auto, by the device"
     )

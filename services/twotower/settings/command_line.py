@@ -22,6 +22,13 @@ HOW_ELSE = (
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line, and where to read more."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is not known here, where the command is known, and not in the parser of all commands."""
+        known, others = super().parse_known_args(args, namespace)
+        if others:
+            self.error(f"unrecognized arguments: {' '.join(others)}")
+        return known, others
+
     def error(self, message: str) -> NoReturn:
         """End with status 2."""
         self.exit(2, f"error: {message} (see `{self.prog} --help`)\n")

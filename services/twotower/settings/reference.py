@@ -21,7 +21,7 @@ A setting has one name wherever it is given. Of those that give it, the first co
 4. its **default**.
 
 One file can serve several commands: what stands at its top is for each command that has such a setting, and a table with the
-name of a command is for that command alone, before what stands at the top. (`twotower up` reads `[up]`; the other tables are for
+name of a command is for that command alone, before what stands at the top. (`twotower up` reads `[up]`; other tables are for
 services that are started one by one.)
 
 ```toml
