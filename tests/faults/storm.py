@@ -19,9 +19,9 @@ from tests.faults.remains import Remains, look
 from tests.faults.strikes import Strike
 from tests.faults.tally import Tally, reason_of
 from tests.support.processes import Up, environment
-from twotower.broker.environment import REDIS_VARIABLE
 from twotower.broker.keys import PREFIX
 from twotower.errors import BrokerUnavailable
+from twotower.service.config import REDIS_VARIABLE
 from twotower.tasks import end_tasks
 
 Say = Callable[[str], None]

