@@ -54,7 +54,7 @@ def test_defaults_without_anything(config: type) -> None:
 
 @pytest.mark.parametrize("config", SERVICES.values())
 def test_every_setting_has_an_option_or_is_a_secret_and_a_variable(config: type) -> None:
-    names = {action.dest for action in build_parser()._subparsers._group_actions[0].choices[_name(config)]._actions}  # type: ignore[union-attr,index,call-overload]
+    names = {action.dest for action in build_parser()._subparsers._group_actions[0].choices[_name(config)]._actions}  # type: ignore[union-attr,index]
     for setting in settings_of(config).values():
         assert (setting.name in names) == (setting.option is not None)
         assert all(variable.startswith("TWOTOWER_") for variable in setting.variables)
@@ -90,7 +90,7 @@ def _another(kind: type, default: Any) -> Any:
 def test_a_service_reads_from_its_environment_what_the_launcher_wrote(config: type) -> None:
     """Each setting at another value than its default, so that none is lost on the way."""
     values = {name: OTHER.get(name, _another(one.kind, one.default)) for name, one in settings_of(config).items()}
-    given = build(config, **values)
+    given: Any = build(config, **values)
     for setting in settings_of(config).values():
         assert setting.of(given) != setting.default, setting.name
     assert load(config, _name(config), SERVICES, Sources({}, environment(given))) == given

