@@ -83,7 +83,7 @@ OTHER = {
 def _another(kind: type, default: Any) -> Any:
     if kind in (int, float):
         return kind((default or 0) + 3)
-    return "another"
+    return ("one", "another") if kind is tuple else "another"
 
 
 @pytest.mark.parametrize("config", [GatewayConfig, ContextConfig, DenoiserConfig])

@@ -29,6 +29,7 @@ class Pot:
     most_bytes: int | None = setting(None, unit="bytes", least=1, help="room")
     memory: str = setting("auto", unit="bytes", words=("auto", "0"), help="room")
     redis_url: str = setting("redis://here", name="redis", variables=("TWOTOWER_REDIS_URL",), secret=Secret.PASSWORD, help="x")
+    guests: tuple[str, ...] = setting((), name="guest", help="who comes")
     key: str | None = setting(None, secret=Secret.ALL, help="opens it")
     beside: int = 7
 

@@ -15,8 +15,8 @@ def _parser(config: type) -> argparse.ArgumentParser:
 
 
 def test_options_are_handed_on_as_they_were_given() -> None:
-    args = _parser(Pot).parse_args(["--drain", "x", "--warm", "--redis", "here"])
-    assert given(args, Pot).options == {"drain": "x", "warm": "true", "redis": "here"}
+    args = _parser(Pot).parse_args(["--drain", "x", "--warm", "--redis", "here", "--guest", "ann", "--guest", "bob"])
+    assert given(args, Pot).options == {"drain": "x", "warm": "true", "redis": "here", "guest": "ann,bob"}
 
 
 def test_a_secret_is_no_option(capsys: pytest.CaptureFixture[str]) -> None:

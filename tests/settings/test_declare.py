@@ -14,7 +14,7 @@ from twotower.settings.declare import part, setting, settings_of
 def test_names_follow_from_the_declaration() -> None:
     settings = settings_of(Pot)
     assert [one.name for one in settings.values()] == [
-        *("threads", "trace", "kind", "drain", "warm", "most", "memory", "redis", "key"),
+        *("threads", "trace", "kind", "drain", "warm", "most", "memory", "redis", "guest", "key"),
     ]
     assert settings["drain_s"].option == "--drain"
     assert settings["drain_s"].variables == ("TWOTOWER_DRAIN",)
@@ -88,5 +88,6 @@ def test_a_child_is_told_what_is_not_none() -> None:
         "TWOTOWER_MOST": "3000",
         "TWOTOWER_MEMORY": "auto",
         "TWOTOWER_REDIS_URL": "redis://here",
+        "TWOTOWER_GUEST": "",
         "TWOTOWER_KEY": "k",
     }

@@ -69,7 +69,7 @@ def test_names_that_nobody_knows(tmp_path: Path) -> None:
         "[tray]\ntreads = 2": "[tray] treads: no such setting; did you mean threads?",  # also what another one reads
         "[pots]\nthreads = 2": "[pots]: no such command; did you mean pot?",
         "pot = 2": "pot: must be a table",
-        "threads = [2]": "threads: must be one value",
+        "threads = [2]": "threads: must be one value, or a list of texts",
         "threads = true": "threads: must be a whole number, not 'true'",
     }.items():
         file.write_text(text)
@@ -77,6 +77,15 @@ def test_names_that_nobody_knows(tmp_path: Path) -> None:
     file.write_text("threads = \n")
     assert _refused({}, {}, file).startswith(f"settings: cannot read {str(file)!r}: Invalid value")
     assert _refused({}, {}, tmp_path / "none") == f"settings: cannot read '{tmp_path}/none': No such file or directory"
+
+
+def test_several_of_a_setting(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('guest = ["ann", "bob"]')
+    assert _load({}, {}, file).guests == ("ann", "bob")
+    assert _load({}, {"TWOTOWER_GUEST": "ann, bob,"}).guests == ("ann", "bob")
+    with pytest.raises(ConfigError, match=r"^guest: must be words without commas, not \('a,b',\)$"):
+        build(Pot, guests=("a,b",))
 
 
 def test_variables_of_other_commands_and_of_kubernetes_are_no_mistakes() -> None:
@@ -112,6 +121,7 @@ def test_a_secret_comes_from_a_file_that_holds_nothing_else(tmp_path: Path) -> N
     threads=st.integers(1, 9),
     warm=st.booleans(),
     most_bytes=st.none() | st.integers(1, 1 << 50),
+    guests=st.lists(st.text("abc:/* ", min_size=1).map(str.strip).filter(bool)).map(tuple),
     trace=st.none() | st.text("abc/é '\"=", min_size=1).map(Path),
 )
 def test_a_child_reads_what_its_parent_wrote(**values: object) -> None:

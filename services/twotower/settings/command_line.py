@@ -57,7 +57,8 @@ def add_config(parser: argparse.ArgumentParser, config: type) -> None:
 def given(args: argparse.Namespace, config: type) -> Sources:
     """What the command line, the environment and a settings file say about a config class."""
     values = {setting.name: getattr(args, setting.name, None) for setting in settings_of(config).values()}
-    return Sources({name: value for name, value in values.items() if value is not None}, os.environ, args.settings)
+    words = {name: show(value) for name, value in values.items() if value is not None}  # several of one option as one
+    return Sources(words, os.environ, args.settings)
 
 
 def add_settings(parser: argparse.ArgumentParser, config: type, names: Iterable[str], **changes: Any) -> None:
@@ -85,6 +86,8 @@ def _add(parser: argparse.ArgumentParser | argparse._ArgumentGroup, setting: Set
     if setting.kind is bool:
         details |= {"action": "store_const", "const": "true"}
     else:
+        if setting.kind is tuple:
+            details["action"] = "append"
         details["metavar"] = about.metavar or (f"{{{','.join(about.choices)}}}" if about.choices else setting.name.upper())
     parser.add_argument(setting.option, **{**details, **changes})
 
@@ -93,4 +96,5 @@ def describe(setting: Setting) -> str:
     """Its help, and what happens without it."""
     about = setting.about
     otherwise = about.otherwise or ("" if setting.default is None else show(setting.default))
-    return (about.help + (f" (default: {otherwise})" if otherwise else "")).replace("%", "%%")
+    several = "; may be given several times" if setting.kind is tuple else ""
+    return (about.help + several + (f" (default: {otherwise})" if otherwise else "")).replace("%", "%%")

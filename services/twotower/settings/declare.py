@@ -30,7 +30,7 @@ PREFIX = "TWOTOWER_"
 """What the names of all our environment variables begin with."""
 
 KINDS = (bool, int, float, str, Path)
-"""Types that a setting may have, each also with None."""
+"""Types that a setting may have, each also with None; or it is a ``tuple[str, ...]``, which is () by default."""
 
 
 class Secret(Enum):
@@ -173,6 +173,8 @@ def _fields(config: type) -> dict[str, dataclasses.Field[Any]]:
 
 
 def _kind(hint: Any) -> tuple[type, bool]:
+    if hint == tuple[str, ...]:
+        return tuple, False
     choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     kinds = [choice for choice in choices if choice is not type(None)]
     if len(kinds) != 1 or kinds[0] not in KINDS:

@@ -42,7 +42,8 @@ cannot have, end the command with one line that says which one. Variables that K
 or by a file that holds nothing else and that a variable names, as orchestrators mount them
 (`TWOTOWER_REDIS_URL_FILE=/run/secrets/redis-url`). `twotower up` hands settings to its services by environment.
 
-Sizes are bytes, or numbers with K, M, G or T (powers of 1024).
+Sizes are bytes, or numbers with K, M, G or T (powers of 1024). Where there may be several texts, the option is
+repeated, the variable has commas between them, and the file has a list.
 """
 
 
@@ -69,7 +70,7 @@ def _command(name: str, what: str, config: type) -> Iterator[str]:
 def _default(setting: Setting) -> str:
     if setting.about.otherwise:
         return setting.about.otherwise
-    return "none" if setting.default is None else f"`{show(setting.default)}`"
+    return "none" if setting.default in (None, ()) else f"`{show(setting.default)}`"
 
 
 def _range(setting: Setting) -> str:
@@ -84,7 +85,13 @@ def _range(setting: Setting) -> str:
         return f"{least} to {about.most}{unit}"
     if least is not None:
         return f"at least {least}{unit}"
-    return {bool: "`true`, `false`", int: "a whole number", float: "a number", Path: "a path"}.get(setting.kind, "text")
+    return {
+        bool: "`true`, `false`",
+        int: "a whole number",
+        float: "a number",
+        Path: "a path",
+        tuple: "texts, with commas between",
+    }.get(setting.kind, "text")
 
 
 def _meaning(setting: Setting) -> str:

@@ -122,8 +122,9 @@ def _from_file(file: Path, command: str, commands: Mapping[str, type]) -> dict[s
             name = entry.replace("-", "_")
             if name not in known:
                 raise ConfigError(f"{where}: no such setting{_similar(name, known)}")
-            if not isinstance(said, str | int | float):
-                raise ConfigError(f"{where}: must be one value")
+            several = isinstance(said, list) and all(isinstance(one, str) for one in said)
+            if not (several or isinstance(said, str | int | float)):
+                raise ConfigError(f"{where}: must be one value, or a list of texts")
             if key == command or (key not in names and name in names[command] and name not in found):
                 found[name] = (show(said), where)
     return found

@@ -28,6 +28,8 @@ def parse(setting: Setting, text: str, label: str | None = None) -> Any:
         if text.lower() not in YES + NO:
             raise ConfigError(f"{label}: must be true or false, not {text!r}")
         value = text.lower() in YES
+    elif setting.kind is tuple:
+        value = tuple(word.strip() for word in text.split(",") if word.strip())
     elif setting.kind is Path:
         if "\0" in text or not text:
             raise ConfigError(f"{label}: must be a path, not {text!r}")
@@ -40,6 +42,8 @@ def show(value: Any) -> str:
     """A value in words from which `parse` makes it again."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
+    if isinstance(value, tuple | list):
+        return ",".join(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -51,6 +55,8 @@ def check_value(setting: Setting, value: Any, label: str | None = None) -> None:
     right = isinstance(value, int | float if setting.kind is float else setting.kind)
     if not right or (isinstance(value, bool) and setting.kind is not bool):
         raise ConfigError(f"{label}: must be of type {setting.kind.__name__}, not {type(value).__name__}")
+    if isinstance(value, tuple) and not all(isinstance(word, str) and word.strip() and "," not in word for word in value):
+        raise ConfigError(f"{label}: must be words without commas, not {value!r}")
     if setting.kind is float and about.unit == "s" and not (math.isfinite(value) and value >= 0):
         raise ConfigError(f"{label}: must be a finite number of seconds, not {value}")
     if setting.kind is float and not math.isfinite(value):
