@@ -19,7 +19,7 @@ from twotower.cli.commands import SERVICES, read
 from twotower.cli.main import build_parser, main
 from twotower.context.config import ContextConfig
 from twotower.denoiser.config import DenoiserConfig
-from twotower.errors import ConfigError
+from twotower.errors import ConfigError, TwoTowerError
 from twotower.gateway.config import GatewayConfig
 from twotower.launcher.config import UpConfig, on_free_ports
 from twotower.service.config import ServiceConfig, TowerConfig
@@ -214,3 +214,14 @@ def test_every_declared_class_refuses_bad_values_however_it_is_made() -> None:
         own = next(name for name, one in config.__dataclass_fields__.items() if "about" in one.metadata)
         with pytest.raises(ConfigError, match=settings_of(config)[own].name):
             config(**{own: object()})
+
+
+def test_debug_can_be_a_variable_which_is_how_services_of_a_stack_get_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = ["conformance", str(tmp_path / "none")]
+    assert main(words) == 1
+    monkeypatch.setenv("TWOTOWER_DEBUG", "true")
+    with pytest.raises(TwoTowerError):
+        main(words)
+    assert on_free_ports(tmp_path, debug=True).debug
