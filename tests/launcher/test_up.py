@@ -182,8 +182,9 @@ def test_checkpoints_that_cannot_be_served(checkpoint: Path, tmp_path: Path) -> 
     assert "shape" in _fails("up", "--checkpoint", broken, *ports)
 
 
-def test_a_redis_that_does_not_answer(checkpoint: Path) -> None:
-    said = _fails("up", "--checkpoint", checkpoint, "--grpc-port", 0, "--http-port", 0, "--redis", "redis://:pw@127.0.0.1:1")
+def test_a_redis_that_does_not_answer(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(REDIS_VARIABLE, "redis://:pw@127.0.0.1:1")
+    said = _fails("up", "--checkpoint", checkpoint, "--grpc-port", 0, "--http-port", 0)
     assert "redis://***@127.0.0.1:1 does not answer" in said
 
 
