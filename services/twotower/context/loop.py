@@ -184,9 +184,10 @@ class ContextLoop:
         return admitted
 
     def _copy_states(self) -> None:
+        copied: list[ContextResult] = []
         for resident in list(self._residents.values()):
             if not self._copies.available:
-                return
+                break
             if resident.copy_for is None or not resident.settled:
                 continue
             state, lease = resident.session.state, resident.copy_for
@@ -198,7 +199,8 @@ class ContextLoop:
                 self._end([(resident, error)])
                 continue
             resident.copy_for = None
-            self._deliver([StateCopied(resident.name, lease, state.length, copy)])
+            copied.append(StateCopied(resident.name, lease, state.length, copy))
+        self._deliver(copied)
 
     # plan
 
@@ -207,7 +209,7 @@ class ContextLoop:
 
     def _load(self) -> Load:
         ahead = self._ahead
-        return Load(len(ahead.commits), ahead.prompts, len(ahead.decodes), self.refining)
+        return Load(len(ahead.commits), ahead.prompts, len(ahead.decodes), self.refining, len(self._residents))
 
     # run and deliver: a forward of each kind, and its results at once. A failure reaches those it concerns, and no one else.
 

@@ -142,7 +142,7 @@ class Sessions:
             live.fail(NonFiniteLogits(detached.detail))
             self.end(live)
         elif detached.reason == link_pb2.DETACH_REASON_HANDED_BACK:
-            self._enqueue(live)
+            self._requeue(live)
         else:
             self._failed(live, detached.detail or "the denoiser failed on it")
 
@@ -161,8 +161,8 @@ class Sessions:
             self._forget(live)
             if suspect:
                 self._failed(live, why)
-            elif not live.over and not live.paused:
-                self._enqueue(live)
+            else:
+                self._requeue(live)
 
     # The loop
 
@@ -251,10 +251,14 @@ class Sessions:
             self.end(live)
             return
         log.warning("session %s goes on elsewhere (failure %d): %s", live.id, live.failures, why)
-        if not live.paused:
-            self._enqueue(live)
+        self._requeue(live)
 
     # The ready queue
+
+    def _requeue(self, live: LiveSession) -> None:
+        """Queue a session that has lost its worker; one whose client does not read is queued when it does."""
+        if not live.over and not live.paused:
+            self._enqueue(live)
 
     def _enqueue(self, live: LiveSession) -> None:
         """Queue a session for any worker, under a new lease."""
