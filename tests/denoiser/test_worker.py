@@ -126,7 +126,8 @@ async def _wrong_context(messages: list[link_pb2.ContextMessage]) -> AsyncIterat
 
 
 def _frame(**fields: Any) -> link_pb2.ContextMessage:
-    return link_pb2.ContextMessage(frames=tensor_pb2.FrameBatch(frames=[tensor_pb2.Frame(name="conv", layer=0, **fields)]))
+    given: dict[str, Any] = {"name": "conv", "layer": 0, **fields}
+    return link_pb2.ContextMessage(frames=tensor_pb2.FrameBatch(frames=[tensor_pb2.Frame(**given)]))
 
 
 WELCOME = link_pb2.ContextMessage(welcome=link_pb2.Welcome(silence_s=5))
