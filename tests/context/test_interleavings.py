@@ -65,6 +65,9 @@ class Queue:
         for entry in entries:
             self.entries.pop(entry.number, None)
 
+    async def contains(self, entry: EntryId) -> bool:
+        return entry.number in self.entries
+
     def done_soon(self, entry: EntryId) -> None:
         self.entries.pop(entry.number, None)
 
@@ -272,6 +275,7 @@ class World:
         self.run(attach())
 
     def to_the_end(self) -> None:
+        self.start(self.sessions.watch_queue())  # a worker that had pulled a session may have died before it said so
         for _ in range(3000):
             if all(client.task.done() for client in self.clients):
                 break
@@ -438,6 +442,7 @@ class Interleavings(RuleBasedStateMachine):
 
 def _explore(path: Path, monkeypatch: pytest.MonkeyPatch, examples: int, steps: int, *, random: bool) -> None:
     monkeypatch.setattr(sessions_module, "MAX_FAILURES", 1_000_000)
+    monkeypatch.setattr(sessions_module, "LOST_ENTRY_S", 0.01)
     monkeypatch.setattr(live_module, "MAX_UNREAD", 2)
     monkeypatch.setattr(live_module, "RESUME_UNREAD", 1)
     towers, local = TinyTowers(path), LocalEngine(path, threads=1, prefill_chunk=CHUNK)
