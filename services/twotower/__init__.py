@@ -1,7 +1,7 @@
 """Serving system for two-tower diffusion language models.
 
-The public Python API is what `__all__` names here and in `twotower.client`: the nouns of a generation, the errors that a user can
-meet, and the client. Everything else may change with any version.
+The public Python API is what `__all__` names here and in `twotower.client`: the nouns of a generation, the errors that a
+user can meet, and the client. Everything else may change with any version.
 """
 
 from twotower.errors import (

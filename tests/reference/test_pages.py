@@ -36,7 +36,9 @@ def test_pages_are_written(tmp_path: Path) -> None:
 
 
 def test_every_error_has_a_row_with_a_meaning() -> None:
-    rows = {line.split("|")[1].strip(): line for line in (DOCS / "errors.md").read_text().splitlines() if line.startswith("| `")}
+    rows = {
+        line.split("|")[1].strip(): line for line in (DOCS / "errors.md").read_text().splitlines() if line.startswith("| `")
+    }
     assert rows.keys() == {f"`{cls.__name__}`" for cls in STATUS}
     for row in rows.values():
         cells = [cell.strip() for cell in row.strip("|").split("|")]

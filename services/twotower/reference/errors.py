@@ -16,15 +16,16 @@ _HEAD = """# Errors
 
 Generated from `services/twotower/errors.py` and `services/twotower/status.py` by `make docs`; do not edit.
 
-Every error that a user can meet is one of these classes. The command line prints it as one line, `error: ...`, and exits with 1. The
-services answer with its status:
+Every error that a user can meet is one of these classes. The command line prints it as one line, `error: ...`, and exits
+with 1. The services answer with its status:
 
 - **gRPC**: the status code below, the message as details, and trailing metadata `twotower-error` with the name of the class.
-- **HTTP**: the status below, and OpenAI's body, `{"error": {"message": ..., "type": ..., "param": ..., "code": ...}}`. `param` names
-  the field of an `InvalidArgument`.
+- **HTTP**: the status below, and OpenAI's body, `{"error": {"message": ..., "type": ..., "param": ..., "code": ...}}`. `param`
+  names the field of an `InvalidArgument`.
 
-"Again" says whether the same request may succeed later. Where a service knows after how many seconds, it says so: `retry-after-s` in gRPC's
-trailing metadata, `Retry-After` in HTTP. What is not in this table is a defect of ours, and is answered as `TwoTowerError` is.
+"Again" says whether the same request may succeed later; HTTP then names a number of seconds in `Retry-After`, and gRPC, for
+`Overloaded`, in the trailing metadata `retry-after-s`. An exception that is not in this table is a defect of ours, and is
+answered as `TwoTowerError` is.
 
 | Error | Is a | gRPC | HTTP | `type` | Again | Meaning |
 |---|---|---|---|---|---|---|

@@ -29,7 +29,8 @@ _HEAD = """# Metrics
 Generated from the source by `make docs`; do not edit.
 
 Services offer their metrics in Prometheus' text format: a gateway at `/metrics` of its HTTP port, a context at the port that
-`--metrics-port` names. Counters count since the start of their process. A histogram has the series `_bucket`, `_sum` and `_count`.
+`--metrics-port` names. Counters count since the start of their process. A histogram has the series `_bucket`, `_sum` and
+`_count`.
 """
 
 
