@@ -51,7 +51,8 @@ class Fenced:
     @property
     def commands(self) -> list[str]:
         """Its lines, continued ones joined, without comments."""
-        joined = re.sub(r"\s+#[^'\"\n]*$", "", self.text, flags=re.MULTILINE).replace("\\\n", " ")
+        bare = re.sub(r"[ ]{2,}#.*$|[ ]#[^'\"\n]*$", "", self.text, flags=re.MULTILINE)
+        joined = bare.replace("\\\n", " ")
         return [line.strip() for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
 
 
