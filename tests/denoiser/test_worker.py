@@ -175,3 +175,14 @@ async def test_links_come_and_go_with_their_contexts(stack: Towers, local: Local
         await until(lambda: worker.worker.load == 0 and not worker.worker._links)
     await _still_works(stack, worker, local)
     assert list(worker.worker._links) == [stack.service.sessions.address]
+
+
+async def test_a_session_that_never_fits_goes_to_a_worker_with_room(stack: Towers, local: LocalEngine) -> None:
+    small = stack.start_worker(slots=1)
+    small.worker._pool.ever_fits = lambda tokens: False  # type: ignore[method-assign]
+    request = asyncio.ensure_future(stack.generate([5, 6], PARAMS))
+    await until(lambda: [live.failures for live in stack.service.sessions] == [1])  # it was said at once
+    large = stack.start_worker(slots=1)
+    assert (await request)[0] == local.generate([5, 6], PARAMS).token_ids
+    assert small.worker.load == 0
+    await until(lambda: large.worker.load == 0)

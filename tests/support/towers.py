@@ -182,6 +182,7 @@ async def towers(
             await end_tasks(watching)
             loop.inbox.put(None)
             await asyncio.gather(working, return_exceptions=True)
+            await sessions.close()
             thread.close()
             transports.close()
             with contextlib.suppress(Exception):

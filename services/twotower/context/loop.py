@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 import torch
 from opentelemetry.trace import Span, Tracer
 
+from twotower.context.copies import CopyBuffers
 from twotower.context.messages import (
     CloseSession,
     CommitBlocks,
@@ -87,8 +88,7 @@ class ContextLoop:
         self._isolation: Isolation[ContextResident] = Isolation("forward of the context tower", lambda resident: resident.name)
         self._ahead: Plan[ContextResident] = Plan()
         """What the next iteration would run; made anew whenever something has come or gone."""
-        self._copies = 0
-        """Copied states that have not been sent."""
+        self._copies = CopyBuffers(MAX_COPIES)
         self._stopped = False
 
     def run(self) -> None:
@@ -126,8 +126,8 @@ class ContextLoop:
             match entry:
                 case None:
                     self._stopped = True
-                case CopySent():
-                    self._copies -= 1
+                case CopySent(copy):
+                    self._copies.give_back(copy)
                 case OpenSession():
                     self._open(entry)
                 case CloseSession(session_id):
@@ -184,22 +184,23 @@ class ContextLoop:
         return admitted
 
     def _copy_states(self) -> None:
+        copied: list[ContextResult] = []
         for resident in list(self._residents.values()):
-            if self._copies >= MAX_COPIES:
-                return
+            if not self._copies.available:
+                break
             if resident.copy_for is None or not resident.settled:
                 continue
             state, lease = resident.session.state, resident.copy_for
             try:
                 with torch.inference_mode():
-                    snapshot = {key: tensor.clone() for key, tensor in state_tensors(state, self._engine.decay_rates)}
+                    copy = self._copies.copy(list(state_tensors(state, self._engine.decay_rates)))
             except Exception as error:  # out of memory: the session goes on where there is some
                 log.error("the state of session %s could not be copied", resident.name, exc_info=error)
                 self._end([(resident, error)])
                 continue
             resident.copy_for = None
-            self._copies += 1
-            self._deliver([StateCopied(resident.name, lease, state.length, snapshot)])
+            copied.append(StateCopied(resident.name, lease, state.length, copy))
+        self._deliver(copied)
 
     # plan
 

@@ -65,6 +65,12 @@ class ContextLink:
         self._sessions[held] = _Session(ready, transfer(self._tracer, "receive state", held.session_id))
         self._put(link_pb2.WorkerMessage(attach=link_pb2.Attach(sessions=[_ref(held)])))
 
+    def refuse(self, held: Held, why: str) -> None:
+        """Give back a session that was pulled off the queue and can never be served here."""
+        self._put(link_pb2.WorkerMessage(attach=link_pb2.Attach(sessions=[_ref(held)])))
+        detached = link_pb2.Detached(session=_ref(held), reason=link_pb2.DETACH_REASON_FAILED, detail=why)
+        self._put(link_pb2.WorkerMessage(detach=link_pb2.Detach(sessions=[detached])))
+
     def hand_in(self, finished: BlocksFinished) -> None:
         """Send the blocks that one forward finished, as far as their sessions are still here."""
         done = link_pb2.BlocksDone()

@@ -30,6 +30,8 @@ Dial = Callable[[str], AbstractAsyncContextManager[Any]]
 
 PULL_WAIT_S = 2.0
 FLUSH_S = 2.0
+REFUSED_S = 1.0
+"""How long a worker leaves the queue to others when it has given back what it has no room for."""
 BROKER_RETRY_S = 1.0
 
 
@@ -86,8 +88,9 @@ class Worker:
             except BrokerUnavailable:
                 await asyncio.sleep(BROKER_RETRY_S)  # the heartbeat logs it
                 continue
-            for entry_id, ready in entries:
-                self._attach(entry_id, ready)
+            refused = [ready for entry_id, ready in entries if not self._attach(entry_id, ready)]
+            if refused:
+                await asyncio.sleep(REFUSED_S)
 
     async def flush(self) -> None:
         """Until cancelled: see that what is done leaves the queue even while this worker, being full, does not pull."""
@@ -142,17 +145,20 @@ class Worker:
                         link.fail(held, error)
                 self._free([held for held, _ in result.sessions])
 
-    def _attach(self, entry_id: EntryId, ready: ReadySession) -> None:
+    def _attach(self, entry_id: EntryId, ready: ReadySession) -> bool:
+        """Ask for the session; False if it can never be served here, and is given back."""
         # Whatever comes of it, the entry has done its part: a session that is lost now is queued again by its context.
         self._queue.done_soon(entry_id)
         held = Held(ready.session_id, ready.lease)
+        if held in self._held:
+            return True  # delivered twice
         if not self._pool.ever_fits(ready.tokens):
             log.error("session %s does not fit this worker: it needs room for %d tokens", ready.session_id, ready.tokens)
-            return
-        if held in self._held:
-            return  # delivered twice
+            self._link_to(ready.context_address).refuse(held, f"a worker has no room for {ready.tokens} tokens")
+            return False
         self._held[held] = ready.context_address
         self._link_to(ready.context_address).attach(held, ready)
+        return True
 
     def _link_to(self, address: str) -> ContextLink:
         link = self._links.get(address)

@@ -160,6 +160,9 @@ class Group:
             gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=meeting.address)]
             gloo._timeout = self._timeout
             self._channel = cast(Channel, dist.ProcessGroupGloo(store, meeting.rank, 2, gloo))
+        if self.broken:  # closed while the two met
+            self.close()
+            raise RuntimeError("it is closed")
 
     def _wait(self, move: Callable[[Channel], dist.Work]) -> None:
         channel = self._channel

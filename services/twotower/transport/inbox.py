@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import os
 import secrets
 import socket
+from collections import deque
 
 from torch import Tensor
 
 from twotower.errors import Incompatible
 from twotower.transport.segments import NUMBER, map_segment, peer_uid
 
+log = logging.getLogger(__name__)
+
 BACKLOG = 128
+ACCEPT_AGAIN_S = 0.5
 
 
 class SegmentInbox:
@@ -25,11 +29,13 @@ class SegmentInbox:
         self._loop = asyncio.get_running_loop()
         self._segments: dict[int, tuple[socket.socket, Tensor]] = {}
         self._connections: set[socket.socket] = set()
+        self._unsaid: dict[socket.socket, deque[int]] = {}
+        """Numbers to give back, where a context has not read for hundreds of them."""
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.setblocking(False)
         self._listener.bind("\0" + self.address)
         self._listener.listen(BACKLOG)
-        self._loop.add_reader(self._listener, self._accept)
+        self._listen()
 
     def segment(self, number: int) -> Tensor:
         """A segment's memory, (size,) uint8. Raises Incompatible."""
@@ -44,9 +50,27 @@ class SegmentInbox:
     def give_back(self, number: int) -> None:
         """The segment has been read."""
         connection, _ = self._segments.get(number, (None, None))
-        if connection is not None:
-            with contextlib.suppress(OSError):  # the context has gone; its end of the connection tells
-                connection.send(NUMBER.pack(number))
+        if connection is None:
+            return
+        unsaid = self._unsaid.setdefault(connection, deque())
+        unsaid.append(number)
+        if len(unsaid) == 1:
+            self._say(connection)
+
+    def _say(self, connection: socket.socket) -> None:
+        """Send numbers as far as the connection takes them; the rest when it can."""
+        unsaid = self._unsaid[connection]
+        while unsaid:
+            try:
+                connection.send(NUMBER.pack(unsaid[0]))
+            except BlockingIOError:
+                self._loop.add_writer(connection, self._say, connection)
+                return
+            except OSError:  # the context has gone, which `_read` sees at the connection's end
+                break
+            unsaid.popleft()
+        del self._unsaid[connection]
+        self._loop.remove_writer(connection)
 
     def close(self) -> None:
         """Give everything back. Memory that is still being read stays mapped until that is over."""
@@ -56,11 +80,20 @@ class SegmentInbox:
             self._loop.remove_reader(self._listener)
             self._listener.close()
 
+    def _listen(self) -> None:
+        if self._listener.fileno() >= 0:
+            self._loop.add_reader(self._listener, self._accept)
+
     def _accept(self) -> None:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # no more
+            except BlockingIOError:  # no more
+                return
+            except OSError as error:  # no file descriptors are left: some may be later
+                log.warning("a context's shared memory cannot be taken now: %s", error)
+                self._loop.remove_reader(self._listener)
+                self._loop.call_later(ACCEPT_AGAIN_S, self._listen)
                 return
             if peer_uid(connection) != os.geteuid():
                 connection.close()
@@ -92,6 +125,8 @@ class SegmentInbox:
 
     def _leave(self, connection: socket.socket) -> None:
         self._loop.remove_reader(connection)
+        self._loop.remove_writer(connection)
+        self._unsaid.pop(connection, None)
         self._connections.discard(connection)
         connection.close()
         for number in [number for number, (owner, _) in self._segments.items() if owner is connection]:
