@@ -123,12 +123,13 @@ class RecordConfig:
 
 def measure_record(config: RecordConfig, say: Say) -> Record:
     """Run all of it, which takes minutes. Raises TwoTowerError."""
+    commit = this_commit()  # now: a checkout may move on meanwhile
     engine_over_plain, batch_gain = _engine(config, say)
     services_over_engine = asyncio.run(_services(config, say))
     speedup, retention = _quality(config, say)
     ratios = Ratios(engine_over_plain, services_over_engine, batch_gain, delta_bytes(), speedup, retention)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if not isinstance(value, Path)}
-    return Record(datetime.now(UTC), this_commit(), this_machine(), settings, ratios)
+    return Record(datetime.now(UTC), commit, this_machine(), settings, ratios)
 
 
 def write_record(record: Record, directory: Path) -> Path:
