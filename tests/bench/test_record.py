@@ -118,7 +118,6 @@ def test_a_table_has_the_newest_first() -> None:
 
 def test_the_committed_page_is_that_of_the_committed_records(tmp_path: Path) -> None:
     committed = ROOT / "docs" / "benchmarks"
-    assert read_records(committed)
     for file in committed.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     write_history(tmp_path)
