@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from twotower.engine.pacing import ARRIVE_S, CREDIT_S, GATHER_S, MERGE_S, ContextPacing, Load, Outbound, Pacing, SharedPacing
+from twotower.engine.pacing import (
+    ARRIVE_S,
+    CREDIT_S,
+    CROWD_S,
+    GATHER_S,
+    MERGE_S,
+    ContextPacing,
+    Load,
+    Outbound,
+    Pacing,
+    SharedPacing,
+)
 from twotower.engine.turns import Turns
 
 
@@ -105,6 +116,22 @@ def test_a_turn_goes_on_while_there_is_credit_and_more_to_do(turns: Turns) -> No
     clock.now += 0.3
     pacing.end(Load(others=1))
     assert turns._held
+
+
+def test_who_is_alone_waits_for_nobody(turns: Turns) -> None:
+    clock, outbound = _Clock(), Outbound()
+    pacing = ContextPacing(turns, outbound, clock)
+    assert pacing.patience(Load(sessions=2, elsewhere=2)) is None  # so there was company
+    clock.now += CROWD_S / 2
+    assert pacing.patience(Load(prompts=1, sessions=1)) == pytest.approx(GATHER_S)
+    clock.now += CROWD_S
+    assert pacing.patience(Load()) is None
+    assert pacing.patience(Load(prompts=1, sessions=1)) == 0
+    pacing.begin()
+    outbound.on_way = 1
+    pacing.end(Load(sessions=1))  # by the clock that stands still, at once
+    assert not turns._held
+    assert pacing.patience(Load(prompts=2, sessions=2)) == pytest.approx(GATHER_S)
 
 
 def test_a_turn_ends_when_what_it_made_has_arrived(turns: Turns) -> None:

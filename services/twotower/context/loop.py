@@ -209,7 +209,7 @@ class ContextLoop:
 
     def _load(self) -> Load:
         ahead = self._ahead
-        return Load(len(ahead.commits), ahead.prompts, len(ahead.decodes), self.refining)
+        return Load(len(ahead.commits), ahead.prompts, len(ahead.decodes), self.refining, len(self._residents))
 
     # run and deliver: a forward of each kind, and its results at once. A failure reaches those it concerns, and no one else.
 

@@ -8,9 +8,9 @@ denoiser, or what waits for the context.
   first, at most `MERGE_S`: sessions a few steps apart fall into step, and the batches of both towers stay full. Nothing is
   lost but the time of these few blocks, since the denoisers have the cores meanwhile.
 - *Gathering.* Requests that come together are read together, and so are in step from the beginning: prompts wait until none
-  has come for `GATHER_S`, at most four times as long.
+  has come for `GATHER_S`, at most four times as long. Where no two sessions have been here for `CROWD_S`, none waits.
 - *Arrival.* A turn of the context ends when what it made has arrived at the denoisers, or after `ARRIVE_S`: else they would
-  go on without those whose deltas are a millisecond behind.
+  go on without those whose deltas are a millisecond behind. A session that is alone leaves none behind.
 - *Credit.* After commits and prompts, which give denoisers more to do at a time, the context may go on with what has come
   since, but no longer than `CREDIT_S` at once, and in the long run no longer than the denoisers have had the cores.
 """
@@ -25,6 +25,7 @@ from twotower.engine.turns import Turns
 
 MERGE_S = 0.5
 GATHER_S = 0.003
+CROWD_S = 1.0
 ARRIVE_S = 0.1
 CREDIT_S = 1.0
 POLL_S = 0.0002
@@ -42,6 +43,8 @@ class Load:
     """Other sessions with something to compute."""
     elsewhere: int = 0
     """Sessions whose blocks denoisers write now: each will ask for a commit."""
+    sessions: int = 0
+    """All that are here."""
 
     @property
     def idle(self) -> bool:
@@ -119,6 +122,8 @@ class ContextPacing(SharedPacing):
         """Since when a few blocks wait for more."""
         self._gathering: tuple[float, float, int] | None = None
         """Since when prompts wait for more, when the last came, and how many there are."""
+        self._crowded = clock()
+        """When there was last more than one session."""
         self._credit_s = CREDIT_S
         self._gave = float("-inf")
         self._began: float | None = None
@@ -126,12 +131,14 @@ class ContextPacing(SharedPacing):
 
     def patience(self, load: Load) -> float | None:
         """See `Pacing`, and merging above."""
+        if load.sessions > 1:
+            self._crowded = self._clock()
         if load.idle:
             self._merging = self._gathering = None
             self._give()
             return None
         if load.prompts and not load.commits and not load.others and self._began is None:
-            return self._gather(load.prompts)
+            return 0.0 if self._clock() >= self._crowded + CROWD_S else self._gather(load.prompts)
         if load.prompts or load.others or not self._few(load):
             self._merging = None
             return 0.0
@@ -169,7 +176,7 @@ class ContextPacing(SharedPacing):
         assert self._began is not None
         few = not load.others and not load.prompts and self._few(load)
         if load.idle or few or self._clock() >= self._began + self._credit_s:
-            give_up = self._clock() + ARRIVE_S
+            give_up = self._clock() + (0.0 if load.sessions == 1 else ARRIVE_S)
             while not self._outbound.arrived and self._clock() < give_up:
                 self._sleep(POLL_S)
             self._give()
