@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOS := $(wildcard proto/twotower/v1/*.proto proto/twotower/internal/v1/*.proto)
 STUBS := v1 internal/v1
+RELEASED := proto/released.binpb
 PROTOC = $(BIN)/python -m grpc_tools.protoc -Iproto --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy
 # Debian's python3 without python3-venv cannot put pip into a new environment; its own pip can.
 VENV_WITHOUT_ENSUREPIP = { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
@@ -17,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 GPU_TESTS := tests/kernels tests/model tests/engine tests/conformance
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train test test-slow test-gpu test-faults lint format proto proto-check clean
+.PHONY: help setup demo train test test-slow test-gpu test-faults bench docs lint format proto proto-check proto-release clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -54,10 +55,19 @@ TRAIN ?=
 train: setup  ## Train both towers anew on math, code and knowledge, into runs/suite; interrupted, it goes on (see docs/training.md)
 	$(BIN)/twotower train all --out runs/suite --run-dir runs/suite-run --minutes $(or $(MINUTES),14) $(TRAIN)
 
-lint: setup proto-check  ## ruff, mypy, and that the stubs are fresh
+bench: setup  ## The ratios this project promises, measured here (about ten minutes) and plotted over time in docs/benchmarks
+	$(BIN)/twotower bench record --out docs/benchmarks $(BENCH)
+
+docs: setup  ## Write the reference pages again that follow from the code
+	$(BIN)/python -m twotower.reference docs
+	$(BIN)/python -m twotower.cli.configuration docs/configuration.md
+
+lint: setup proto-check  ## ruff, mypy, the contract's style, that it breaks no client, and that the stubs are fresh
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/buf lint proto
+	$(BIN)/buf breaking proto --against $(RELEASED)
 
 format: setup  ## Let ruff format and sort
 	$(BIN)/ruff format .
@@ -73,6 +83,9 @@ proto-check: setup
 	  diff -r --exclude=__init__.py --exclude=__pycache__ $$fresh/twotower/$$stubs services/twotower/$$stubs || \
 	  { echo "the stubs in services/twotower/$$stubs are stale: run 'make proto' and commit" >&2; exit 1; }; \
 	done
+
+proto-release: setup  ## Take the public contract as it is now for what later changes must not break
+	$(BIN)/buf build proto --path proto/twotower/v1 --exclude-source-info -o $(RELEASED)
 
 clean:  ## Remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

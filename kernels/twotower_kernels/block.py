@@ -1,6 +1,6 @@
 """Mamba-2 over one short block, everything between in_proj and out_proj: what both towers do for every block.
 
-Conv, silu, dt, the scan from a seed state, D skip, gate and norm over each group of heads (model.md, M layer).
+Conv, silu, dt, the scan from a seed state, D skip, gate and norm over each group of heads (docs/model.md, Mamba-2 layer).
 
 Letters in shapes: B batch, L length, h heads, p head_dim, g groups, n state size, K conv kernel,
 C = h p + 2 g n channels of the conv.

@@ -23,7 +23,7 @@ def route(
     normalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Choose experts for each token (model.md, MoE router).
+    """Choose experts for each token (docs/model.md, MoE router).
 
     hidden (N, H), weight (E, H), correction (E,). Logits in fp64, sigmoid scores; the choice is made on
     scores + correction, limited to the best groups; the weights are the uncorrected scores.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Order = Literal["modulate_first", "norm_first"]
-"""``norm(modulate(h))`` (Mamba, attention) or ``modulate(norm(h))`` (MoE, MLP): model.md, Denoiser tower."""
+"""``norm(modulate(h))`` (Mamba, attention) or ``modulate(norm(h))`` (MoE, MLP): docs/model.md, Denoiser tower."""
 
 
 def modulated_norm(

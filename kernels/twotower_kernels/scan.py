@@ -1,6 +1,6 @@
 """The Mamba-2 recurrence in fp32: over a chunked sequence, and as the exact rank-1 updates of a commit.
 
-Per head (model.md, A layer): ``S <- exp(dt a) S + dt x (x) b``, ``y = S c``. Head ``i`` uses group
+Per head (docs/model.md, Mamba-2 layer): ``S <- exp(dt a) S + dt x (x) b``, ``y = S c``. Head ``i`` uses group
 ``i // (heads / groups)`` of b and c. All states and all arithmetic are fp32: with long contexts S
 grows past 1e3 and a bf16 scan overflows.
 

@@ -80,7 +80,7 @@ def unmask(
     top_p: Tensor | None = None,
     predict: Predict = predict,
 ) -> Unmasked:
-    """One step of a batch of blocks (model.md, Block refinement).
+    """One step of a batch of blocks (docs/model.md, Block refinement).
 
     logits (B, L, V) fp32, overwritten; tokens (B, L) int64; masked (B, L) bool; gamma, temperature (B,);
     steps_left (B,) int64, this step included; uniforms (B, L) fp64; top_k, top_p (B,): see `draw`; predict: another form

@@ -57,7 +57,7 @@ def test_a_step_over_many_tokens_reads_each_weight_once() -> None:
     weights = sum(2 * torch.Size(shape).numel() for name, shape in context_tensors(REAL_CONFIG) if "embeddings" not in name)
     assert total(costs.ar_step(1, 1)).bytes == pytest.approx(weights, rel=0.01)
     two, three = (total(costs.ar_step(1, n)).bytes for n in (1000, 2000))
-    assert three - two == 6144 * 1000  # model.md: KV of a token, all layers
+    assert three - two == 6144 * 1000  # docs/model.md: KV of a token, all layers
     # Of those who compute for a token: 3.6 B parameters, of which embeddings are looked up only.
     assert total(costs.ar_step(1, 1)).flops == pytest.approx(2 * (3.6e9 - 131072 * 2688), rel=0.05)
 

@@ -1,4 +1,4 @@
-"""Routing against the plain text of model.md, and every form of the experts against a loop."""
+"""Routing against the plain text of docs/model.md, and every form of the experts against a loop."""
 
 from __future__ import annotations
 

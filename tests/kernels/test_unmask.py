@@ -1,4 +1,4 @@
-"""Confidence unmasking against the plain text of model.md, row by row."""
+"""Confidence unmasking against the plain text of docs/model.md, row by row."""
 
 from __future__ import annotations
 

@@ -48,14 +48,24 @@ def engine_rows(
 
 def plain_result(checkpoint: Path, workload: Workload, requests: int, *, dtype: str, device: str, threads: int) -> Result:
     """The baseline at batch 1, on the same weights; its tokens are checked against nothing here but counted alike."""
+    return run_plain(plain_engine(checkpoint, dtype=dtype, device=device, threads=threads), workload, requests)
+
+
+def plain_engine(checkpoint: Path, *, dtype: str, device: str, threads: int) -> LocalEngine:
+    """Both towers as the baseline runs them."""
     engine = LocalEngine(checkpoint, dtype=dtype, device=device, threads=threads)
     make_plain(engine.context.tower)
     make_plain(engine.denoiser.tower)
+    return engine
+
+
+def run_plain(plain: LocalEngine, workload: Workload, requests: int) -> Result:
+    """So many requests, one after the other, with towers of `plain_engine`."""
     prompts = workload.prompts(requests)
-    generate_plain(engine.context, engine.denoiser, prompts[0], workload.params)
+    generate_plain(plain.context, plain.denoiser, prompts[0], workload.params)
     result = Result(requests)
     for prompt in prompts:
-        result.count(len(generate_plain(engine.context, engine.denoiser, prompt, workload.params)))
+        result.count(len(generate_plain(plain.context, plain.denoiser, prompt, workload.params)))
     result.stop()
     return result
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
+from twotower.cli.bench_output import Parts, say
 from twotower.cli.options import check_at_least_one
 from twotower.errors import ConfigError
 
@@ -23,7 +23,7 @@ BATCHES = (1, 8, 32, 64, 128)
 CONTEXTS = (128, 2048, 32768)
 
 
-def add_parts(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parts(parts: Parts[argparse.ArgumentParser]) -> None:
     """Both commands."""
     kernels = parts.add_parser("kernels", help="each kernel beside its plain form and the device's limits", allow_abbrev=False)
     _add_size(kernels)
@@ -59,12 +59,12 @@ def run_kernels(args: argparse.Namespace) -> None:
     if unknown := set(kernels) - set(KERNELS):
         raise ConfigError(f"only: no kernel is called {min(unknown)}; there are {', '.join(KERNELS)}")
     device, roofline = _device(args)
-    _say(args, "| kernel | batch | context | ms | MB | GFLOP | of the roofline | plain, ms | plain / kernel | experts |")
-    _say(args, "|" + "---|" * 10)
+    say(args, "| kernel | batch | context | ms | MB | GFLOP | of the roofline | plain, ms | plain / kernel | experts |")
+    say(args, "|" + "---|" * 10)
     rows = []
     for row in KernelBench(_config(args), device, roofline, args.seconds).rows(kernels, args.batch, args.context):
         rows.append(row.as_json())
-        _say(args, _kernel_line(row))
+        say(args, _kernel_line(row))
     if args.json:
         print(json.dumps({**_place(args, device, roofline), "rows": rows}))
 
@@ -76,8 +76,8 @@ def run_towers(args: argparse.Namespace) -> None:
     from twotower.bench.towers import TowerBench, computed, times
 
     config = _config(args)
-    _say(args, "| step | batch | context | ms | GB | TFLOP | at least, ms | of the roofline | plain, ms | experts a layer |")
-    _say(args, "|" + "---|" * 10)
+    say(args, "| step | batch | context | ms | GB | TFLOP | at least, ms | of the roofline | plain, ms | experts a layer |")
+    say(args, "|" + "---|" * 10)
     rows: list[TowerRow] = []
     if args.roofline is not None:
         _check(args)
@@ -85,27 +85,27 @@ def run_towers(args: argparse.Namespace) -> None:
         rows = computed(config, args.experts, roofline, args.batch, args.context)
         place = {"computed": True, "roofline": dataclasses.asdict(roofline)}
         for row in rows:
-            _say(args, _tower_line(row))
+            say(args, _tower_line(row))
     else:
         device, roofline = _device(args)
         bench = TowerBench(config, device, args.experts, roofline, args.seconds, not args.no_plain)
         for row in bench.rows(args.batch, args.context):
             rows.append(row)
-            _say(args, _tower_line(row))
+            say(args, _tower_line(row))
         place = {**_place(args, device, roofline), "shared_weights": bench.shared}
         if bench.shared:
-            _say(args, "\nLayers of one kind shared their weights: memory does not hold all of them.")
+            say(args, "\nLayers of one kind shared their weights: memory does not hold all of them.")
     table = times(rows, config.block_size)
-    _say(args, "\nOne context and one denoiser, each on a device of its own, against AR on one:\n")
+    say(args, "\nOne context and one denoiser, each on a device of its own, against AR on one:\n")
     for line in speedup_table(table):
-        _say(args, line)
+        say(args, line)
     if args.json:
-        told = {"experts": args.experts, "layers": config.hybrid_override_pattern, **place}
-        told["rows"] = [row.as_json() for row in rows]
-        told["needed_tokens_per_forward"] = [
+        figures = {"experts": args.experts, "layers": config.hybrid_override_pattern, **place}
+        figures["rows"] = [row.as_json() for row in rows]
+        figures["needed_tokens_per_forward"] = [
             {"batch": t.batch, "context": t.context, "tokens_per_forward": t.needed()} for t in table
         ]
-        print(json.dumps(told))
+        print(json.dumps(figures))
 
 
 def _config(args: argparse.Namespace) -> ModelConfig:
@@ -130,7 +130,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _device(args: argparse.Namespace) -> tuple[torch.device, Roofline]:
-    """The device, and its measured limits, which are told."""
+    """The device, and its measured limits, which are reported."""
     import torch
 
     from twotower.bench.roofline import measure
@@ -141,7 +141,7 @@ def _device(args: argparse.Namespace) -> tuple[torch.device, Roofline]:
         torch.set_num_threads(args.threads)
     device = resolve_device(args.device)
     roofline = measure(device, args.seconds)
-    _say(args, f"{_name(device)}: {roofline}, measured\n")
+    say(args, f"{_name(device)}: {roofline}, measured\n")
     return device, roofline
 
 
@@ -173,7 +173,3 @@ def _tower_line(row: TowerRow) -> str:
         f"| {row.step} | {row.batch} | {row.context:,} | {took} | {row.cost.bytes / 1e9:,.3f} | {row.cost.flops / 1e12:,.3f} "
         f"| {1e3 * row.least_s:,.3f} | {share} | {plain} | {drawn} |"
     )
-
-
-def _say(args: argparse.Namespace, line: str) -> None:
-    print(line, file=sys.stderr if args.json else sys.stdout, flush=True)

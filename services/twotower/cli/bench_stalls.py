@@ -7,10 +7,11 @@ import asyncio
 import json
 import sys
 
+from twotower.cli.bench_output import Parts
 from twotower.cli.options import add_checkpoint
 
 
-def add_part(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_part(parts: Parts[argparse.ArgumentParser]) -> None:
     """The command."""
     stalls = parts.add_parser("stalls", help="one gateway, and clients that try to stall it", allow_abbrev=False)
     add_checkpoint(stalls)
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     config = StallsConfig(args.checkpoint, args.seconds, only=args.only)
     result = asyncio.run(measure(config, lambda line: print(line, file=sys.stderr)))
     phases = {"calm": result.calm, "stormy": result.stormy}
-    told = {
+    figures = {
         name: {
             "blocks": len(phase.gaps_s),
             "gap_p50_ms": round(phase.gap_ms(0.5), 1),
@@ -40,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
         for name, phase in phases.items()
     }
     if args.json:
-        print(json.dumps({**told, "hostile": result.hostile}))
+        print(json.dumps({**figures, "hostile": result.hostile}))
     else:
-        for name, phase in told.items():
+        for name, phase in figures.items():
             print(
                 f"{name}: a block each {config.pace_s * 1e3:.0f} ms came after p50 {phase['gap_p50_ms']} ms, "
                 f"p99 {phase['gap_p99_ms']} ms, {phase['gap_max_ms']} ms at most "

@@ -7,11 +7,12 @@ import asyncio
 import json
 import sys
 
+from twotower.cli.bench_output import Parts
 from twotower.cli.options import add_checkpoint, check_at_least_one
 from twotower.errors import ConfigError
 
 
-def add_part(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_part(parts: Parts[argparse.ArgumentParser]) -> None:
     """The command."""
     streams = parts.add_parser("streams", help="one gateway, many streams, workers that only pretend", allow_abbrev=False)
     add_checkpoint(streams)
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"pace: must not be negative, but is {args.pace}")
     config = StreamsConfig(args.checkpoint, args.streams, args.blocks, args.pace)
     result = asyncio.run(measure(config, lambda line: print(line, file=sys.stderr)))
-    told = {
+    figures = {
         "streams": args.streams,
         "most_at_once": result.most_at_once,
         "complete": result.complete,
@@ -44,12 +45,12 @@ def run(args: argparse.Namespace) -> int:
         "gateway_cpu_s": round(result.gateway_cpu_s, 2),
     }
     if args.json:
-        print(json.dumps(told))
+        print(json.dumps(figures))
     else:
         blocks = args.streams * args.blocks / result.seconds
         print(f"{result.complete} of {args.streams} streams complete, {result.wrong} wrong, {len(result.failures)} failed")
         print(f"{result.most_at_once} at one time, {blocks:,.0f} blocks/s over {result.seconds:.1f} s")
-        print(f"first block p50 {told['first_block_p50_ms']:,.0f} ms, p95 {told['first_block_p95_ms']:,.0f} ms")
+        print(f"first block p50 {figures['first_block_p50_ms']:,.0f} ms, p95 {figures['first_block_p95_ms']:,.0f} ms")
         print(f"gateway: {result.gateway_peak_bytes / 1e6:,.0f} MB at most, {result.gateway_cpu_s:.1f} s of CPU time")
     for failure in sorted(set(result.failures))[:5]:
         print(f"failed: {failure}", file=sys.stderr)

@@ -130,7 +130,7 @@ class LocalEngine:
         return [token], 1, session.logprobs
 
     def _mock_ar(self, session: Session) -> Written:
-        """One token by the denoiser, from the last token and the state before it (model.md, mock-AR mode)."""
+        """One token by the denoiser, from the last token and the state before it (docs/model.md, Mock-AR mode)."""
         last = torch.tensor([[session.pending]], device=self.context.tower.device)
         logits = self.denoiser.tower.denoise(last, None, [session.state])[0, -1]
         self.context.tower.commit(last, [session.state])

@@ -15,7 +15,7 @@ MAMBA, ATTENTION, MOE, MLP = "M", "*", "E", "-"
 LAYER_KINDS = (MAMBA, ATTENTION, MOE, MLP)
 
 TIME_EMBEDDING_SIZE = 256
-"""Width of the sinusoid of 1000·t that conditions the denoiser (model.md, Denoiser tower)."""
+"""Width of the sinusoid of 1000·t that conditions the denoiser (docs/model.md, Denoiser tower)."""
 
 PRECISIONS = ("bf16", "fp8", "fp4")
 """How routed experts can be stored: like all other weights, or quantized (`twotower_kernels.quant`)."""

@@ -1,4 +1,4 @@
-"""Names and shapes of every tensor of a checkpoint, tower by tower (model.md, Checkpoint). No torch here."""
+"""Names and shapes of every tensor of a checkpoint, tower by tower (docs/model.md, Checkpoint). No torch here."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Layer(nn.Module):
         super().__init__()
         self.kind = kind
         self.order: Order = "modulate_first" if kind in (MAMBA, ATTENTION) else "norm_first"
-        """Of norm and modulation, in the denoiser (model.md, Denoiser tower)."""
+        """Of norm and modulation, in the denoiser (docs/model.md, Denoiser tower)."""
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = _mixer(kind, config)
 
