@@ -93,6 +93,8 @@ class TokenLogprob:
     """Natural logarithm of its probability at temperature 1; of a block's token, with the mask id excluded."""
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest tokens at its place and their logprobs, the likeliest first; of equal ones, the lower id."""
+    step: int = 1
+    """The forward of its block that committed it, counted from 1."""
 
 
 def check_request(prompt: Sequence[int], params: GenerationParams, limits: ModelLimits) -> list[str]:

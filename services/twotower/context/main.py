@@ -19,6 +19,7 @@ from twotower.context.config import ContextConfig
 from twotower.context.loop import ContextLoop
 from twotower.context.messages import ContextResult
 from twotower.context.prefixes import PrefixCache
+from twotower.context.scoring import ScoringService
 from twotower.context.service import ContextService
 from twotower.context.sessions import Sessions
 from twotower.engine.context_engine import ContextEngine
@@ -28,7 +29,7 @@ from twotower.engine.progress import Progress
 from twotower.engine.thread import EngineThread
 from twotower.engine.turns import Turns
 from twotower.garbage import spare_what_is_loaded
-from twotower.internal.v1 import context_pb2, context_pb2_grpc
+from twotower.internal.v1 import context_pb2, context_pb2_grpc, scoring_pb2_grpc
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.context_tower import ContextTower
 from twotower.model.memory import prefix_budget, state_budget
@@ -99,9 +100,10 @@ async def run(config: ContextConfig) -> None:
                 sessions: Sessions = Sessions(loop, queue, prefixes.redis)
                 transports = ContextTransports(TransportConfig.of(config.transport), config.host, tower.device)
                 service = ContextService(checkpoint, sessions, pool, transports, tracer, config.silence_s, paced=turns.shared)
+                scoring = ScoringService(loop.inbox, checkpoint.limits, pool, lambda: service.draining)
                 working, guarding = asyncio.create_task(thread.run(loop.run)), asyncio.create_task(progress.guard())
                 try:
-                    await _serve(config, service, pool, prefixes, registry, stop, working)
+                    await _serve(config, service, scoring, pool, prefixes, registry, stop, working)
                 finally:
                     loop.inbox.put(None)
                     transports.close()
@@ -117,6 +119,7 @@ async def run(config: ContextConfig) -> None:
 async def _serve(
     config: ContextConfig,
     service: ContextService,
+    scoring: ScoringService,
     pool: StatePool,
     prefixes: PrefixCache,
     registry: Registry,
@@ -125,6 +128,7 @@ async def _serve(
 ) -> None:
     server, sessions = RpcServer(config.host, config.port), service.sessions
     context_pb2_grpc.add_ContextTowerServicer_to_server(service, server.server)
+    scoring_pb2_grpc.add_ScoringServicer_to_server(scoring, server.server)
     await server.start([SERVICE_NAME])
     # Known once the port is bound; every queued session names it.
     sessions.address = address = config.advertise or server.address

@@ -152,7 +152,8 @@ class DenoiserEngine:
         assert block.params.logprobs is not None
         places = chosen.nonzero().squeeze(-1)
         of_places, at = logits[places.to(logits.device)], tokens[places].to(logits.device)
-        return dict(zip(places.tolist(), token_logprobs(of_places, at, block.params.logprobs, self.mask_id), strict=True))
+        told = token_logprobs(of_places, at, block.params.logprobs, self.mask_id, step=block.forwards + 1)
+        return dict(zip(places.tolist(), told, strict=True))
 
 
 def _rows(blocks: Sequence[Refinement], masked: Tensor) -> tuple[Tensor, Tensor]:

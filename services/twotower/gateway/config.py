@@ -30,6 +30,8 @@ class GatewayConfig:
     """Largest HTTP request body; a larger one is refused as such. None: by what prompts can take (see `body_limits`)."""
     max_bodies_bytes: int | None = None
     """Bodies of all HTTP requests in flight together; one more is refused as overloaded. None: some of the largest."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose web pages may call the HTTP face from a browser; "*": all."""
     drain_s: float = 30.0
     """How long running requests may take after SIGTERM."""
     reopen_wait_s: float = 15.0

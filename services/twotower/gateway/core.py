@@ -18,6 +18,7 @@ from twotower.gateway.replicas import ReplicaPool
 from twotower.gateway.request import Request, check_length, check_unresolved, resolve
 from twotower.gateway.sessions import Job, SessionStream
 from twotower.request import FinishReason, Mode, ModelLimits, check_request
+from twotower.text.chat_template import ChatTemplate
 from twotower.text.stream import TextStream
 from twotower.text.tokenizer import Tokenizer
 from twotower.wire.logprobs import logprobs_from_pb
@@ -40,6 +41,8 @@ class ServedModel:
     tokenizer: Tokenizer | None
     created: int
     """When the gateway began to serve it, in seconds since 1970."""
+    chat: ChatTemplate | None = None
+    """How messages become a prompt; None: the checkpoint takes no chats."""
 
     @property
     def hidden_ids(self) -> tuple[int, ...]:
@@ -109,7 +112,7 @@ class Core:
                     check_length(len(request.prompt), model.limits.max_context)
                 check_unresolved(request, model.tokenizer is not None)
                 if request.prompt not in tokens:
-                    tokens[request.prompt] = self._tokens(request.prompt)
+                    tokens[request.prompt] = self._tokens(request)
                 prompt = tokens[request.prompt]
                 params = resolve(request, len(prompt), model.limits)
                 warnings = check_request(prompt, params, model.limits)
@@ -173,6 +176,8 @@ class Core:
                     metrics.completion_tokens.labels(mode).inc(len(event.token_ids))
                     metrics.forwards.labels(mode).inc(event.forwards)
                     piece = text.push(event.token_ids) if text else ""
+                    if text and text.stopped:
+                        await events.aclose()  # before the client is waited for: the work ends now
                     yield Block(blocks, tuple(event.token_ids), piece, event.forwards, logprobs_from_pb(event.logprobs))
                     blocks += 1
                     if text and text.stopped:
@@ -208,11 +213,12 @@ class Core:
         except TimeoutError:
             pass
 
-    def _tokens(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
-        if not isinstance(prompt, str):
-            return prompt
+    def _tokens(self, request: Request) -> tuple[int, ...]:
+        if not isinstance(request.prompt, str):
+            return request.prompt
         assert self.model.tokenizer is not None  # check_unresolved
-        return tuple(self.model.tokenizer.encode(prompt, self.model.limits.max_context))
+        most, special_tokens = self.model.limits.max_context, request.special_tokens
+        return tuple(self.model.tokenizer.encode(request.prompt, most, special_tokens=special_tokens))
 
     def _text_stream(self, request: Prepared) -> TextStream | None:
         model = self.model

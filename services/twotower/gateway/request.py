@@ -40,6 +40,8 @@ class Request:
     priority: Priority = Priority.NORMAL
     logprobs: int | None = None
     """None: without."""
+    special_tokens: bool = True
+    """Whether the tokenizer adds to a text what it adds to texts; a chat template has written that already."""
 
 
 def check_length(prompt_tokens: int, max_context: int) -> None:

@@ -76,7 +76,7 @@ class _RefusedError(jinja2.TemplateError):
 class _Generation(Extension):
     """``{% generation %}``, with which templates mark what a model wrote, for training: here, its content."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """The block's nodes, in its place."""
