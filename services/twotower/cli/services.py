@@ -39,7 +39,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="whose web pages may call the HTTP face from a browser, e.g. https://example.org; may be repeated; *: all (default: none)",
+        help="whose web pages may call the HTTP face, e.g. https://example.org; may be repeated; *: all (default: none)",
     )
     add_context_experts(gateway, "auto", "as the checkpoint stores them")
     gateway.set_defaults(run=run_gateway)
