@@ -203,10 +203,10 @@ def test_a_state_is_copied_when_nothing_is_left_to_do_to_it(towers: TinyTowers) 
     context.until_idle()
     (copied,) = context.take(StateCopied)
     assert copied.length == len(PROMPT) + 16
-    before = {key: tensor.clone() for key, tensor in copied.snapshot.items()}
+    before = {key: tensor.clone() for key, tensor in copied.copy.tensors.items()}
     context.loop.inbox.put(CommitBlocks([("a", BLOCK)]))
     context.until_idle()
-    assert all(torch.equal(tensor, before[key]) for key, tensor in copied.snapshot.items())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in copied.copy.tensors.items())
 
 
 def test_who_does_not_fit_waits_within_bounds(towers: TinyTowers) -> None:

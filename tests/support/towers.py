@@ -185,6 +185,7 @@ async def towers(
             await end_tasks(watching)
             loop.inbox.put(None)
             await asyncio.gather(working, return_exceptions=True)
+            await sessions.close()
             thread.close()
             transports.close()
             with contextlib.suppress(Exception):

@@ -90,15 +90,20 @@ class WorkerLink:
         )
 
         async def tensors() -> Sequence[tuple[Key, Tensor]]:
-            return list(copied.snapshot.items())
+            return list(copied.copy.tensors.items())
 
         def header(placed: link_pb2.Placed | None) -> link_pb2.ContextMessage:
             if placed is not None:
                 state.tensors.CopyFrom(placed)
             return link_pb2.ContextMessage(state=state)
 
+        def wanted() -> bool:
+            return self.holds(ref) is not None
+
+        def sent() -> None:
+            self._sessions.copy_sent(copied.copy)
+
         ref = _ref(live)
-        wanted, sent = lambda: self.holds(ref) is not None, self._sessions.copy_sent
         self._put(_Transfer("send state", [live.id], tensors, header, wanted, sent))
 
     def send_committed(self, deltas: DeltaBatch, rows: Sequence[tuple[int, LiveSession, int]]) -> None:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 import torch
 from opentelemetry.trace import Span, Tracer
 
+from twotower.context.copies import CopyBuffers
 from twotower.context.messages import (
     CloseSession,
     CommitBlocks,
@@ -90,8 +91,7 @@ class ContextLoop:
         self._ahead: Plan[ContextResident] = Plan()
         """What the next iteration would run; made anew whenever something has come or gone."""
         self._scorer = PromptScorer(engine.tower, chunk=chunk, budget=budget)
-        self._copies = 0
-        """Copied states that have not been sent."""
+        self._copies = CopyBuffers(MAX_COPIES)
         self._stopped = False
 
     def run(self) -> None:
@@ -129,8 +129,8 @@ class ContextLoop:
             match entry:
                 case None:
                     self._stopped = True
-                case CopySent():
-                    self._copies -= 1
+                case CopySent(copy):
+                    self._copies.give_back(copy)
                 case OpenSession() | ScoreTokens():
                     self._open(entry)
                 case CloseSession(session_id):
@@ -196,21 +196,20 @@ class ContextLoop:
 
     def _copy_states(self) -> None:
         for resident in list(self._residents.values()):
-            if self._copies >= MAX_COPIES:
+            if not self._copies.available:
                 return
             if resident.copy_for is None or not resident.settled:
                 continue
             state, lease = resident.session.state, resident.copy_for
             try:
                 with torch.inference_mode():
-                    snapshot = {key: tensor.clone() for key, tensor in state_tensors(state, self._engine.decay_rates)}
+                    copy = self._copies.copy(list(state_tensors(state, self._engine.decay_rates)))
             except Exception as error:  # out of memory: the session goes on where there is some
                 log.error("the state of session %s could not be copied", resident.name, exc_info=error)
                 self._end([(resident, error)])
                 continue
             resident.copy_for = None
-            self._copies += 1
-            self._deliver([StateCopied(resident.name, lease, state.length, snapshot)])
+            self._deliver([StateCopied(resident.name, lease, state.length, copy)])
 
     # plan
 

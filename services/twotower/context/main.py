@@ -107,6 +107,8 @@ async def run(config: ContextConfig) -> None:
                 finally:
                     loop.inbox.put(None)
                     transports.close()
+                    await asyncio.wait((working,))
+                    await sessions.close()
                 await working
                 await end_tasks(guarding)
                 log.info("drained: %d slots and %d pages in use", pool.used_slots, pool.used_pages)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from twotower.context.copies import Copy
 from twotower.errors import TwoTowerError
 from twotower.model.delta_batch import DeltaBatch
 from twotower.request import GenerationParams, Priority, TokenLogprob
@@ -89,6 +90,8 @@ class PrefixLoaded:
 class CopySent:
     """A copied state is on its way to its worker, or of no use any more: its memory is free."""
 
+    copy: Copy
+
 
 ContextEntry = CopySent | OpenSession | ScoreTokens | CloseSession | CommitBlocks | CopyState | SetPaused | PrefixLoaded
 
@@ -143,7 +146,8 @@ class StateCopied:
     session_id: str
     lease: int
     length: int
-    snapshot: Snapshot
+    copy: Copy
+    """To be given back as `CopySent`."""
 
 
 @dataclass(frozen=True, slots=True)

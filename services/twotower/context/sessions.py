@@ -13,6 +13,7 @@ from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any
 
 from twotower.broker.ready_queue import EntryId, ReadyQueue, ReadySession
+from twotower.context.copies import Copy
 from twotower.context.link import WorkerLink
 from twotower.context.live import LiveSession
 from twotower.context.loop import ContextLoop
@@ -37,6 +38,7 @@ from twotower.errors import BrokerUnavailable, NonFiniteLogits, RequestFailed
 from twotower.internal.v1 import link_pb2
 from twotower.prefix.redis_tier import RedisTier
 from twotower.request import TokenLogprob
+from twotower.tasks import end_tasks
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ MAX_FAILURES = 4
 """Failures in a row, without a block between them, that end a request, wherever they come from."""
 BROKER_WAIT_S = 30.0
 """How long a session waits for a Redis that does not answer, before it fails."""
+CLOSE_S = 1.0
 BROKER_RETRY_S = 0.25
 LOST_ENTRY_S = 3.0
 """A session that waits this long looks whether Redis still has its entry."""
@@ -143,9 +146,9 @@ class Sessions:
         else:
             self._failed(live, detached.detail or "the denoiser failed on it")
 
-    def copy_sent(self) -> None:
+    def copy_sent(self, copy: Copy) -> None:
         """A copied state needs its memory no more."""
-        self._loop.inbox.put(CopySent())
+        self._loop.inbox.put(CopySent(copy))
 
     def on_way(self, transfers: int) -> None:
         """More transfers are on their way; fewer, where negative: they have arrived, or are lost."""
@@ -179,7 +182,7 @@ class Sessions:
                 self._redis.store_later(result.links, len(result.links), result.snapshot)
         elif (live := self._sessions.get(result.session_id)) is None:
             if isinstance(result, StateCopied):
-                self.copy_sent()
+                self.copy_sent(result.copy)
             # It is over; the loop will hear, or has heard.
         elif isinstance(result, StateSoonReady):
             if not live.ar:
@@ -196,7 +199,7 @@ class Sessions:
                 live.has_state = True
                 live.link.send_state(live, result)
             else:
-                self.copy_sent()
+                self.copy_sent(result.copy)
         elif isinstance(result, PrefixWanted):
             self._start(self._load_prefix(result))
         elif isinstance(result, SessionFailed):
@@ -326,8 +329,14 @@ class Sessions:
         finally:
             self._loop.inbox.put(PrefixLoaded(wanted.session_id, chunks, snapshot))
 
+    async def close(self) -> None:
+        """End what runs in the background, once the loop has ended; what is to be taken off the queue has a moment for it."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSE_S)
+        await end_tasks(*self._tasks)
+
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run in the background, kept from being collected."""
+        """Run in the background, kept from being collected, until `close`."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
