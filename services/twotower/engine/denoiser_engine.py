@@ -25,6 +25,7 @@ from twotower.engine.graphs import (
 from twotower.engine.logprobs import token_logprobs
 from twotower.engine.refinement import Refinement
 from twotower.engine.sampling import Filters, filters, uniforms
+from twotower.engine.steps import step_of
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.pool import StatePool
 from twotower.model.rows import PagedRows
@@ -83,6 +84,9 @@ class DenoiserEngine:
         for i, (block, new, still, left) in enumerate(rows):
             asked = block.params.logprobs is not None
             logprobs = self._logprobs(block, stepped.logits[i], new, before[i] & ~still) if asked else None
+            if block.params.show_steps and finite[i]:
+                number = block.forwards + 1
+                block.step = step_of(number, stepped.logits[i], new, still, before[i], self.mask_id, block.step)
             block.advance(new, still, left, bool(finite[i]), logprobs)
 
     def _replay(self, pool: StatePool, blocks: Sequence[Refinement], before: Tensor) -> _Stepped:

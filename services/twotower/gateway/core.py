@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from twotower.errors import InvalidArgument, Overloaded, Unavailable
-from twotower.events import Accepted, Block, Event, Finished
+from twotower.events import Accepted, Block, Event, Finished, Shown
 from twotower.gateway.metrics import CANCELLED, COMPLETED, Metrics, outcome_of
 from twotower.gateway.replicas import ReplicaPool
 from twotower.gateway.request import Request, check_length, check_unresolved, resolve
 from twotower.gateway.sessions import Job, SessionStream
-from twotower.request import FinishReason, Mode, ModelLimits, check_request
+from twotower.request import BlockStep, FinishReason, Mode, ModelLimits, check_request
 from twotower.text.chat_template import ChatTemplate
 from twotower.text.stream import TextStream
 from twotower.text.tokenizer import Tokenizer
@@ -168,6 +168,9 @@ class Core:
                     if isinstance(event, FinishReason):
                         reason = event
                         break
+                    if isinstance(event, BlockStep):
+                        yield Shown(blocks, _cut(event, params.max_tokens - tokens))
+                        continue
                     last = time.monotonic()
                     if blocks == 0:
                         metrics.first_block_s.labels(mode).observe(last - start)
@@ -248,3 +251,10 @@ class Core:
 
     def _count(self, mode: Mode, outcome: str) -> None:
         self.metrics.requests.labels(mode.value, outcome).inc()
+
+
+def _cut(step: BlockStep, remaining: int) -> BlockStep:
+    """What of a block can become text, of which `remaining` tokens may still come."""
+    if len(step.token_ids) <= remaining:
+        return step
+    return BlockStep(step.number, step.token_ids[:remaining], step.committed[:remaining], step.confidence[:remaining])

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -15,7 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from twotower.errors import InvalidArgument, TwoTowerError, Unavailable
-from twotower.events import Accepted, Block, Event
+from twotower.events import Accepted, Block, Event, Shown
 from twotower.gateway import openai_replies as replies
 from twotower.gateway import sse
 from twotower.gateway.bodies import Bodies
@@ -27,6 +28,9 @@ from twotower.gateway.openai_fields import MAX_QUOTE, Call
 from twotower.gateway.scoring import PromptScores, Scorer
 
 log = logging.getLogger(__name__)
+
+STEP_EVENT = "step"
+"""The type of the events that show a block on its way."""
 
 Parse = Callable[[Mapping[str, Any]], Call]
 MakeReply = Callable[[Call, ServedModel, str, int], replies.Reply]
@@ -109,6 +113,14 @@ class Generate:
             await (answer.stream(send) if call.stream else answer.whole(send))
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A choice's block on its way."""
+
+    index: int
+    shown: Shown
+
+
 class _Answer:
     """One call on its way."""
 
@@ -140,6 +152,7 @@ class _Answer:
         choices: list[list[Piece]] = [[] for _ in self._prepared]
         async with aclosing(self._pieces()) as pieces:
             async for piece in pieces:
+                assert isinstance(piece, Piece)  # steps are for streams only
                 choices[piece.index].append(piece)
         body = self._reply.whole(choices, self._totals.body(), self._warnings)
         await JSONResponse(body, headers=self._headers())({"type": "http"}, _nothing, send)
@@ -154,6 +167,9 @@ class _Answer:
                         await sse.begin(send, self._headers())
                     first = {"warnings": self._warnings} if self._warnings and not started else {}
                     started = True
+                    if isinstance(piece, _Step):
+                        await sse.event(send, {**self._reply.step(piece.index, piece.shown), **first}, STEP_EVENT)
+                        continue
                     if piece.index not in opened:
                         opened.add(piece.index)
                         if (opening := self._reply.opening(piece.index)) is not None:
@@ -186,8 +202,8 @@ class _Answer:
         since = asyncio.get_running_loop().time() - self._arrived
         self._timing.append(f"{what};dur={1000 * since:.1f}")
 
-    async def _pieces(self) -> AsyncGenerator[Piece, None]:
-        """Pieces of all choices as they come; the first error ends all."""
+    async def _pieces(self) -> AsyncGenerator[Piece | _Step, None]:
+        """Pieces of all choices as they come, and looks at blocks on their way; the first error ends all."""
         self._note("read")
         call, prepared = self._call, self._prepared
         if call.echo:
@@ -205,6 +221,9 @@ class _Answer:
                 if first:
                     self._note("first-block")
                     first = False
+                if isinstance(event, Shown):
+                    yield _Step(index, event)
+                    continue
                 piece = self._choices[index].push(event)
                 if isinstance(event, Block):
                     self._totals.block(event)

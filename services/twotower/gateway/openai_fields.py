@@ -87,11 +87,12 @@ def generation_fields(body: Mapping[str, Any]) -> dict[str, Any]:
         "ignore_eos": optional(body, "ignore_eos", boolean) or False,
         "eos_token_ids": optional(body, "eos_token_ids", token_ids) or (),
         "priority": optional(body, "service_tier", priority) or Priority.NORMAL,
+        "show_steps": stream_steps(body),
     }
 
 
 GENERATION_FIELDS = (
-    *("mode", "gamma", "block_size", "steps", "top_k", "ignore_eos", "eos_token_ids", "timeout_s", "details"),
+    *("mode", "gamma", "block_size", "steps", "top_k", "ignore_eos", "eos_token_ids", "timeout_s", "details", "stream_steps"),
     *("model", "n", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options"),
     *("service_tier", "logprobs", "user", "metadata"),
 )
@@ -132,6 +133,14 @@ def max_tokens(body: Mapping[str, Any]) -> int | None:
     if len(values) > 1:
         raise InvalidArgument("max_completion_tokens", "contradicts max_tokens: give one of them")
     return next(iter(values), None)
+
+
+def stream_steps(body: Mapping[str, Any]) -> bool:
+    """Whether a stream shows blocks on their way."""
+    wanted = optional(body, "stream_steps", boolean) or False
+    if wanted and not body.get("stream"):
+        raise InvalidArgument("stream_steps", "is only for stream: true")
+    return wanted
 
 
 def stream_options(body: Mapping[str, Any], stream: bool) -> tuple[bool, bool]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from twotower.events import Shown
 from twotower.gateway.openai_choice import ChoiceToken
 from twotower.text.tokenizer import Tokenizer
 
@@ -45,6 +46,20 @@ def details_of(tokens: Sequence[ChoiceToken]) -> list[dict[str, Any]]:
         for token in tokens
         if token.block is not None
     ]
+
+
+def step_of(index: int, shown: Shown, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Ours: a choice's block on its way."""
+    step = shown.step
+    return {
+        "index": index,
+        "block": shown.block,
+        "number": step.number,
+        "token_ids": list(step.token_ids),
+        "tokens": [name_of(token, tokenizer) for token in step.token_ids],
+        "committed": list(step.committed),
+        "confidence": list(step.confidence),
+    }
 
 
 def name_of(token: int, tokenizer: Tokenizer | None) -> str:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from twotower.errors import InvalidArgument, TwoTowerError
-from twotower.events import Block
+from twotower.events import Block, Shown
 from twotower.gateway.core import ServedModel
 from twotower.gateway.openai_choice import ChoiceToken, Piece
 from twotower.gateway.openai_fields import MODES, Call
-from twotower.gateway.openai_logprobs import chat_logprobs, completion_logprobs, details_of
+from twotower.gateway.openai_logprobs import chat_logprobs, completion_logprobs, details_of, step_of
 from twotower.status import status_of
 
 MAX_MESSAGE = 2000
@@ -70,6 +70,10 @@ class Reply(Protocol):
         """The last piece of a stream that was asked for usage."""
         ...
 
+    def step(self, index: int, shown: Shown) -> dict[str, Any]:
+        """A choice's block on its way: no choice in it, so that clients who do not know it add nothing to the text."""
+        ...
+
 
 class CompletionReply:
     """`POST /v1/completions`. Implements `Reply`."""
@@ -94,6 +98,11 @@ class CompletionReply:
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         """See `Reply`."""
         return {**self._head, "choices": [], "usage": usage}
+
+    def step(self, index: int, shown: Shown) -> dict[str, Any]:
+        """See `Reply`."""
+        told = step_of(index, shown, self._model.tokenizer)
+        return {**self._head, "object": "text_completion.step", "choices": [], "step": told}
 
     def _choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         tokens, call = _tokens(pieces), self._call
@@ -138,6 +147,11 @@ class ChatReply:
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         """See `Reply`."""
         return {**self._chunk_head, "choices": [], "usage": usage}
+
+    def step(self, index: int, shown: Shown) -> dict[str, Any]:
+        """See `Reply`."""
+        told = step_of(index, shown, self._model.tokenizer)
+        return {**self._head, "object": "chat.completion.step", "choices": [], "step": told}
 
     def _choice(self, pieces: Sequence[Piece], **content: Any) -> dict[str, Any]:
         tokens, call = _tokens(pieces), self._call

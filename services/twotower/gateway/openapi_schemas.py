@@ -77,6 +77,7 @@ GENERATION: Json = {
     "eos_token_ids": _or_null(_list(TOKEN, maxItems=MAX_EOS_TOKENS)),
     "timeout_s": _or_null({**NUMBER, "exclusiveMinimum": 0, "maximum": MAX_TIMEOUT_S}, "How long the call may take. Ours."),
     "details": _or_null(FLAG, "With each token's block, step and confidence. Ours."),
+    "stream_steps": _or_null(FLAG, "Events of type `step` show blocks on their way; only with stream: true. Ours."),
     "service_tier": _or_null({"enum": list(TIERS)}, "Who goes first where requests wait."),
     "user": {"description": "Ignored."},
     "metadata": {"description": "Ignored."},
