@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -36,7 +36,7 @@ class TextEndpoints:
         """Token ids as a text."""
         return await self._answer(request, self._detokenize)
 
-    async def _answer(self, request: Request, work: Any) -> Response:
+    async def _answer(self, request: Request, work: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Response:
         try:
             async with self._bodies.read(request) as body:
                 return JSONResponse(await self._core.read(len(body), lambda: work(parse_json(body))))
