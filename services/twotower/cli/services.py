@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     gateway.add_argument("--max-body", metavar="SIZE", help="of one HTTP request's body (default 1M to 8M, by the context)")
     gateway.add_argument("--max-bodies", metavar="SIZE", help="of all HTTP requests' bodies (default eight of the largest)")
     gateway.add_argument(
-        "--cors-origin",
+        "--cors-origins",
         action="append",
         default=[],
         metavar="ORIGIN",
@@ -87,7 +87,7 @@ def run_gateway(args: argparse.Namespace) -> None:
         max_body_bytes=None if args.max_body is None else parse_bytes(args.max_body, "max_body"),
         max_bodies_bytes=None if args.max_bodies is None else parse_bytes(args.max_bodies, "max_bodies"),
         context_experts=args.context_experts,
-        cors_origins=tuple(args.cors_origin),
+        cors_origins=tuple(args.cors_origins),
         drain_s=args.drain,
     )
     asyncio.run(run(config))
