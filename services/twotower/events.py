@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from twotower.request import FinishReason, TokenLogprob
+from twotower.request import BlockStep, FinishReason, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,16 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
+class Shown:
+    """A block on its way, if the request asked for such events; some may be missing, or come again."""
+
+    block: int
+    """Counted from 0."""
+    step: BlockStep
+    """Cut at max_tokens."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The totals."""
 
@@ -48,4 +58,4 @@ class Finished:
     """Text held back until the end was known."""
 
 
-Event = Accepted | Block | Finished
+Event = Accepted | Block | Shown | Finished

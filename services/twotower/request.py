@@ -83,6 +83,8 @@ class GenerationParams:
     """Generation ends after the first of these; empty: at `max_tokens` only."""
     logprobs: int | None = None
     """Tell each token's log probability, and so many of the likeliest at its place; None: neither."""
+    show_steps: bool = False
+    """Show each block as it is after every forward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,21 @@ class TokenLogprob:
     """Natural logarithm of its probability at temperature 1; of a block's token, with the mask id excluded."""
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest tokens at its place and their logprobs, the likeliest first; of equal ones, the lower id."""
+    step: int = 1
+    """The forward of its block that committed it, counted from 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStep:
+    """A block after one of its forwards: provisional where it is not committed."""
+
+    number: int
+    """Which of the block's forwards, counted from 1."""
+    token_ids: tuple[int, ...]
+    """Where a position is not committed, the likeliest token there."""
+    committed: tuple[bool, ...]
+    confidence: tuple[float, ...]
+    """Of each token, its probability; of a committed one, in the forward that committed it."""
 
 
 def check_request(prompt: Sequence[int], params: GenerationParams, limits: ModelLimits) -> list[str]:

@@ -20,7 +20,7 @@ from twotower.cli.options import (
     not_given,
 )
 from twotower.errors import InvalidArgument, Unavailable
-from twotower.events import Accepted, Block, Event, Finished
+from twotower.events import Accepted, Block, Event, Finished, Shown
 from twotower.request import MAX_TIMEOUT_S, Mode, Priority, TokenLogprob
 
 DEFAULT_MAX_TOKENS = 256
@@ -120,6 +120,8 @@ class _Result:
             for warning in event.warnings:
                 print(f"warning: {warning}", file=sys.stderr)
             return
+        if isinstance(event, Shown):
+            return  # not asked for
         if isinstance(event, Block):
             self._token_ids += event.token_ids
             self._logprobs += event.logprobs

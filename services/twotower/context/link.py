@@ -25,6 +25,7 @@ from twotower.wire.frames import Key
 from twotower.wire.logprobs import check_logprobs, logprobs_from_pb
 from twotower.wire.params import params_to_pb
 from twotower.wire.state import delta_tensors
+from twotower.wire.steps import step_fits, step_from_pb
 
 if TYPE_CHECKING:
     from twotower.context.sessions import Sessions
@@ -175,6 +176,8 @@ class WorkerLink:
                         self._sessions.attach(self, ref)
                 case "done":
                     self._take_blocks(message.done.blocks)
+                case "stepped":
+                    self._show(message.stepped.blocks)
                 case "detach":
                     for detached in message.detach.sessions:
                         self._sessions.detached(self, detached)
@@ -218,6 +221,15 @@ class WorkerLink:
         held = [(live, block) for block in blocks if (live := self.holds(block.session)) is not None]
         taken = [(live, block, self._checked(live, block)) for live, block in held]
         self._sessions.blocks_done(taken)
+
+    def _show(self, blocks: Sequence[link_pb2.BlockStepped]) -> None:
+        """Blocks on their way. What does not belong to the block that is due is of no use, and is dropped."""
+        for block in blocks:
+            live = self.holds(block.session)
+            if live is None or not live.writing or block.generated != live.transcript.generated:
+                continue
+            if step_fits(block.step, live.params.block_size, self._limits.vocab_size):
+                live.show(step_from_pb(block.step))
 
     def _checked(self, live: LiveSession, block: link_pb2.BlockDone) -> Sequence[TokenLogprob]:
         """The block's logprobs, if asked for. Raises Incompatible if it is not the block that is due."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from twotower.broker.ready_queue import EntryId
 from twotower.engine.session import Transcript, room_for
 from twotower.errors import TwoTowerError
-from twotower.request import FinishReason, GenerationParams, Mode, Priority, TokenLogprob
+from twotower.request import BlockStep, FinishReason, GenerationParams, Mode, Priority, TokenLogprob
 
 if TYPE_CHECKING:
     from twotower.context.link import WorkerLink
@@ -31,8 +31,8 @@ class ShownBlock:
     """One for each token, if asked for."""
 
 
-LiveEvent = ShownBlock | FinishReason | TwoTowerError
-"""A block, the end, or why the session failed."""
+LiveEvent = ShownBlock | BlockStep | FinishReason | TwoTowerError
+"""A block, a look at the next one, the end, or why the session failed."""
 
 
 class LiveSession:
@@ -91,6 +91,11 @@ class LiveSession:
         if self.transcript.finish_reason is not None:
             self._events.put_nowait(self.transcript.finish_reason)
             self.over = True
+
+    def show(self, step: BlockStep) -> None:
+        """Take a look at the next block. One that a client would not read soon is of no use, and is dropped."""
+        if not self.over and self._events.qsize() < RESUME_UNREAD:
+            self._events.put_nowait(step)
 
     def fail(self, error: TwoTowerError) -> None:
         """End the session with an error, unless it is over."""

@@ -27,6 +27,7 @@ from twotower.context.messages import (
     PrefixLoaded,
     PrefixMet,
     PrefixWanted,
+    ScoreTokens,
     SessionFailed,
     SetPaused,
     StateCopied,
@@ -41,6 +42,7 @@ from twotower.engine.isolation import Isolation
 from twotower.engine.pacing import Load, Outbound, Pacing
 from twotower.engine.progress import Progress
 from twotower.engine.scheduler import Plan, plan
+from twotower.engine.scoring import PromptScorer, Scoring
 from twotower.engine.waiting import WaitingLine
 from twotower.errors import Overloaded, TwoTowerError, Unavailable
 from twotower.model.pool import StatePool
@@ -83,11 +85,12 @@ class ContextLoop:
         self.refining = 0
         """Sessions whose next block a denoiser writes; kept by `Sessions`."""
         self.outbound = outbound or Outbound()
-        self._waiting: WaitingLine[OpenSession] = WaitingLine()
+        self._waiting: WaitingLine[OpenSession | ScoreTokens] = WaitingLine()
         self._residents: dict[str, ContextResident] = {}
         self._isolation: Isolation[ContextResident] = Isolation("forward of the context tower", lambda resident: resident.name)
         self._ahead: Plan[ContextResident] = Plan()
         """What the next iteration would run; made anew whenever something has come or gone."""
+        self._scorer = PromptScorer(engine.tower, chunk=chunk, budget=budget)
         self._copies = CopyBuffers(MAX_COPIES)
         self._stopped = False
 
@@ -128,7 +131,7 @@ class ContextLoop:
                     self._stopped = True
                 case CopySent(copy):
                     self._copies.give_back(copy)
-                case OpenSession():
+                case OpenSession() | ScoreTokens():
                     self._open(entry)
                 case CloseSession(session_id):
                     self._close(session_id)
@@ -151,10 +154,13 @@ class ContextLoop:
         if entries or admitted:
             self._ahead = self._plan()
 
-    def _open(self, entry: OpenSession) -> None:
+    def _open(self, entry: OpenSession | ScoreTokens) -> None:
         if len(self._waiting) >= self._max_waiting and (self._waiting or not self._fits(entry)):
             error = Overloaded(f"all state memory is taken, and {len(self._waiting)} sessions wait for it already")
-            self._deliver([SessionFailed(entry.session_id, error)])
+            if isinstance(entry, ScoreTokens):
+                entry.tell(error)
+            else:
+                self._deliver([SessionFailed(entry.session_id, error)])
         else:
             self._waiting.add(entry.session_id, entry, entry.priority)
             self._admit()
@@ -163,16 +169,21 @@ class ContextLoop:
         self._waiting.leave(session_id)
         if (resident := self._residents.pop(session_id, None)) is not None:
             self._pool.release(resident.session.state)
+        elif (state := self._scorer.leave(session_id)) is not None:
+            self._pool.release(state)
 
-    def _fits(self, entry: OpenSession) -> bool:
-        return self._pool.fits(ContextResident.room_of(entry))
+    def _fits(self, entry: OpenSession | ScoreTokens) -> bool:
+        return self._pool.fits(_room_of(entry))
 
     def _admit(self) -> bool:
         """Give memory to those who wait and fit; whether anybody did."""
         admitted = False
         for entry in self._waiting.admit(self._fits):
             admitted = True
-            state = self._pool.acquire(ContextResident.room_of(entry))
+            state = self._pool.acquire(_room_of(entry))
+            if isinstance(entry, ScoreTokens):
+                self._scorer.begin(Scoring(entry.session_id, entry.tokens, entry.top, state, entry.tell))
+                continue
             session = self._engine.open(entry.session_id, entry.tokens, entry.params, entry.generated, state)
             borders, met = self._prefixes.begin(session)
             self._residents[session.id] = resident = ContextResident(session, borders)
@@ -209,7 +220,8 @@ class ContextLoop:
 
     def _load(self) -> Load:
         ahead = self._ahead
-        return Load(len(ahead.commits), ahead.prompts, len(ahead.decodes), self.refining, len(self._residents))
+        prompts = ahead.prompts + len(self._scorer)
+        return Load(len(ahead.commits), prompts, len(ahead.decodes), self.refining, len(self._residents))
 
     # run and deliver: a forward of each kind, and its results at once. A failure reaches those it concerns, and no one else.
 
@@ -223,6 +235,8 @@ class ContextLoop:
             self._decode(ahead.decodes)
         if ahead.chunks:
             self._read(ahead.chunks)
+        for state in self._scorer.step():
+            self._pool.release(state)
         self._copy_states()
 
     def _commit(self, residents: Sequence[ContextResident]) -> None:
@@ -303,3 +317,8 @@ class ContextLoop:
 
     def _span(self, name: str, **attributes: int) -> AbstractContextManager[Span]:
         return self.tracer.start_as_current_span(name, attributes=attributes)
+
+
+def _room_of(entry: OpenSession | ScoreTokens) -> int:
+    """Tokens that its state must have room for."""
+    return len(entry.tokens) if isinstance(entry, ScoreTokens) else ContextResident.room_of(entry)

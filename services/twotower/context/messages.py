@@ -5,7 +5,7 @@ Entries are taken between two iterations. Results are delivered in batches, in t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,6 +30,19 @@ class OpenSession:
     generated: int
     params: GenerationParams
     priority: Priority
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreTokens:
+    """A prompt waits for state memory, and then to be read for the log probabilities of its tokens. Not a session."""
+
+    session_id: str
+    tokens: Sequence[int]
+    top: int
+    """With so many of the likeliest tokens at each place."""
+    priority: Priority
+    tell: Callable[[Sequence[TokenLogprob] | TwoTowerError], object]
+    """Takes what each forward has found, in the prompt's order, or why there is no more; in the loop's thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +93,7 @@ class CopySent:
     copy: Copy
 
 
-ContextEntry = CopySent | OpenSession | CloseSession | CommitBlocks | CopyState | SetPaused | PrefixLoaded
+ContextEntry = CopySent | OpenSession | ScoreTokens | CloseSession | CommitBlocks | CopyState | SetPaused | PrefixLoaded
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,12 @@ from twotower.errors import Draining, Incompatible, InvalidArgument, TwoTowerErr
 from twotower.internal.v1 import context_pb2, context_pb2_grpc, link_pb2
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.pool import PAGE, StatePool
-from twotower.request import FinishReason, Priority, check_request
+from twotower.request import BlockStep, FinishReason, Priority, check_request
 from twotower.transport.ends import ContextTransports
 from twotower.wire.handshake import check_hello
 from twotower.wire.logprobs import logprobs_to_pb
 from twotower.wire.params import FINISH_TO_PB, PRIORITY_FROM_PB, params_from_pb
+from twotower.wire.steps import step_to_pb
 
 
 class ContextService(context_pb2_grpc.ContextTowerServicer):
@@ -63,6 +64,9 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
                     self.sessions.end(live)
                     yield context_pb2.SessionEvent(end=context_pb2.SessionEnd(finish_reason=FINISH_TO_PB[event]))
                     return
+                if isinstance(event, BlockStep):
+                    yield context_pb2.SessionEvent(step=step_to_pb(event))
+                    continue
                 yield context_pb2.SessionEvent(block=_block_to_pb(event))
         finally:
             self.sessions.end(live)

@@ -13,7 +13,7 @@ import grpc
 from opentelemetry.trace import Span, Tracer
 
 from twotower.broker.ready_queue import ReadySession
-from twotower.denoiser.messages import Begin, BlocksFinished, Extend, Held, Row
+from twotower.denoiser.messages import Begin, BlocksFinished, BlocksShown, Extend, Held, Row
 from twotower.errors import Incompatible, NonFiniteLogits, TwoTowerError
 from twotower.internal.v1 import context_pb2_grpc, link_pb2
 from twotower.rpc.channel import open_channel
@@ -25,6 +25,7 @@ from twotower.wire.handshake import make_hello
 from twotower.wire.logprobs import logprobs_to_pb
 from twotower.wire.params import params_from_pb
 from twotower.wire.state import delta_spec, state_spec
+from twotower.wire.steps import step_to_pb
 
 if TYPE_CHECKING:
     from twotower.denoiser.worker import Worker
@@ -89,6 +90,15 @@ class ContextLink:
             )
         if done.blocks:
             self._put(link_pb2.WorkerMessage(done=done))
+
+    def show(self, shown: BlocksShown) -> None:
+        """Send blocks on their way, as far as their sessions are still here."""
+        stepped = link_pb2.BlocksStepped()
+        for held, generated, step in shown.blocks:
+            if held in self._sessions:
+                stepped.blocks.add(session=_ref(held), generated=generated, step=step_to_pb(step))
+        if stepped.blocks:
+            self._put(link_pb2.WorkerMessage(stepped=stepped))
 
     def hand_back(self) -> None:
         """Let go of every session whose block is not under way here: the context has all that it needs."""

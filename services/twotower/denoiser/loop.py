@@ -16,6 +16,7 @@ from torch import Tensor
 from twotower.denoiser.messages import (
     Begin,
     BlocksFinished,
+    BlocksShown,
     DenoiserEntry,
     DenoiserResult,
     Extend,
@@ -35,7 +36,7 @@ from twotower.errors import Incompatible
 from twotower.model.delta_batch import apply_batch
 from twotower.model.pool import StatePool
 from twotower.model.state import ContextState
-from twotower.request import GenerationParams
+from twotower.request import BlockStep, GenerationParams
 from twotower.tracing.recorder import NO_TRACER
 from twotower.wire.state import delta_from, fill_state
 
@@ -186,7 +187,8 @@ class DenoiserLoop:
             self.engine.step([resident.block for resident in residents if resident.block is not None])
 
     def _hand_in(self, worked: Sequence[DenoiserResident]) -> None:
-        """What a forward finished: one message for each context."""
+        """What a forward finished: one message for each context, and one before it of what its clients want to see."""
+        self._show(worked)
         finished: dict[str, list[tuple[Held, Refinement]]] = defaultdict(list)
         for resident in worked:
             block = resident.block
@@ -198,6 +200,14 @@ class DenoiserLoop:
                 finished[resident.context].append((resident.held, block))
                 resident.block = None
         self._deliver([BlocksFinished(context, blocks) for context, blocks in finished.items()])
+
+    def _show(self, worked: Sequence[DenoiserResident]) -> None:
+        shown: dict[str, list[tuple[Held, int, BlockStep]]] = defaultdict(list)
+        for resident in worked:
+            block = resident.block
+            if block is not None and block.step is not None and block.error is None and resident.held in self._residents:
+                shown[resident.context].append((resident.held, block.generated, block.step))
+        self._deliver([BlocksShown(context, blocks) for context, blocks in shown.items()])
 
     def _fail(self, failed: Sequence[tuple[DenoiserResident, Exception]]) -> None:
         for resident, _ in failed:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from twotower.engine.refinement import Refinement
-from twotower.request import GenerationParams
+from twotower.request import BlockStep, GenerationParams
 from twotower.transport.interface import Received
 
 
@@ -70,6 +70,15 @@ class BlocksFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class BlocksShown:
+    """Blocks of one context's sessions as one forward left them, for clients that watch."""
+
+    context: str
+    blocks: Sequence[tuple[Held, int, BlockStep]]
+    """Each with the tokens generated before it."""
+
+
+@dataclass(frozen=True, slots=True)
 class SessionsFailed:
     """Sessions that cannot go on here; their slots are free."""
 
@@ -90,4 +99,4 @@ class TensorsRead:
     received: Received
 
 
-DenoiserResult = BlocksFinished | SessionsFailed | SlotsFree | TensorsRead
+DenoiserResult = BlocksFinished | BlocksShown | SessionsFailed | SlotsFree | TensorsRead

@@ -25,6 +25,7 @@ from twotower.engine.graphs import (
 from twotower.engine.logprobs import token_logprobs
 from twotower.engine.refinement import Refinement
 from twotower.engine.sampling import Filters, filters, uniforms
+from twotower.engine.steps import step_of
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.pool import StatePool
 from twotower.model.rows import PagedRows
@@ -83,6 +84,9 @@ class DenoiserEngine:
         for i, (block, new, still, left) in enumerate(rows):
             asked = block.params.logprobs is not None
             logprobs = self._logprobs(block, stepped.logits[i], new, before[i] & ~still) if asked else None
+            if block.params.show_steps and finite[i]:
+                number = block.forwards + 1
+                block.step = step_of(number, stepped.logits[i], new, still, before[i], self.mask_id, block.step)
             block.advance(new, still, left, bool(finite[i]), logprobs)
 
     def _replay(self, pool: StatePool, blocks: Sequence[Refinement], before: Tensor) -> _Stepped:
@@ -152,7 +156,8 @@ class DenoiserEngine:
         assert block.params.logprobs is not None
         places = chosen.nonzero().squeeze(-1)
         of_places, at = logits[places.to(logits.device)], tokens[places].to(logits.device)
-        return dict(zip(places.tolist(), token_logprobs(of_places, at, block.params.logprobs, self.mask_id), strict=True))
+        told = token_logprobs(of_places, at, block.params.logprobs, self.mask_id, step=block.forwards + 1)
+        return dict(zip(places.tolist(), told, strict=True))
 
 
 def _rows(blocks: Sequence[Refinement], masked: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twotower.errors import NonFiniteLogits
 from twotower.model.state import ContextState
-from twotower.request import GenerationParams, TokenLogprob
+from twotower.request import BlockStep, GenerationParams, TokenLogprob
 
 
 class Refinement:
@@ -27,6 +27,8 @@ class Refinement:
         """Positions still masked."""
         self.forwards = 0
         self.error: NonFiniteLogits | None = None
+        self.step: BlockStep | None = None
+        """What the last forward made of it, if the request wants to see that."""
         self._logprobs: dict[int, TokenLogprob] = {}
 
     @property

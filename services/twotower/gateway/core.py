@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from twotower.errors import InvalidArgument, Overloaded, Unavailable
-from twotower.events import Accepted, Block, Event, Finished
+from twotower.events import Accepted, Block, Event, Finished, Shown
 from twotower.gateway.metrics import CANCELLED, COMPLETED, Metrics, outcome_of
 from twotower.gateway.preparation import Preparation, hidden_ids, text_stream
 from twotower.gateway.replicas import ReplicaPool
 from twotower.gateway.request import Request
 from twotower.gateway.sessions import Job, SessionStream
-from twotower.request import FinishReason, Mode, ModelLimits
+from twotower.request import BlockStep, FinishReason, Mode, ModelLimits
+from twotower.text.chat_template import ChatTemplate
 from twotower.text.tokenizer import Tokenizer
 from twotower.wire.logprobs import logprobs_from_pb
 
@@ -40,6 +41,8 @@ class ServedModel:
     tokenizer: Tokenizer | None
     created: int
     """When the gateway began to serve it, in seconds since 1970."""
+    chat: ChatTemplate | None = None
+    """How messages become a prompt; None: the checkpoint takes no chats."""
 
     @property
     def hidden_ids(self) -> tuple[int, ...]:
@@ -157,6 +160,9 @@ class Core:
                     if isinstance(event, FinishReason):
                         reason = event
                         break
+                    if isinstance(event, BlockStep):
+                        yield Shown(blocks, _cut(event, params.max_tokens - tokens))
+                        continue
                     last = time.monotonic()
                     if blocks == 0:
                         metrics.first_block_s.labels(mode).observe(last - start)
@@ -165,6 +171,8 @@ class Core:
                     metrics.completion_tokens.labels(mode).inc(len(event.token_ids))
                     metrics.forwards.labels(mode).inc(event.forwards)
                     piece = text.push(event.token_ids) if text else ""
+                    if text and text.stopped:
+                        await events.aclose()  # before the client is waited for: the work ends now
                     yield Block(blocks, tuple(event.token_ids), piece, event.forwards, logprobs_from_pb(event.logprobs))
                     blocks += 1
                     if text and text.stopped:
@@ -222,3 +230,10 @@ class Core:
 
     def _count(self, mode: Mode, outcome: str) -> None:
         self.metrics.requests.labels(mode.value, outcome).inc()
+
+
+def _cut(step: BlockStep, remaining: int) -> BlockStep:
+    """What of a block can become text, of which `remaining` tokens may still come."""
+    if len(step.token_ids) <= remaining:
+        return step
+    return BlockStep(step.number, step.token_ids[:remaining], step.committed[:remaining], step.confidence[:remaining])

@@ -40,6 +40,10 @@ class Request:
     priority: Priority = Priority.NORMAL
     logprobs: int | None = None
     """None: without."""
+    show_steps: bool = False
+    """With each block as it is after every forward."""
+    special_tokens: bool = True
+    """Whether the tokenizer adds to a text what it adds to texts; a chat template has written that already."""
 
 
 def check_length(prompt_tokens: int, max_context: int) -> None:
@@ -87,4 +91,5 @@ def resolve(request: Request, prompt_tokens: int, limits: ModelLimits) -> Genera
         seed=DEFAULT_SEED if request.seed is None else request.seed,
         eos_token_ids=() if request.ignore_eos else request.eos_token_ids or limits.eos_token_ids,
         logprobs=request.logprobs,
+        show_steps=request.show_steps,
     )

@@ -14,14 +14,15 @@ from twotower.errors import BrokerUnavailable, DeadlineExceeded, Draining, Overl
 from twotower.gateway.prefixes import PromptChains
 from twotower.gateway.replicas import ContextReplica, ReplicaPool
 from twotower.internal.v1 import context_pb2
-from twotower.request import FinishReason, GenerationParams, Priority
+from twotower.request import BlockStep, FinishReason, GenerationParams, Priority
 from twotower.rpc.errors import error_from_rpc, raised_by_peer
 from twotower.v1 import inference_pb2
 from twotower.wire.params import FINISH_FROM_PB, PRIORITY_TO_PB, params_to_pb
+from twotower.wire.steps import step_from_pb
 
 log = logging.getLogger(__name__)
 
-SessionEvent = context_pb2.SessionBlock | FinishReason
+SessionEvent = context_pb2.SessionBlock | BlockStep | FinishReason
 
 MAX_FAILURES = 4
 """Failures of the request in a row, without a block between them, that end it; the contexts count on from these."""
@@ -168,7 +169,9 @@ class SessionStream:
         finish: FinishReason | None = None
         try:
             async for event in call:
-                if event.HasField("end"):
+                if event.HasField("step"):
+                    yield step_from_pb(event.step)
+                elif event.HasField("end"):
                     finish = FINISH_FROM_PB.get(event.end.finish_reason, FinishReason.LENGTH)
                 else:
                     self._emitted.extend(event.block.token_ids)

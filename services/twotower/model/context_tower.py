@@ -84,6 +84,22 @@ class ContextTower(nn.Module):
         return [next(logits) if need else None for need in needed]
 
     @torch.inference_mode()
+    def read(self, chunks: Sequence[Tensor], states: Sequence[ContextState]) -> Tensor:
+        """As `prefill`, for whoever wants to know what every position comes to.
+
+        Returns h (sum of L_i, hidden), of which `logits(h[i:j].unsqueeze(1))` makes logits: those of all positions may be
+        more than there is memory for.
+        """
+        assert len(chunks) == len(states)
+        for state in states:
+            state.begin()
+        segments = Segments([chunk.shape[0] for chunk in chunks], self.device)
+        h = self._run(torch.cat(tuple(chunks)).unsqueeze(0), PrefillPass(rows_of(states, self.kernels), segments), slice(None))
+        for state, length in zip(states, segments.lengths, strict=True):
+            state.length += length
+        return h[0]
+
+    @torch.inference_mode()
     def commit(
         self, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool = False
     ) -> tuple[list[Delta], Tensor | None]:

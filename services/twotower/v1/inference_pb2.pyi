@@ -137,6 +137,7 @@ class GenerateRequest(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    STREAM_STEPS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Tokenized by the gateway."""
     mode: Global___Mode.ValueType
@@ -163,6 +164,8 @@ class GenerateRequest(_message.Message):
     """Normal unless stated."""
     logprobs: _builtins.int
     """With the log probability of every token, and of so many of the likeliest at its place, at most 5. Absent: without."""
+    stream_steps: _builtins.bool
+    """With each block as it is after every forward, on its way: see Step."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Taken as they are."""
@@ -194,10 +197,11 @@ class GenerateRequest(_message.Message):
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         priority: Global___Priority.ValueType = ...,
         logprobs: _builtins.int | None = ...,
+        stream_steps: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_block_size", b"_block_size", "_gamma", b"_gamma", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_seed", b"_seed", "_steps", b"_steps", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "block_size", b"block_size", "gamma", b"gamma", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "prompt", b"prompt", "seed", b"seed", "steps", b"steps", "temperature", b"temperature", "text", b"text", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_block_size", b"_block_size", "_gamma", b"_gamma", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_seed", b"_seed", "_steps", b"_steps", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "block_size", b"block_size", "eos_token_ids", b"eos_token_ids", "gamma", b"gamma", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "mode", b"mode", "priority", b"priority", "prompt", b"prompt", "seed", b"seed", "steps", b"steps", "stop", b"stop", "temperature", b"temperature", "text", b"text", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_block_size", b"_block_size", "_gamma", b"_gamma", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_seed", b"_seed", "_steps", b"_steps", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "block_size", b"block_size", "eos_token_ids", b"eos_token_ids", "gamma", b"gamma", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "mode", b"mode", "priority", b"priority", "prompt", b"prompt", "seed", b"seed", "steps", b"steps", "stop", b"stop", "stream_steps", b"stream_steps", "temperature", b"temperature", "text", b"text", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__block_size: _TypeAlias = _typing.Literal["block_size"]  # noqa: Y015
     _WhichOneofArgType__block_size: _TypeAlias = _typing.Literal["_block_size", b"_block_size"]  # noqa: Y015
@@ -251,6 +255,7 @@ class GenerateEvent(_message.Message):
     ACCEPTED_FIELD_NUMBER: _builtins.int
     BLOCK_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def accepted(self) -> Global___Accepted:
         """First: the request was checked and taken."""
@@ -263,18 +268,23 @@ class GenerateEvent(_message.Message):
     def finished(self) -> Global___Finished:
         """Last: the totals."""
 
+    @_builtins.property
+    def step(self) -> Global___Step:
+        """A block on its way, if the request asked for such events."""
+
     def __init__(
         self,
         *,
         accepted: Global___Accepted | None = ...,
         block: Global___Block | None = ...,
         finished: Global___Finished | None = ...,
+        step: Global___Step | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "block", b"block", "event", b"event", "finished", b"finished"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "block", b"block", "event", b"event", "finished", b"finished", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "block", b"block", "event", b"event", "finished", b"finished"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "block", b"block", "event", b"event", "finished", b"finished", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "block", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "block", "finished", "step"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -355,6 +365,52 @@ class Block(_message.Message):
 Global___Block: _TypeAlias = Block  # noqa: Y015
 
 @_typing.final
+class Step(_message.Message):
+    """A block after one of its forwards. Provisional: what is not committed may still change, and a step may be missing where a
+    client reads slowly, or come again where a block is begun anew.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    COMMITTED_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
+    block: _builtins.int
+    """The block's, as Block counts them."""
+    number: _builtins.int
+    """Which of the block's forwards this is, counted from 1."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The block's tokens; where a position is not committed, the likeliest there."""
+
+    @_builtins.property
+    def committed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """Which of the positions are committed."""
+
+    @_builtins.property
+    def confidence(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """How sure the model is of each token: its probability, of a committed one in the forward that committed it."""
+
+    def __init__(
+        self,
+        *,
+        block: _builtins.int = ...,
+        number: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        committed: _abc.Iterable[_builtins.bool] | None = ...,
+        confidence: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "committed", b"committed", "confidence", b"confidence", "number", b"number", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Step: _TypeAlias = Step  # noqa: Y015
+
+@_typing.final
 class TokenLogprobs(_message.Message):
     """What the model gave a token when it was committed."""
 
@@ -362,8 +418,11 @@ class TokenLogprobs(_message.Message):
 
     LOGPROB_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     logprob: _builtins.float
     """Natural logarithm of its probability, at temperature 1, the mask id excluded."""
+    step: _builtins.int
+    """The forward of its block that committed it, counted from 1."""
     @_builtins.property
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]:
         """The likeliest tokens at its place, the likeliest first."""
@@ -373,10 +432,11 @@ class TokenLogprobs(_message.Message):
         *,
         logprob: _builtins.float = ...,
         top: _abc.Iterable[Global___TopLogprob] | None = ...,
+        step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "step", b"step", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

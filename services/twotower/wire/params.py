@@ -38,6 +38,7 @@ def params_to_pb(params: GenerationParams) -> link_pb2.Params:
         top_p=params.top_p,
         eos_token_ids=params.eos_token_ids,
         logprobs=NO_LOGPROBS if params.logprobs is None else params.logprobs,
+        show_steps=params.show_steps,
     )
 
 
@@ -55,4 +56,5 @@ def params_from_pb(message: link_pb2.Params) -> GenerationParams:
         top_p=message.top_p,
         eos_token_ids=tuple(message.eos_token_ids),
         logprobs=None if message.logprobs == NO_LOGPROBS else message.logprobs,
+        show_steps=message.show_steps,
     )

@@ -78,6 +78,7 @@ class SessionEvent(_message.Message):
 
     BLOCK_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def block(self) -> Global___SessionBlock:
         """A block to show; it is committed while the gateway streams it."""
@@ -86,17 +87,22 @@ class SessionEvent(_message.Message):
     def end(self) -> Global___SessionEnd:
         """The session is over."""
 
+    @_builtins.property
+    def step(self) -> _inference_pb2.Step:
+        """The next block on its way, if the request asked for such events. Its `block` is not set: the gateway counts."""
+
     def __init__(
         self,
         *,
         block: Global___SessionBlock | None = ...,
         end: Global___SessionEnd | None = ...,
+        step: _inference_pb2.Step | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "end", b"end", "event", b"event"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "end", b"end", "event", b"event", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "end", b"end", "event", b"event"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "end", b"end", "event", b"event", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["block", "end"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["block", "end", "step"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

@@ -125,6 +125,7 @@ class Params(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     TOP_P_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    SHOW_STEPS_FIELD_NUMBER: _builtins.int
     mode: _inference_pb2.Mode.ValueType
     max_tokens: _builtins.int
     """The most tokens to generate, counting those already generated."""
@@ -139,6 +140,8 @@ class Params(_message.Message):
     """1: all tokens."""
     logprobs: _builtins.int
     """-1: without log probabilities."""
+    show_steps: _builtins.bool
+    """Blocks are shown after every forward."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Empty: the generation ends at max_tokens only."""
@@ -157,10 +160,11 @@ class Params(_message.Message):
         top_k: _builtins.int = ...,
         top_p: _builtins.float = ...,
         logprobs: _builtins.int = ...,
+        show_steps: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "eos_token_ids", b"eos_token_ids", "gamma", b"gamma", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "mode", b"mode", "seed", b"seed", "steps", b"steps", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "eos_token_ids", b"eos_token_ids", "gamma", b"gamma", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "mode", b"mode", "seed", b"seed", "show_steps", b"show_steps", "steps", b"steps", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -203,6 +207,7 @@ class WorkerMessage(_message.Message):
     DETACH_FIELD_NUMBER: _builtins.int
     ALIVE_FIELD_NUMBER: _builtins.int
     ARRIVED_FIELD_NUMBER: _builtins.int
+    STEPPED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """First: who the worker is and what it can take."""
@@ -227,6 +232,10 @@ class WorkerMessage(_message.Message):
     def arrived(self) -> Global___Arrived:
         """A State or BlocksCommitted has arrived. Sent where Welcome asks for it."""
 
+    @_builtins.property
+    def stepped(self) -> Global___BlocksStepped:
+        """Blocks on their way, for clients that want to watch."""
+
     def __init__(
         self,
         *,
@@ -236,12 +245,13 @@ class WorkerMessage(_message.Message):
         detach: Global___Detach | None = ...,
         alive: Global___Alive | None = ...,
         arrived: Global___Arrived | None = ...,
+        stepped: Global___BlocksStepped | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "arrived", b"arrived", "attach", b"attach", "detach", b"detach", "done", b"done", "hello", b"hello", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "arrived", b"arrived", "attach", b"attach", "detach", b"detach", "done", b"done", "hello", b"hello", "message", b"message", "stepped", b"stepped"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "arrived", b"arrived", "attach", b"attach", "detach", b"detach", "done", b"done", "hello", b"hello", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "arrived", b"arrived", "attach", b"attach", "detach", b"detach", "done", b"done", "hello", b"hello", "message", b"message", "stepped", b"stepped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "attach", "done", "detach", "alive", "arrived"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "attach", "done", "detach", "alive", "arrived", "stepped"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -372,6 +382,60 @@ class BlockDone(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BlockDone: _TypeAlias = BlockDone  # noqa: Y015
+
+@_typing.final
+class BlocksStepped(_message.Message):
+    """Blocks after a forward that did not have to finish them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockStepped]: ...
+    def __init__(
+        self,
+        *,
+        blocks: _abc.Iterable[Global___BlockStepped] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlocksStepped: _TypeAlias = BlocksStepped  # noqa: Y015
+
+@_typing.final
+class BlockStepped(_message.Message):
+    """A block on its way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    GENERATED_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    generated: _builtins.int
+    """Tokens generated before this block: its place in the session."""
+    @_builtins.property
+    def session(self) -> Global___SessionRef: ...
+    @_builtins.property
+    def step(self) -> _inference_pb2.Step:
+        """Its `block` is not set: the gateway counts."""
+
+    def __init__(
+        self,
+        *,
+        session: Global___SessionRef | None = ...,
+        generated: _builtins.int = ...,
+        step: _inference_pb2.Step | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generated", b"generated", "session", b"session", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockStepped: _TypeAlias = BlockStepped  # noqa: Y015
 
 @_typing.final
 class Detach(_message.Message):
