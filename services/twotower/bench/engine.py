@@ -25,7 +25,7 @@ class EngineRow:
 def run_batch(engine: LocalEngine, workload: Workload, requests: int, batch: int) -> Result:
     """So many requests, at most `batch` at a time."""
     params, prompts = workload.params, workload.prompts(requests)
-    list(generate_batch(engine.context, engine.denoiser, prompts[:1], params, 1))  # first use costs are no one's speed
+    list(generate_batch(engine.context, engine.denoiser, prompts[:batch], params, batch))  # first use costs are no one's speed
     result = Result(requests)
     for done in generate_batch(engine.context, engine.denoiser, prompts, params, batch):
         result.count(len(done.token_ids))

@@ -195,9 +195,10 @@ class ContextLoop:
         return admitted
 
     def _copy_states(self) -> None:
+        copied: list[ContextResult] = []
         for resident in list(self._residents.values()):
             if not self._copies.available:
-                return
+                break
             if resident.copy_for is None or not resident.settled:
                 continue
             state, lease = resident.session.state, resident.copy_for
@@ -209,7 +210,8 @@ class ContextLoop:
                 self._end([(resident, error)])
                 continue
             resident.copy_for = None
-            self._deliver([StateCopied(resident.name, lease, state.length, copy)])
+            copied.append(StateCopied(resident.name, lease, state.length, copy))
+        self._deliver(copied)
 
     # plan
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from twotower.errors import ConfigError
 
-POLL_S = 0.0002
+POLL_S = 0.0002, 0.001
+"""How long to wait before looking again: at first, and for a turn that lasts. Each look costs those who compute."""
 PATIENCE_S = 3.0
 """The longest wait. Who holds on for longer is stuck, or very slow; going on beside it is right, and only slower. Nobody
 waits again before the turn has been free once."""
@@ -49,10 +50,10 @@ class Turns:
         """Wait for a turn, unless this process has one."""
         if self._file is None or self._held:
             return
-        give_up = self._clock() + self._patience_s
+        began = self._clock()
         for byte in (_NEXT, _CORES):
-            while not (locked := self._lock(byte)) and self._clock() < give_up:
-                self._sleep(POLL_S)
+            while not (locked := self._lock(byte)) and (waited := self._clock() - began) < self._patience_s:
+                self._sleep(min(max(POLL_S[0], waited / 20), POLL_S[1]))
         self._patience_s = PATIENCE_S if locked else 0.0
         self._unlock(_NEXT)
         self._held = True

@@ -17,6 +17,11 @@ from twotower.tasks import end_tasks
 LINE_BYTES = 1 << 20
 SPINS = "100000"
 """How long a thread of a parallel operation watches for the next one, before it leaves its core to others: some 0.2 ms."""
+KEEP_HEAP = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in (("mmap_threshold", 32 << 20), ("trim_threshold", 1 << 30), ("top_pad", 64 << 20))
+)
+"""What a forward frees stays with its process: given back, the next forward takes it from the system anew, page by page."""
 TAIL = 20
 """Lines of stderr that are kept to explain a death."""
 
@@ -73,7 +78,7 @@ class ServiceProcess:
                 limit=LINE_BYTES,
                 # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which drains in order.
                 start_new_session=True,
-                env={"GOMP_SPINCOUNT": SPINS, **os.environ, **self._env},
+                env={"GOMP_SPINCOUNT": SPINS, "GLIBC_TUNABLES": KEEP_HEAP, **os.environ, **self._env},
             )
         except OSError as error:
             raise ServiceFailed(f"{self.name} cannot be started: {error}") from None
