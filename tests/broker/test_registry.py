@@ -50,7 +50,7 @@ async def test_nothing_is_left_of_the_dead(redis: Redis) -> None:
     await registry.announce(dataclasses.replace(CONTEXT, name="killed"))
     await redis.delete("twotower:abc:replica:context:killed")
     assert await registry.replicas("context") == [CONTEXT]
-    assert await redis.smembers("twotower:abc:replicas:context") == {"c1"}  # type: ignore[misc]
+    assert await redis.smembers("twotower:abc:replicas:context") == {"c1"}
     assert 0 < await redis.pttl("twotower:abc:replicas:context") <= TTL_MS
     await registry.withdraw(CONTEXT)
     assert await redis.keys("*") == []

@@ -154,12 +154,28 @@ def test_mock_ar_is_local(capsys: Capture) -> None:
     assert capsys.readouterr().err == "error: mode: mock-ar exists only with --local\n"
 
 
-@pytest.mark.parametrize("words", [["generate", "a", "--mode", "magic"], ["generate", "a", "--gamma", "x"], [], ["dance"]])
-def test_usage(words: list[str], capsys: Capture) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generate", "a", "--mode", "magic"], "error: argument --mode: invalid choice: 'magic'"),
+        (["generate", "a", "--gamma", "x"], "error: argument --gamma: invalid float value: 'x'"),
+        (["dance"], "error: argument COMMAND: invalid choice: 'dance'"),
+    ],
+)
+def test_usage(words: list[str], said: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code == 2
-    assert "usage: twotower" in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(said)
+
+
+def test_whoever_names_no_command_sees_how(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: twotower [-h]")
 
 
 def test_help_needs_no_torch() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.checkpoints import write_tiny_checkpoint
 
-PROMPT = ("--local", "--checkpoint", "CHECKPOINT", "--prompt-ids", "5,6,7", "--max-tokens", "16", "--threads", "1")
+PROMPT = ("--local", "--prompt-ids", "5,6,7", "--max-tokens", "16", "--threads", "1")
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _generate(checkpoint: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "twotower.cli.main", "generate", *PROMPT, *options]
-    argv[argv.index("CHECKPOINT")] = str(checkpoint)
+    argv = [sys.executable, "-m", "twotower.cli.main", "generate", *PROMPT, "--checkpoint", str(checkpoint), *options]
     return subprocess.run(argv, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=False)
 
 

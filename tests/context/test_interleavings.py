@@ -442,9 +442,9 @@ def _explore(path: Path, monkeypatch: pytest.MonkeyPatch, examples: int, steps: 
     monkeypatch.setattr(live_module, "RESUME_UNREAD", 1)
     towers, local = TinyTowers(path), LocalEngine(path, threads=1, prefill_chunk=CHUNK)
     expected: dict[tuple[int, int], list[int]] = {}
-    Interleavings.make = lambda *_: World(towers, local, expected)  # type: ignore[method-assign,assignment]
+    Interleavings.make = lambda *_: World(towers, local, expected)
     checks: Sequence[HealthCheck] = list(HealthCheck)
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]  # hypothesis has no types here
+    run_state_machine_as_test(
         Interleavings,
         settings=settings(
             max_examples=examples,

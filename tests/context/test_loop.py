@@ -63,7 +63,7 @@ class _Context:
 
     def take(self, kind: type[R]) -> list[R]:
         """Results of a kind that have come since the last call."""
-        own = [result for result in self.results if isinstance(result, kind)]
+        own: list[R] = [result for result in self.results if isinstance(result, kind)]
         self.results = [result for result in self.results if not isinstance(result, kind)]
         self.loop._take = self.results.extend
         return own

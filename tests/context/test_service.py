@@ -113,7 +113,7 @@ async def test_a_worker_holds_the_same_bits_as_the_context(stack: Towers) -> Non
             compared += 1
         return start(params, theirs, generated)
 
-    worker.loop.engine.start = compare_and_start  # type: ignore[method-assign]
+    worker.loop.engine.start = compare_and_start  # type: ignore[method-assign,assignment]
     params = [dataclasses.replace(PARAMS, max_tokens=160, seed=seed, gamma=seed / 5) for seed in range(5)]
     await asyncio.gather(*(stack.generate(prompt, p) for prompt, p in zip(PROMPTS, params, strict=True)))
     assert compared == 5 * 10
@@ -171,7 +171,9 @@ async def test_a_client_that_does_not_read_holds_up_no_one(
     monkeypatch.setattr("twotower.context.live.RESUME_UNREAD", 1)
     worker = stack.start_worker(slots=1)
     params = dataclasses.replace(PARAMS, mode=mode, max_tokens=200)
-    request = context_pb2.OpenRequest(request_id="slow", prompt={"ids": [5, 6, 7]}, params=params_to_pb(params))
+    request = context_pb2.OpenRequest(
+        request_id="slow", prompt=inference_pb2.TokenIds(ids=[5, 6, 7]), params=params_to_pb(params)
+    )
     slow = aiter(stack.service.Open(request, None))
     tokens = list((await anext(slow)).block.token_ids)
     (live,) = stack.service.sessions
@@ -221,7 +223,7 @@ async def test_a_session_goes_on_from_what_another_replica_generated(stack: Towe
     stack.start_worker()
     params = dataclasses.replace(PARAMS, temperature=0.7, seed=9)
     whole = local.generate([5, 6, 7], params).token_ids
-    tokens = []
+    tokens: list[int] = []
     async for event in stack.open([5, 6, 7, *whole[:32]], params, generated=32):
         tokens += event.block.token_ids
     assert tokens == whole[32:]
@@ -245,7 +247,9 @@ async def test_the_most_urgent_of_those_that_wait_is_next(path: Path) -> None:
 
     async def generate(stack: Towers, name: str) -> None:
         priority = inference_pb2.Priority.Value(f"PRIORITY_{name}")
-        request = context_pb2.OpenRequest(prompt={"ids": [5]}, params=params_to_pb(PARAMS), priority=priority)
+        request = context_pb2.OpenRequest(
+            prompt=inference_pb2.TokenIds(ids=[5]), params=params_to_pb(PARAMS), priority=priority
+        )
         _ = [event async for event in stack.stub.Open(request)]
         ended.append(name)
 
@@ -269,7 +273,7 @@ async def test_not_a_number_reaches_the_client_and_no_one_else(stack: Towers, lo
                 mamba.ssm.fill_(torch.nan)
         return start(params, state, generated)
 
-    worker.loop.engine.start = spoil_and_start  # type: ignore[method-assign]
+    worker.loop.engine.start = spoil_and_start  # type: ignore[method-assign,assignment]
     with pytest.raises(grpc.aio.AioRpcError, match="not finite") as caught:
         await stack.generate([5], dataclasses.replace(LONG, seed=13))
     assert caught.value.code() is grpc.StatusCode.DATA_LOSS
@@ -382,7 +386,8 @@ async def test_blocks_that_do_not_fit_end_the_link_and_not_the_session(
     link = _Link(stack)
     await link.open()
     assert (await link.attach(live)).HasField("state")
-    block = link_pb2.BlockDone(session=_ref(live), **({"generated": 0, "token_ids": [1] * 16, "forwards": 1} | change))
+    said_of_it: dict[str, Any] = {"generated": 0, "token_ids": [1] * 16, "forwards": 1} | change
+    block = link_pb2.BlockDone(session=_ref(live), **said_of_it)
     await link.send(done=link_pb2.BlocksDone(blocks=[block]))
     assert said in str((await link.error()).details())
     stack.start_worker()
@@ -394,7 +399,7 @@ async def test_a_session_that_no_worker_can_take_fails(stack: Towers) -> None:
     """It is queued again after each, but not for ever."""
     call: Any = stack.open([5, 6, 7], PARAMS)
     for lease in range(1, MAX_FAILURES + 1):
-        await until(lambda lease=lease: any(one.entry_id and one.lease == lease for one in stack.service.sessions))
+        await until(lambda lease=lease: any(one.entry_id and one.lease == lease for one in stack.service.sessions))  # type: ignore[misc]
         (live,) = stack.service.sessions
         link = _Link(stack)
         await link.open()
@@ -407,7 +412,7 @@ async def test_a_session_that_no_worker_can_take_fails(stack: Towers) -> None:
 
 async def test_failures_are_counted_on_from_what_the_gateway_has_seen(stack: Towers) -> None:
     request = context_pb2.OpenRequest(
-        request_id="test", prompt={"ids": [5]}, params=params_to_pb(PARAMS), failures=MAX_FAILURES - 1
+        request_id="test", prompt=inference_pb2.TokenIds(ids=[5]), params=params_to_pb(PARAMS), failures=MAX_FAILURES - 1
     )
     call: Any = stack.stub.Open(request)
     live = await _waiting_session(stack)
@@ -477,7 +482,7 @@ async def test_a_forward_that_fails_on_a_worker_is_done_again(stack: Towers, loc
             raise RuntimeError("out of memory")
         step(blocks)
 
-    worker.loop.engine.step = fail_once  # type: ignore[method-assign]
+    worker.loop.engine.step = fail_once  # type: ignore[method-assign,assignment]
     expected = local.generate([5, 6, 7], PARAMS)
     assert (await stack.generate([5, 6, 7], PARAMS))[0] == expected.token_ids
     await _nothing_is_left(stack, worker)
@@ -528,7 +533,7 @@ async def test_a_prompt_or_a_block_that_the_context_fails_on_ends_alone(stack: T
             raise RuntimeError("out of memory")
         return commit(work)
 
-    engine.read, engine.commit_together = poisoned_read, poisoned_commit  # type: ignore[method-assign]
+    engine.read, engine.commit_together = poisoned_read, poisoned_commit  # type: ignore[method-assign,assignment]
 
     async def one(own: int) -> list[int] | str:
         try:
@@ -602,7 +607,7 @@ async def test_logprobs_that_do_not_fit_are_refused_and_the_session_goes_on(stac
 async def test_a_deadline_frees_the_slots_of_both_towers(stack: Towers, mode: Mode) -> None:
     worker = stack.start_worker()
     params = dataclasses.replace(LONG, mode=mode, max_tokens=4000, gamma=1.0)
-    request = context_pb2.OpenRequest(request_id="late", prompt={"ids": [5]}, params=params_to_pb(params))
+    request = context_pb2.OpenRequest(request_id="late", prompt=inference_pb2.TokenIds(ids=[5]), params=params_to_pb(params))
     worker.slow_down()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         _ = [event async for event in stack.stub.Open(request, timeout=0.5)]

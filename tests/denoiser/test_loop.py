@@ -88,7 +88,7 @@ class _Denoiser:
     def until(self, kind: type[R], count: int = 1) -> list[R]:
         """Iterate until there are `count` results of a kind; takes them."""
         for _ in range(400):
-            own = [result for result in self.results if isinstance(result, kind)]
+            own: list[R] = [result for result in self.results if isinstance(result, kind)]
             if len(own) >= count:
                 self.results = [result for result in self.results if not isinstance(result, kind)]
                 return own

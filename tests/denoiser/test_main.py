@@ -15,13 +15,14 @@ from twotower.denoiser import main
 from twotower.denoiser.config import DenoiserConfig
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.request import GenerationParams
+from twotower.settings.build import build
 
 
 async def test_a_worker_whose_forwards_fail_ends_and_is_announced_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_tiny_checkpoint(tmp_path / "tiny")
-    monkeypatch.setattr(main, "_warm_up", lambda engine: None)
+    monkeypatch.setattr(main, "_first_use", lambda engine: None)
 
     def broken(self: DenoiserEngine, blocks: object) -> None:
         raise RuntimeError("an illegal memory access was encountered")
@@ -29,7 +30,7 @@ async def test_a_worker_whose_forwards_fail_ends_and_is_announced_no_more(
     monkeypatch.setattr(DenoiserEngine, "step", broken)
     async with towers(path) as stack:
         url = stack.redis_url
-        config = DenoiserConfig(checkpoint=path, redis_url=url, dtype="float32", device="cpu")
+        config = build(DenoiserConfig, checkpoint=path, redis_url=url, dtype="float32", device="cpu")
         working = asyncio.create_task(main.run(config))
         calls = [stack.open([5, 6, 7, i], GenerationParams(max_tokens=16)) for i in range(4)]
         with pytest.raises(RuntimeError, match="illegal memory access"):

@@ -17,7 +17,7 @@ from tests.support.towers import RunningWorker, Towers, towers
 from tests.support.waiting import until
 from twotower.broker.ready_queue import ReadySession
 from twotower.engine.local import LocalEngine
-from twotower.internal.v1 import context_pb2_grpc, link_pb2
+from twotower.internal.v1 import context_pb2_grpc, link_pb2, tensor_pb2
 from twotower.request import GenerationParams
 from twotower.rpc.server import RpcServer
 from twotower.wire.params import params_to_pb
@@ -61,7 +61,7 @@ async def test_no_more_sessions_than_slots(stack: Towers, local: LocalEngine) ->
         most = max(most, worker.worker.load, sum(live.link is not None for live in stack.service.sessions))
         return start(*args)
 
-    worker.loop.engine.start = watch  # type: ignore[method-assign]
+    worker.loop.engine.start = watch  # type: ignore[method-assign,assignment]
     requests = [([5 + i], dataclasses.replace(LONG, seed=i)) for i in range(5)]
     results = await asyncio.gather(*(stack.generate(*request) for request in requests))
     assert [tokens for tokens, _ in results] == [local.generate(*request).token_ids for request in requests]
@@ -95,8 +95,8 @@ async def test_a_drain_does_not_wait_for_an_engine_that_has_ended(stack: Towers)
     def broken(blocks: object) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
-    worker.loop.engine.step = broken  # type: ignore[method-assign]
-    worker.loop._isolation.blame = lambda item, error: broken(item)  # type: ignore[method-assign]  # the device is gone
+    worker.loop.engine.step = broken  # type: ignore[method-assign,assignment]
+    worker.loop._isolation.blame = lambda item, error: broken(item)  # type: ignore[method-assign,assignment]  # the device is gone
     async with asyncio.timeout(10):
         await worker.worker.drain(60, working)
     assert working.done()
@@ -126,7 +126,7 @@ async def _wrong_context(messages: list[link_pb2.ContextMessage]) -> AsyncIterat
 
 
 def _frame(**fields: Any) -> link_pb2.ContextMessage:
-    return link_pb2.ContextMessage(frames={"frames": [{"name": "conv", "layer": 0, **fields}]})
+    return link_pb2.ContextMessage(frames=tensor_pb2.FrameBatch(frames=[tensor_pb2.Frame(name="conv", layer=0, **fields)]))
 
 
 WELCOME = link_pb2.ContextMessage(welcome=link_pb2.Welcome(silence_s=5))

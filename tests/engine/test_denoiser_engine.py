@@ -39,7 +39,8 @@ def test_joining_and_leaving_between_forwards_changes_nothing(engine: LocalEngin
     for block in alone:
         while not block.done:
             engine.denoiser.step([block])
-    together, waiting = [], _start(engine)
+    together: list[Refinement] = []
+    waiting = _start(engine)
     everyone = list(waiting)
     while waiting or together:
         if waiting:

@@ -34,7 +34,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def engines(checkpoint: Checkpoint) -> dict[bool, tuple[ContextEngine, DenoiserEngine]]:
     """By whether forwards are replays."""
     place = (torch.float32, DEVICE)
-    context, denoiser = (load(checkpoint, *place, kernels="triton") for load in (load_context_tower, load_denoiser_tower))
+    context = load_context_tower(checkpoint, *place, kernels="triton")
+    denoiser = load_denoiser_tower(checkpoint, *place, kernels="triton")
     return {
         graphs: (ContextEngine(context, graphs=graphs), DenoiserEngine(denoiser, graphs=graphs)) for graphs in (False, True)
     }

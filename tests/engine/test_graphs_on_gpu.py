@@ -89,8 +89,8 @@ def test_warm_engines_make_no_graph_later(checkpoint: Checkpoint, monkeypatch: p
     denoiser = DenoiserEngine(load_denoiser_tower(checkpoint, *place, kernels="triton"))
     pool = _pool(checkpoint)
     before = pool.acquire(64)
-    sizes = {"batches": batch_buckets(3), "contexts": token_buckets(600)}
-    made = [context.warm_up(pool, **sizes), denoiser.warm_up(pool, **sizes)]
+    batches, contexts = batch_buckets(3), token_buckets(600)
+    made = [engine.warm_up(pool, batches=batches, contexts=contexts) for engine in (context, denoiser)]
     assert [(one.sizes, one.captured) for one in made] == [(12, 12), (6, 6)]
     assert before.length == 0
 

@@ -21,7 +21,7 @@ def test_those_that_fail_alone_are_found_and_all_others_run_once(count: int, dat
             raise RuntimeError(f"{sorted(bad & set(items))}")
         ran.extend(items)
 
-    failed = Isolation("forward", str).run(range(count), forward)
+    failed = Isolation[int]("forward", str).run(range(count), forward)
     assert [item for item, _ in failed] == sorted(bad)
     assert sorted(ran) == [item for item in range(count) if item not in bad]
 
@@ -31,7 +31,7 @@ def test_session_after_session_is_the_devices_fault() -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal"):
-        Isolation("forward", str).run(range(MAX_FAILURES), forward)
+        Isolation[int]("forward", str).run(range(MAX_FAILURES), forward)
 
 
 def test_the_same_session_again_and_again_is_not() -> None:

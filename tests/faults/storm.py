@@ -19,9 +19,9 @@ from tests.faults.remains import Remains, look
 from tests.faults.strikes import Strike
 from tests.faults.tally import Tally, reason_of
 from tests.support.processes import Up, environment
-from twotower.broker.environment import REDIS_VARIABLE
 from twotower.broker.keys import PREFIX
 from twotower.errors import BrokerUnavailable
+from twotower.service.config import REDIS_VARIABLE
 from twotower.tasks import end_tasks
 
 Say = Callable[[str], None]
@@ -274,7 +274,7 @@ async def _identity(redis_url: str) -> str:
     redis = Redis.from_url(redis_url, decode_responses=True)
     try:
         async for key in redis.scan_iter(match=f"{PREFIX}:*:replica:context:*"):
-            identity: str = json.loads(await redis.get(key))["identity"]
+            identity: str = json.loads(await redis.get(key) or "{}")["identity"]
             return identity
     finally:
         await redis.aclose()

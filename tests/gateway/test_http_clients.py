@@ -50,7 +50,7 @@ async def test_a_requests_id_is_taken_and_returned(checkpoint: Path) -> None:
             assert all(len(given) == 1 and given[0] for given in ids)
             assert ids[0] != ids[1]
         for bad in ("x" * 129, "a b", "ü"):
-            answer = await client.get("/healthz", headers={"x-request-id": bad.encode()})  # type: ignore[dict-item]
+            answer = await client.get("/healthz", headers={"x-request-id": bad.encode()})  # type: ignore[arg-type]
             assert answer.headers["x-request-id"] != bad
 
 

@@ -70,7 +70,7 @@ async def test_from_start_to_drain(checkpoint: Path, redis: EmbeddedRedis) -> No
     registry = Registry(client_of_redis, Checkpoint.open(checkpoint).identity)
     other = Registry(client_of_redis, "another")
     for kind in ("context", "denoiser"):
-        await other.announce(replica(kind, "other", address))  # type: ignore[arg-type]  # both are kinds
+        await other.announce(replica(kind, "other", address))
     async with process("--checkpoint", str(checkpoint), "--redis", redis.url) as child:
         assert child.stdout is not None
         line = asyncio.create_task(child.stdout.readline())
@@ -141,10 +141,14 @@ async def test_a_taken_port(checkpoint: Path, redis: EmbeddedRedis, option: str)
     assert f"127.0.0.1:{port} ({option}): Address already in use" in line
 
 
-async def test_what_else_it_cannot_start_with(checkpoint: Path, redis: EmbeddedRedis, tmp_path: Path) -> None:
+async def test_what_else_it_cannot_start_with(
+    checkpoint: Path, redis: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         nobody = f"redis://user:secret@127.0.0.1:{unused.getsockname()[1]}"
-    line = await refused("--checkpoint", str(checkpoint), "--redis", nobody)
+    with monkeypatch.context() as given:
+        given.setenv("TWOTOWER_REDIS_URL", nobody)
+        line = await refused("--checkpoint", str(checkpoint))
     assert "does not answer" in line
     assert "secret" not in line
     assert "does not exist" in await refused("--checkpoint", str(tmp_path / "none"), "--redis", redis.url)

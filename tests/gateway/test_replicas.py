@@ -29,7 +29,8 @@ class Registry:
 
     def name(self, contexts: int, denoisers: int) -> None:
         """So many of each live."""
-        for kind, count in (("context", contexts), ("denoiser", denoisers)):
+        counts: dict[ReplicaKind, int] = {"context": contexts, "denoiser": denoisers}
+        for kind, count in counts.items():
             self.named[kind] = [Replica(kind, f"{kind}-{i}", f"127.0.0.1:{1000 + i}", "x", 0, 8) for i in range(count)]
 
     async def replicas(self, kind: ReplicaKind) -> Sequence[Replica]:

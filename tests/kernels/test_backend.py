@@ -45,4 +45,4 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(ValueError, match="'cuda'"):
-        resolve("cuda", torch.device("cpu"))  # type: ignore[arg-type]
+        resolve("cuda", torch.device("cpu"))

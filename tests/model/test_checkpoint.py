@@ -68,7 +68,8 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
     name = "context_tower.layers.0.mixer.in_proj.weight"
     good = tensors[name]
     for bad, message in ((good[:-1].contiguous(), "shape"), (good.half(), "dtype F16"), (None, "missing")):
-        save_file({k: (bad if k == name else v) for k, v in tensors.items() if not (k == name and bad is None)}, file)
+        others = {key: value for key, value in tensors.items() if key != name}
+        save_file(others if bad is None else {**others, name: bad}, file)
         with pytest.raises(CheckpointError, match=rf"{name}.*{message}"):
             Checkpoint.open(tmp_path)
         Checkpoint.open(tmp_path, ("denoiser",))  # whose tensors are all there
@@ -83,7 +84,7 @@ def test_a_worker_needs_its_own_shard_only(tmp_path: Path) -> None:
 
 
 def _identities(*paths: Path, **named: str) -> set[str]:
-    return {Checkpoint.open(path, **named).identity for path in paths}  # type: ignore[arg-type]
+    return {Checkpoint.open(path, **named).identity for path in paths}
 
 
 def test_shards_that_say_what_they_hold_are_told_apart(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def _exact() -> ContextTower:
     return load_context_tower(Checkpoint.open(DEFAULT_CHECKPOINT), torch.bfloat16, CPU, kernels="cpu")
 
 
-def _near(directory: Path, dtype: torch.dtype, **changes: object) -> ContextTower:
+def _near(directory: Path, dtype: torch.dtype, **changes: Any) -> ContextTower:
     return load_context_tower(Checkpoint.open(write_tiny_checkpoint(directory, **changes)), dtype, CPU, kernels="torch")
 
 

@@ -134,7 +134,7 @@ def test_precisions_that_cannot_be(plain: Checkpoint) -> None:
     with pytest.raises(ConfigError, match="not an empty directory"):
         quantize_checkpoint(plain, stored.path, "fp8", BOTH)
     with pytest.raises(ConfigError, match="triton"):
-        load_context_tower(stored, torch.float32, CPU, kernels="tritonn")  # type: ignore[arg-type]
+        load_context_tower(stored, torch.float32, CPU, kernels="tritonn")
 
 
 def test_damage_is_named(plain: Checkpoint) -> None:
@@ -147,7 +147,8 @@ def test_damage_is_named(plain: Checkpoint) -> None:
         (f"{UP}_scale", tensors[f"{UP}_scale"].float(), "dtype F32"),
         (f"{UP}_scale_2", None, "missing"),
     ):
-        save_file({k: bad if k == name else v for k, v in tensors.items() if not (k == name and bad is None)}, file)
+        others = {key: value for key, value in tensors.items() if key != name}
+        save_file(others if bad is None else {**others, name: bad}, file)
         with pytest.raises(CheckpointError, match=rf"{name} .*{message}"):
             Checkpoint.open(stored.path)
     config = json.loads((stored.path / "config.json").read_text())

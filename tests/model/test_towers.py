@@ -31,7 +31,7 @@ def _tokens(count: int, seed: int = 0) -> Tensor:
 
 
 def _tensors(state: ContextState) -> dict[str, Tensor]:
-    out = {}
+    out: dict[str, Tensor] = {}
     for i, mamba in state.mamba.items():
         out |= {f"{i}.conv": mamba.conv.clone(), f"{i}.ssm": mamba.ssm.clone()}
     for i, kv in state.kv.items():

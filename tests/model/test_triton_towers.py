@@ -135,8 +135,8 @@ def test_a_follower_has_the_bits_of_the_context(checkpoint: Checkpoint) -> None:
             for i, layer in state.mamba.items():
                 copy.mamba[i].conv.copy_(layer.conv)
                 copy.mamba[i].ssm.copy_(layer.ssm)
-            for i, layer in state.kv.items():
-                copy.kv[i].write(0, *layer.slice(0, state.length))
+            for i, kv in state.kv.items():
+                copy.kv[i].write(0, *kv.slice(0, state.length))
             copies[name].append(copy)
     deltas, _ = context.commit(blocks, states)
     rates = context.decay_rates()

@@ -76,14 +76,15 @@ async def test_a_message_that_does_not_come_ends_its_call(monkeypatch: pytest.Mo
             await silent.wait()
             yield b""
 
-        error = await ended_with(channel.stream_stream(GENERATE[2][1].decode())(never()))
+        error = await ended_with(channel.stream_stream(GENERATE[2][1].decode())(never()))  # type: ignore[call-arg]
         assert isinstance(error, DeadlineExceeded)
         assert servicer.running == 0
 
 
 async def test_a_call_without_a_message_is_the_callers_fault() -> None:
     async with serving() as (_, _, channel):
-        for kind in (channel.stream_stream, channel.stream_unary):
+        kinds: list[Any] = [channel.stream_stream, channel.stream_unary]
+        for kind in kinds:
             method = "Generate" if kind == channel.stream_stream else "GetModel"
             ended = kind(f"/twotower.v1.Inference/{method}")(iter(()))
             with pytest.raises(grpc.aio.AioRpcError) as caught:

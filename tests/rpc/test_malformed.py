@@ -32,7 +32,7 @@ PARAMS = GenerationParams(max_tokens=8, block_size=4)
 GENERATE = inference_pb2.GenerateRequest(
     text="the fox", max_tokens=8, block_size=4, steps=4, gamma=0.5, temperature=1.0, top_k=3, top_p=0.5, seed=7, stop=["a", "b"]
 )
-OPEN = context_pb2.OpenRequest(request_id="1", prompt={"ids": [5, 6, 7]}, params=params_to_pb(PARAMS))
+OPEN = context_pb2.OpenRequest(request_id="1", prompt=inference_pb2.TokenIds(ids=[5, 6, 7]), params=params_to_pb(PARAMS))
 LINK = link_pb2.WorkerMessage(hello=link_pb2.Hello(schema_version=3, checkpoint_id="nobody's", worker_id="w"))
 HEALTH = {
     "/grpc.health.v1.Health/Check": health_pb2.HealthCheckRequest(service="twotower.v1.Inference"),
@@ -58,7 +58,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 async def code_of(channel: grpc.aio.Channel, path: str, data: bytes) -> grpc.StatusCode:
     """How a call with one message ends; one that would go on is left after a moment."""
-    call = channel.stream_stream(path)(iter([data]), timeout=0.5)
+    call = channel.stream_stream(path)(iter([data]), timeout=0.5)  # type: ignore[call-arg]  # bytes as they are
     try:
         async for _ in call:
             pass

@@ -79,7 +79,7 @@ def write_sharded_checkpoint(path: Path, seed: int = 0, *, hashed: bool = False,
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(raw))
     tensors = random_tensors(ModelConfig.from_dict(raw), seed)
-    shards = {"model-00001-of-00002.safetensors": {}, "model-00002-of-00002.safetensors": {}}
+    shards: dict[str, dict[str, Tensor]] = {"model-00001-of-00002.safetensors": {}, "model-00002-of-00002.safetensors": {}}
     first, second = shards
     for name, tensor in tensors.items():
         shards[first if name.startswith("context") else second][name] = tensor

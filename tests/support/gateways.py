@@ -15,6 +15,7 @@ from twotower.client.grpc_client import GatewayClient
 from twotower.gateway.config import GatewayConfig
 from twotower.gateway.main import serve
 from twotower.model.checkpoint import Checkpoint
+from twotower.settings.build import build
 
 
 class ReplicaList:
@@ -58,7 +59,8 @@ async def gateway(
     for i, context in enumerate(contexts):
         known.contexts.append(replica("context", f"c{i}", await context.start()))
     stop, line = asyncio.Event(), asyncio.get_running_loop().create_future()
-    config = GatewayConfig(checkpoint, "redis://unused", model_name="tiny", **settings)
+    given = {"grpc_port": 0, "http_port": 0, "model_name": "tiny", **settings}
+    config = build(GatewayConfig, checkpoint=checkpoint, redis_url="redis://unused", **given)
     task = asyncio.create_task(serve(config, Checkpoint.open(checkpoint), known, stop, line.set_result))
     try:
         await asyncio.wait((task, line), return_when=asyncio.FIRST_COMPLETED, timeout=20)

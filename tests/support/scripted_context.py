@@ -29,7 +29,8 @@ class ScriptedContext(SimulatedContext):
     async def Open(self, request: context_pb2.OpenRequest, context: Any) -> AsyncIterator[context_pb2.SessionEvent]:
         self.opened.append(request)
         try:
-            async with aclosing(super().Open(request, context)) as events:
+            opened: Any = super().Open(request, context)
+            async with aclosing(opened) as events:
                 async for event in events:
                     yield event
         except (asyncio.CancelledError, GeneratorExit):

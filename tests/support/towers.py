@@ -40,6 +40,7 @@ from twotower.tasks import end_tasks
 from twotower.tracing.recorder import NO_TRACER
 from twotower.transport.config import TransportConfig
 from twotower.transport.ends import ContextTransports, WorkerTransports
+from twotower.v1 import inference_pb2
 from twotower.wire.params import params_to_pb
 
 CPU = torch.device("cpu")
@@ -117,7 +118,7 @@ class Towers:
     def open(self, prompt: list[int], params: GenerationParams, generated: int = 0) -> AsyncIterator[context_pb2.SessionEvent]:
         """A session's events."""
         request = context_pb2.OpenRequest(
-            request_id="test", prompt={"ids": prompt}, generated=generated, params=params_to_pb(params)
+            request_id="test", prompt=inference_pb2.TokenIds(ids=prompt), generated=generated, params=params_to_pb(params)
         )
         return self.stub.Open(request)  # type: ignore[no-any-return]
 

@@ -190,7 +190,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(
 ) -> None:
     longest = tokenizer.max_token_bytes
     assert longest is not None
-    assert longest == max(len(tokenizer._inner.id_to_token(i)) for i in range(tokenizer.vocab_size))
+    assert longest == max(len(tokenizer._inner.id_to_token(i) or "") for i in range(tokenizer.vocab_size))
     monkeypatch.setattr(tokenizer, "_ids", lambda text: pytest.fail("it was tokenized"))
     with pytest.raises(InvalidArgument, match=r"^prompt: .* characters of text leave no room in the context of 100 tokens"):
         tokenizer.encode("é" * (50 * longest + 1), 100)

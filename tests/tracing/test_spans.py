@@ -12,7 +12,7 @@ from tests.support.checkpoints import write_tiny_checkpoint
 from twotower.cli.main import main
 from twotower.client.grpc_client import GatewayClient
 from twotower.events import Finished
-from twotower.launcher.config import UpConfig
+from twotower.launcher.config import on_free_ports
 from twotower.launcher.stack import stack
 from twotower.tracing.timeline import Span, read_spans
 
@@ -32,7 +32,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert last.blocks == BLOCKS
 
     async def work() -> None:
-        config = UpConfig(checkpoint, threads=1, trace=directory)
+        config = on_free_ports(checkpoint, threads=1, trace=directory)
         async with stack(config, print) as running, GatewayClient(running.grpc_address) as client:
             block_size = (await client.model()).block_size
             await asyncio.gather(*(one(client, 5 + i, block_size) for i in range(SESSIONS)))

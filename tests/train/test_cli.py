@@ -14,14 +14,15 @@ from twotower.engine.local import LocalEngine
 from twotower.errors import CheckpointError
 from twotower.request import GenerationParams
 from twotower.train import pipeline, run
+from twotower.train.start import SHAPES
 
 from .conftest import TINY
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(run.SHAPES, "stories", TINY)
-    monkeypatch.setitem(run.SHAPES, "suite", TINY)
+    monkeypatch.setitem(SHAPES, "stories", TINY)
+    monkeypatch.setitem(SHAPES, "suite", TINY)
 
 
 def test_corpus_tokenizer_context_denoiser(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +56,7 @@ def test_everything_at_once_goes_on_where_it_was_interrupted(
     monkeypatch.setattr(run, "POOL_SIZE", 100)
     words = ["train", "all", "--steps", "4", "--threads", "1", "--pool-size", "60", "--rows", "4", "--fp32"]
     paths = ["--out", str(tmp_path / "both"), "--run-dir", str(tmp_path / "run")]
-    run_denoiser = pipeline.train_denoiser
+    run_denoiser = run.train_denoiser
 
     def interrupted(*_: object, **__: object) -> None:
         raise CheckpointError("interrupted")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from twotower.errors import LossNotFinite
 from twotower.model.config import ModelConfig
 from twotower.train.context import ContextPools, ContextTask
 from twotower.train.corpus import Text
 from twotower.train.denoiser import BlockPools, DenoiserTask, Masking, draw_counts, weights_hash
 from twotower.train.forward import Usage
-from twotower.train.loop import METRICS_FILE, STATE_FILE, Loop, LoopConfig, LossNotFinite
+from twotower.train.loop import METRICS_FILE, STATE_FILE, Loop, LoopConfig
 from twotower.train.optim import orthogonalize
 from twotower.train.plot import plot_loss
 from twotower.train.start import new_context_tower, new_denoiser_tower
@@ -37,14 +39,15 @@ def denoiser_task(config: ModelConfig, tokenizer: Tokenizer) -> DenoiserTask:
     return DenoiserTask(new_denoiser_tower(context), context, pools, masking=Masking(0.2, 0.5, 0.5), bf16=False)
 
 
+Make = Callable[[ModelConfig, Tokenizer], ContextTask | DenoiserTask]
+
+
 def losses(run_dir: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run_dir / METRICS_FILE).read_text().splitlines()]
 
 
 @pytest.mark.parametrize("make", [context_task, denoiser_task])
-def test_overfits_a_few_texts(
-    make: type[ContextTask | DenoiserTask], config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_overfits_a_few_texts(make: Make, config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
     Loop(make(config, tokenizer), LoopConfig(steps=40, log_every=10), tmp_path).run()
     curve = losses(tmp_path)
     assert curve[-1] < 0.5 * curve[0]
@@ -52,7 +55,7 @@ def test_overfits_a_few_texts(
 
 @pytest.mark.parametrize("make", [context_task, denoiser_task])
 def test_interrupted_run_continues_to_the_same_weights(
-    make: type[ContextTask | DenoiserTask], config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path
+    make: Make, config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     settings = LoopConfig(steps=12, log_every=3)
     whole = Loop(make(config, tokenizer), settings, tmp_path / "whole")

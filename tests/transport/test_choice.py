@@ -15,6 +15,7 @@ from twotower.transport import ends as ends_module
 from twotower.transport.config import CHOICES, TransportConfig, TransportKind
 from twotower.transport.ends import KIND_FROM_PB, ContextTransports, WorkerTransports
 from twotower.transport.group import NCCL
+from twotower.transport.pairs import ContextPairs
 
 
 async def _chosen(context: str, worker: str, **changes: Any) -> TransportKind:
@@ -83,7 +84,7 @@ def on_gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     def attach(self: object, peer: str, backend: str, grpc_peer: str) -> None:
         asked.append((peer, backend))
 
-    monkeypatch.setattr(ends_module.ContextPairs, "attach", attach)
+    monkeypatch.setattr(ContextPairs, "attach", attach)
     return asked
 
 

@@ -174,10 +174,10 @@ def _serving(args: argparse.Namespace) -> None:
 async def _served(args: argparse.Namespace, workload: Workload) -> dict[int, Result]:
     """A stack, and the load; by concurrency (under a rate: by the greatest that was asked for)."""
     from twotower.bench.serving import closed_loop, open_loop
-    from twotower.launcher.config import UpConfig
+    from twotower.launcher.config import on_free_ports
     from twotower.launcher.stack import stack
 
-    config = UpConfig(
+    config = on_free_ports(
         args.checkpoint,
         contexts=args.contexts,
         denoisers=args.denoisers,
@@ -234,14 +234,14 @@ async def _shared_prefix(args: argparse.Namespace) -> tuple[PrefixResult, int]:
     """The result, and the seed of the prompts; with a stack of its own unless there is a target."""
     from twotower.bench.prefix import SharedPrompts, shared_prefix
     from twotower.client.grpc_client import GatewayClient
-    from twotower.launcher.config import UpConfig
+    from twotower.launcher.config import on_free_ports
     from twotower.launcher.stack import stack
 
     async with AsyncExitStack() as exits:
         target = args.target
         if target is None:
             place = {"dtype": args.dtype, "device": args.device}
-            config = UpConfig(args.checkpoint, contexts=args.contexts, denoisers=args.denoisers, **place)
+            config = on_free_ports(args.checkpoint, contexts=args.contexts, denoisers=args.denoisers, **place)
             running = await exits.enter_async_context(stack(config, lambda line: print(line, file=sys.stderr)))
             target = running.grpc_address
         client = await exits.enter_async_context(GatewayClient(target))
@@ -308,7 +308,7 @@ def _soak(args: argparse.Namespace) -> int:
 
 async def _soaked(args: argparse.Namespace, workload: Workload, expected: list[list[int]]) -> Soak:
     from twotower.bench.soak import soak
-    from twotower.launcher.config import UpConfig
+    from twotower.launcher.config import on_free_ports
     from twotower.launcher.stack import stack
 
     def report(so_far: Soak) -> None:
@@ -316,7 +316,7 @@ async def _soaked(args: argparse.Namespace, workload: Workload, expected: list[l
             mb = ", ".join(f"{name} {size:,.0f}" for name, size in so_far.memory[-1].items())
             _say(args, f"{so_far.seconds / 60:.0f} min: {so_far.requests} requests, {so_far.wrong} wrong; MB: {mb}")
 
-    config = UpConfig(
+    config = on_free_ports(
         args.checkpoint,
         contexts=args.contexts,
         denoisers=args.denoisers,

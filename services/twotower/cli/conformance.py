@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """Print misses, then the tally; 1 on any miss."""
     from twotower.conformance.run import Tally, run_local, run_target
     from twotower.conformance.vectors import load_cases
-    from twotower.launcher.config import UpConfig
+    from twotower.launcher.config import on_free_ports
     from twotower.launcher.stack import stack
 
     check_at_least_one(args, "concurrency")
@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
         load_cases(directory)  # what cannot be read is told before anything is run
 
     async def run_services(directory: Path) -> Tally:
-        config = UpConfig(directory, contexts=args.contexts, denoisers=args.denoisers, dtype="float32", kernels=args.kernels)
+        size = {"contexts": args.contexts, "denoisers": args.denoisers}
+        config = on_free_ports(directory, **size, dtype="float32", kernels=args.kernels)
         async with stack(config, lambda line: print(line, file=sys.stderr)) as running:
             return await run_target(directory, running.grpc_address, args.concurrency, print)
 

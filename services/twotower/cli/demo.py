@@ -32,10 +32,10 @@ def run(args: argparse.Namespace) -> None:
 
 async def _demo(args: argparse.Namespace) -> None:
     from twotower.client.grpc_client import GatewayClient
-    from twotower.launcher.config import UpConfig
+    from twotower.launcher.config import on_free_ports
     from twotower.launcher.stack import stack
 
-    config = UpConfig(args.checkpoint, contexts=args.contexts, denoisers=args.denoisers)
+    config = on_free_ports(args.checkpoint, contexts=args.contexts, denoisers=args.denoisers)
     log: list[str] = []
     _say(f"starting redis, {config.contexts} context, {config.denoisers} denoiser and a gateway, as processes ...")
     started = time.perf_counter()

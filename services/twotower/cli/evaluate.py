@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from twotower.cli.options import add_checkpoint, add_context_experts, add_experts, add_place
+from twotower.cli.options import add_checkpoint, add_experts, add_place
 from twotower.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="default 256")
     add_place(parser)
     add_experts(parser)
-    add_context_experts(parser, None, "as --experts")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: the fastest for each mode)")
     parser.add_argument(
         "--compile",

@@ -13,12 +13,11 @@ from typing import Any
 from twotower.cli.options import (
     DEFAULT_CHECKPOINT,
     DEFAULT_TARGET,
-    add_context_experts,
     add_experts,
     add_place,
     check_at_least_one,
     check_target,
-    default_kernels,
+    not_given,
 )
 from twotower.errors import InvalidArgument, Unavailable
 from twotower.events import Accepted, Block, Event, Finished, Shown
@@ -63,7 +62,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     add_place(parser)
     add_experts(parser)
-    add_context_experts(parser, None, "as --experts")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads, with --local")
     parser.set_defaults(run=run)
 
@@ -81,8 +79,8 @@ def run(args: argparse.Namespace) -> None:
     if args.local and (args.timeout is not None or args.priority != "normal"):
         raise InvalidArgument("local", "nothing waits in one process: --timeout and --priority are for a gateway")
     if not args.local:
-        local = {"checkpoint": None, "threads": None, "dtype": "auto", "device": "auto", "kernels": default_kernels()}
-        for name, unset in {**local, "experts": "auto", "context_experts": None}.items():
+        shared = ("dtype", "device", "kernels", "experts", "context_experts")
+        for name, unset in {"checkpoint": None, "threads": None, **{name: not_given(name) for name in shared}}.items():
             if getattr(args, name) != unset:
                 print(
                     f"warning: --{name.replace('_', '-')} is for --local; the gateway serves its own model its own way",

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from twotower.engine.local import LocalEngine
 from twotower.events import Accepted, Block, Event, Finished
-from twotower.gateway.request import Request, check_unresolved, resolve
+from twotower.gateway.preparation import Preparation, text_stream
+from twotower.gateway.request import Request
 from twotower.model.checkpoint import Checkpoint
-from twotower.request import FinishReason, check_request
-from twotower.text.stream import TextStream
+from twotower.request import FinishReason
 from twotower.text.tokenizer import Tokenizer
 
 
@@ -28,17 +28,9 @@ def generate(
 ) -> Iterator[Event]:
     """Check the request against the checkpoint's headers, then load both towers and generate. Raises TwoTowerError."""
     headers = Checkpoint.open(checkpoint)
-    path, limits = headers.tokenizer_path, headers.limits
-    tokenizer = Tokenizer.load(path) if path is not None else None
-    check_unresolved(request, tokenizer is not None)
-    if isinstance(request.prompt, str):
-        assert tokenizer is not None  # check_unresolved
-        prompt = tokenizer.encode(request.prompt)
-    else:
-        prompt = list(request.prompt)
-    params = resolve(request, len(prompt), limits)
-    warnings = check_request(prompt, params, limits)
-    text = TextStream(tokenizer, request.stop, (*limits.eos_token_ids, limits.mask_token_id)) if tokenizer else None
+    tokenizer = Tokenizer.load(headers.tokenizer_path) if headers.tokenizer_path is not None else None
+    checked = Preparation(tokenizer, headers.limits).check(request)
+    text = text_stream(tokenizer, headers.limits, request.stop)
     engine = LocalEngine(
         checkpoint,
         dtype=dtype,
@@ -48,11 +40,11 @@ def generate(
         experts=experts,
         context_experts=context_experts,
     )
-    yield Accepted("local", len(prompt), tuple(warnings))
+    yield Accepted("local", len(checked.prompt), checked.warnings)
     started = time.perf_counter()
     tokens = forwards = blocks = 0
     reason = FinishReason.LENGTH
-    for written in engine.blocks(prompt, params):
+    for written in engine.blocks(checked.prompt, checked.params):
         piece = text.push(written.token_ids) if text else ""
         yield Block(blocks, tuple(written.token_ids), piece, written.forwards, written.logprobs)
         tokens, forwards, blocks = tokens + len(written.token_ids), forwards + written.forwards, blocks + 1

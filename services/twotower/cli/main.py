@@ -12,6 +12,9 @@ from twotower import __version__
 from twotower.cli import bench, conformance, demo, evaluate, generate, quantize, services, trace, train, up
 from twotower.errors import TwoTowerError
 from twotower.logs import BoundedLog
+from twotower.settings.command_line import OneLineParser
+from twotower.settings.sources import DEBUG_VARIABLE
+from twotower.settings.values import YES
 
 Run = Callable[[argparse.Namespace], int | None]
 
@@ -21,7 +24,7 @@ EXIT_INTERRUPTED = 130
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands. Nothing heavy is imported to show help."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="twotower", description="Serving system for two-tower diffusion language models.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"twotower {__version__}")
@@ -34,7 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
-    args = build_parser().parse_args(argv)
+    try:
+        args = build_parser().parse_args(argv)
+    except TwoTowerError as error:  # of a value that the environment gives
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    args.debug = args.debug or os.environ.get(DEBUG_VARIABLE, "").lower() in YES
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC reads it when it is first used; a peer that stops is no news
     handler = logging.StreamHandler(sys.stderr)
     if not args.debug:

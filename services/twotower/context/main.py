@@ -13,7 +13,6 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from twotower.broker.connection import connect
 from twotower.broker.heartbeat import heartbeat
-from twotower.broker.ready_queue import ReadyQueue
 from twotower.broker.registry import Registry, Replica
 from twotower.context.config import ContextConfig
 from twotower.context.loop import ContextLoop
@@ -23,18 +22,14 @@ from twotower.context.scoring import ScoringService
 from twotower.context.service import ContextService
 from twotower.context.sessions import Sessions
 from twotower.engine.context_engine import ContextEngine
-from twotower.engine.graphs import batch_buckets, token_buckets
 from twotower.engine.pacing import ContextPacing, Outbound, Pacing
 from twotower.engine.progress import Progress
-from twotower.engine.thread import EngineThread
-from twotower.engine.turns import Turns
 from twotower.garbage import spare_what_is_loaded
 from twotower.internal.v1 import context_pb2, context_pb2_grpc, scoring_pb2_grpc
 from twotower.model.checkpoint import Checkpoint
-from twotower.model.context_tower import ContextTower
 from twotower.model.memory import prefix_budget, state_budget
-from twotower.model.pool import PAGE, PoolSize, StatePool
-from twotower.model.weights import load_context_tower, resolve_device, resolve_dtype
+from twotower.model.pool import StatePool
+from twotower.model.weights import load_context_tower
 from twotower.prefix.chain import ChainSpec
 from twotower.prefix.metrics import PrefixMetrics
 from twotower.prefix.redis_tier import RedisTier, RedisTierConfig
@@ -43,6 +38,7 @@ from twotower.request import GenerationParams
 from twotower.rpc.address import check_port
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
+from twotower.service.tower import TowerKind, tower_process
 from twotower.sizes import parse_bytes
 from twotower.tasks import delivered_to, end_tasks, until_stopped
 from twotower.tracing.recorder import recording
@@ -57,65 +53,50 @@ SERVICE_NAME = context_pb2.DESCRIPTOR.services_by_name["ContextTower"].full_name
 async def run(config: ContextConfig) -> None:
     """Serve until SIGTERM, then drain. Raises CheckpointError, ConfigError, BrokerUnavailable before it serves."""
     stop = stop_requested()
-    checkpoint = Checkpoint.open_shared(
-        config.checkpoint, ("context",), context_experts=config.experts, revision=config.revision
+    kind = TowerKind(
+        name="context",
+        load=load_context_tower,
+        engine=ContextEngine,
+        first_use=_first_use,
+        row_positions=lambda checkpoint: 1,  # in AR mode
     )
-    device = resolve_device(config.device)
-    turns = Turns(config.turns if device.type == "cpu" else None)
-    redis = await connect(config.redis_url)
-    thread = EngineThread("context-engine", config.threads, pinned=turns.shared)
-    try:
-        place = resolve_dtype(config.dtype, checkpoint), device
-        tower = await thread.run(load_context_tower, checkpoint, *place, experts=config.experts, kernels=config.kernels)
-        engine = ContextEngine(tower)
-        await thread.run(_warm_up, engine)
-        pool = StatePool(tower.config, tower.dtype, tower.device, _pool_size(config, checkpoint, tower))
-        log.debug("state memory: %d slots, %d pages", pool.size.slots, pool.size.pages)
-        tokens = min(checkpoint.limits.max_context, pool.size.pages * PAGE)
-        contexts, batches = token_buckets(tokens), batch_buckets(pool.size.slots)
-        warm = await thread.run(lambda: engine.warm_up(pool, batches=batches, contexts=contexts))
-        if warm.sizes:
-            log.info("warm: %s", warm)
-        queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
-        async with _prefixes(config, checkpoint, engine) as prefixes:
-            with recording(config.trace, f"context-{os.getpid()}") as tracer:
-                progress, outbound = Progress(config.stall_s), Outbound()
+    tower = tower_process(kind, config.service, config.tower, context_experts=config.tower.experts, slots=config.max_sessions)
+    async with tower as process, _prefixes(config, process.checkpoint, process.engine) as prefixes:
+        with recording(config.tower.trace, f"context-{os.getpid()}") as tracer:
+            pool, turns = process.pool, process.turns
+            progress, outbound = Progress(config.tower.stall_s), Outbound()
 
-                def take(results: Sequence[ContextResult]) -> None:
-                    sessions.take(results)
+            def take(results: Sequence[ContextResult]) -> None:
+                sessions.take(results)
 
-                loop = ContextLoop(
-                    engine,
-                    pool,
-                    prefixes,
-                    delivered_to(take),
-                    chunk=config.prefill_chunk,
-                    budget=config.prefill_budget,
-                    max_waiting=config.max_waiting,
-                    progress=progress,
-                    pacing=ContextPacing(turns, outbound) if turns.shared else Pacing(),
-                    outbound=outbound,
-                    tracer=tracer,
-                )
-                sessions: Sessions = Sessions(loop, queue, prefixes.redis)
-                transports = ContextTransports(TransportConfig.of(config.transport), config.host, tower.device)
-                service = ContextService(checkpoint, sessions, pool, transports, tracer, config.silence_s, paced=turns.shared)
-                scoring = ScoringService(loop.inbox, checkpoint.limits, pool, lambda: service.draining)
-                working, guarding = asyncio.create_task(thread.run(loop.run)), asyncio.create_task(progress.guard())
+            loop = ContextLoop(
+                process.engine,
+                pool,
+                prefixes,
+                delivered_to(take),
+                chunk=config.prefill_chunk,
+                budget=config.prefill_budget,
+                max_waiting=config.max_waiting,
+                progress=progress,
+                pacing=ContextPacing(turns, outbound) if turns.shared else Pacing(),
+                outbound=outbound,
+                tracer=tracer,
+            )
+            sessions: Sessions = Sessions(loop, process.queue, prefixes.redis)
+            chosen = TransportConfig.of(config.tower.transport)
+            transports = ContextTransports(chosen, config.service.host, process.tower.device)
+            service = ContextService(
+                process.checkpoint, sessions, pool, transports, tracer, config.silence_s, paced=turns.shared
+            )
+            scoring = ScoringService(loop.inbox, process.checkpoint.limits, pool, lambda: service.draining)
+            async with process.working(loop, progress) as working:
                 try:
-                    await _serve(config, service, scoring, pool, prefixes, registry, stop, working)
+                    await _serve(config, service, scoring, pool, prefixes, process.registry, stop, working)
                 finally:
                     loop.inbox.put(None)
                     transports.close()
                     await asyncio.wait((working,))
                     await sessions.close()
-                await working
-                await end_tasks(guarding)
-                log.info("drained: %d slots and %d pages in use", pool.used_slots, pool.used_pages)
-    finally:
-        thread.close()
-        turns.close()
-        await redis.aclose()
 
 
 async def _serve(
@@ -128,7 +109,7 @@ async def _serve(
     stop: asyncio.Event,
     working: asyncio.Task[None],
 ) -> None:
-    server, sessions = RpcServer(config.host, config.port), service.sessions
+    server, sessions = RpcServer(config.service.host, config.port), service.sessions
     context_pb2_grpc.add_ContextTowerServicer_to_server(service, server.server)
     scoring_pb2_grpc.add_ScoringServicer_to_server(scoring, server.server)
     await server.start([SERVICE_NAME])
@@ -157,7 +138,7 @@ async def _serve(
     drain_s = 0.0
     try:
         await until_stopped(stop, working, *tasks)
-        drain_s = config.drain_s
+        drain_s = config.service.drain_s
         log.info("draining %d sessions", len(sessions))
     finally:  # a loop that has failed leaves sessions behind, which go on elsewhere as soon as they are let go
         service.draining = True
@@ -175,10 +156,10 @@ async def _serve(
 async def _prefixes(config: ContextConfig, checkpoint: Checkpoint, engine: ContextEngine) -> AsyncIterator[PrefixCache]:
     """The prefix cache in both of its tiers, and its metrics."""
     tower = engine.tower
-    budget = prefix_budget(config.prefix_memory, state_budget(config.state_memory, tower.device))
+    budget = prefix_budget(config.prefix_memory, state_budget(config.tower.state_memory, tower.device))
     in_redis = 0 if config.prefix_redis_memory == "0" else parse_bytes(config.prefix_redis_memory, "prefix_redis_memory")
     spec = ChainSpec(checkpoint.identity, str(tower.dtype).removeprefix("torch."), config.prefill_chunk)
-    redis = await connect(config.redis_url, decode=False) if in_redis else None
+    redis = await connect(config.service.redis_url, decode=False) if in_redis else None
     try:
         tier = None
         if redis is not None:
@@ -200,9 +181,9 @@ def _metrics(config: ContextConfig, registry: CollectorRegistry) -> Iterator[Non
     if config.metrics_port is None:
         yield
         return
-    check_port(config.host, config.metrics_port, "--metrics-port")
-    server, thread = start_http_server(config.metrics_port, config.host, registry)
-    log.info("metrics on http://%s:%d/metrics", config.host, server.server_port)
+    check_port(config.service.host, config.metrics_port, "--metrics-port")
+    server, thread = start_http_server(config.metrics_port, config.service.host, registry)
+    log.info("metrics on http://%s:%d/metrics", config.service.host, server.server_port)
     try:
         yield
     finally:
@@ -210,18 +191,7 @@ def _metrics(config: ContextConfig, registry: CollectorRegistry) -> Iterator[Non
         thread.join()
 
 
-def _pool_size(config: ContextConfig, checkpoint: Checkpoint, tower: ContextTower) -> PoolSize:
-    return PoolSize.within(
-        tower.config,
-        tower.dtype,
-        state_budget(config.state_memory, tower.device),
-        max_slots=config.max_sessions,
-        max_tokens=checkpoint.limits.max_context,
-        row_bytes=2 * 4 * tower.config.vocab_size,  # AR: logits of one position in fp32, and what sampling makes of them
-    )
-
-
-def _warm_up(engine: ContextEngine) -> None:
+def _first_use(engine: ContextEngine) -> None:
     """One prefill and one commit, so that the first request does not pay for first-use costs."""
     params = GenerationParams(block_size=engine.tower.config.block_size)
     session = engine.open("warm-up", [0, 0], params)

@@ -9,30 +9,23 @@ import os
 import socket
 from collections.abc import Sequence
 
-from twotower.broker.connection import connect
 from twotower.broker.heartbeat import heartbeat
-from twotower.broker.ready_queue import ReadyQueue
 from twotower.broker.registry import Registry, Replica
 from twotower.denoiser.config import DenoiserConfig
 from twotower.denoiser.loop import DenoiserLoop
 from twotower.denoiser.messages import DenoiserResult
 from twotower.denoiser.worker import Worker
 from twotower.engine.denoiser_engine import DenoiserEngine
-from twotower.engine.graphs import batch_buckets, token_buckets
 from twotower.engine.pacing import Pacing, SharedPacing
 from twotower.engine.progress import Progress
-from twotower.engine.thread import EngineThread
-from twotower.engine.turns import Turns
 from twotower.garbage import spare_what_is_loaded
 from twotower.model.checkpoint import Checkpoint
-from twotower.model.denoiser_tower import DenoiserTower
-from twotower.model.memory import state_budget
-from twotower.model.pool import PAGE, PoolSize, StatePool
 from twotower.model.state import ContextState
-from twotower.model.weights import load_denoiser_tower, resolve_device, resolve_dtype
+from twotower.model.weights import load_denoiser_tower
 from twotower.request import GenerationParams
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
+from twotower.service.tower import TowerKind, tower_process
 from twotower.tasks import delivered_to, end_tasks, until_stopped
 from twotower.tracing.recorder import recording
 from twotower.transport.config import TransportConfig
@@ -44,56 +37,38 @@ log = logging.getLogger(__name__)
 async def run(config: DenoiserConfig) -> None:
     """Work until SIGTERM, then hand sessions back. Raises CheckpointError, ConfigError, BrokerUnavailable before it works."""
     stop = stop_requested()
-    checkpoint = Checkpoint.open_shared(
-        config.checkpoint, ("denoiser",), context_experts=config.context_experts, revision=config.revision
+    kind = TowerKind(
+        name="denoiser",
+        load=load_denoiser_tower,
+        engine=DenoiserEngine,
+        first_use=_first_use,
+        row_positions=lambda checkpoint: checkpoint.limits.block_size,
     )
-    device = resolve_device(config.device)
-    turns = Turns(config.turns if device.type == "cpu" else None)
-    redis = await connect(config.redis_url)
-    thread = EngineThread("denoiser-engine", config.threads, pinned=turns.shared)
-    try:
-        place = resolve_dtype(config.dtype, checkpoint), device
-        tower = await thread.run(load_denoiser_tower, checkpoint, *place, experts=config.experts, kernels=config.kernels)
-        engine = DenoiserEngine(tower)
-        await thread.run(_warm_up, engine)
-        pool = StatePool(tower.config, tower.dtype, tower.device, _pool_size(config, checkpoint, tower))
-        log.debug("state memory: %d slots, %d pages", pool.size.slots, pool.size.pages)
-        tokens = min(checkpoint.limits.max_context, pool.size.pages * PAGE)
-        contexts, batches = token_buckets(tokens), batch_buckets(pool.size.slots)
-        warm = await thread.run(lambda: engine.warm_up(pool, batches=batches, contexts=contexts))
-        if warm.sizes:
-            log.info("warm: %s", warm)
-        queue, registry = ReadyQueue(redis, checkpoint.identity), Registry(redis, checkpoint.identity)
-        worker_id = f"{socket.gethostname()}-{os.getpid()}"
-        with recording(config.trace, f"denoiser-{os.getpid()}") as tracer:
-            progress = Progress(config.stall_s)
+    tower = tower_process(kind, config.service, config.tower, context_experts=config.context_experts, slots=config.slots)
+    worker_id = f"{socket.gethostname()}-{os.getpid()}"
+    async with tower as process:
+        with recording(config.tower.trace, f"denoiser-{os.getpid()}") as tracer:
+            pool, turns, progress = process.pool, process.turns, Progress(config.tower.stall_s)
 
             def take(results: Sequence[DenoiserResult]) -> None:
                 worker.take(results)
 
             loop = DenoiserLoop(
-                engine,
+                process.engine,
                 pool,
                 delivered_to(take),
                 progress=progress,
                 pacing=SharedPacing(turns) if turns.shared else Pacing(),
                 tracer=tracer,
             )
-            transports = WorkerTransports(TransportConfig.of(config.transport), tower.device)
-            worker: Worker = Worker(checkpoint, loop, queue, worker_id, pool, transports, progress, tracer)
-            working, guarding = asyncio.create_task(thread.run(loop.run)), asyncio.create_task(progress.guard())
-            try:
-                await _work(config, checkpoint, worker, registry, stop, working)
-            finally:
-                loop.inbox.put(None)
-                transports.close()
-            await working
-            await end_tasks(guarding)
-            log.info("drained: %d slots and %d pages in use", pool.used_slots, pool.used_pages)
-    finally:
-        thread.close()
-        turns.close()
-        await redis.aclose()
+            transports = WorkerTransports(TransportConfig.of(config.tower.transport), process.tower.device)
+            worker: Worker = Worker(process.checkpoint, loop, process.queue, worker_id, pool, transports, progress, tracer)
+            async with process.working(loop, progress) as working:
+                try:
+                    await _work(config, process.checkpoint, worker, process.registry, stop, working)
+                finally:
+                    loop.inbox.put(None)
+                    transports.close()
 
 
 async def _work(
@@ -104,7 +79,7 @@ async def _work(
     stop: asyncio.Event,
     working: asyncio.Task[None],
 ) -> None:
-    server = RpcServer(config.host, config.port)
+    server = RpcServer(config.service.host, config.port)
     await server.start([])
 
     def describe() -> Replica:
@@ -127,7 +102,7 @@ async def _work(
     drain_s = 0.0
     try:
         await until_stopped(stop, working, pulling, *others)
-        drain_s = config.drain_s
+        drain_s = config.service.drain_s
         log.info("draining %d sessions", worker.load)
     finally:  # a loop that has failed leaves sessions behind, which the context gives to others as soon as they are let go
         await server.set_serving(False)
@@ -138,19 +113,7 @@ async def _work(
         await server.stop(0.5)
 
 
-def _pool_size(config: DenoiserConfig, checkpoint: Checkpoint, tower: DenoiserTower) -> PoolSize:
-    limits = checkpoint.limits
-    return PoolSize.within(
-        tower.config,
-        tower.dtype,
-        state_budget(config.state_memory, tower.device),
-        max_slots=config.slots,
-        max_tokens=limits.max_context,
-        row_bytes=2 * 4 * limits.block_size * tower.config.vocab_size,  # logits in fp32, and what unmasking makes of them
-    )
-
-
-def _warm_up(engine: DenoiserEngine) -> None:
+def _first_use(engine: DenoiserEngine) -> None:
     """One forward, so that the first request does not pay for first-use costs."""
     config, tower = engine.tower.config, engine.tower
     state = ContextState.alone(config, tower.dtype, tower.device)

@@ -3,43 +3,62 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+
+from twotower.service.config import ServiceConfig, context_experts
+from twotower.settings.declare import part, setting
+from twotower.settings.values import check
 
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
-    """Built once by the CLI; every field has its final value."""
+    """Made once, at the edge; every field has its final value.
 
-    checkpoint: Path
-    """Only its headers, config and tokenizer are read."""
-    redis_url: str
-    revision: str | None = None
-    """What tells the checkpoint from others of its shape, where it does not say so itself."""
-    host: str = "127.0.0.1"
-    grpc_port: int = 0
-    """0: any free port."""
-    http_port: int = 0
-    """0: any free port."""
-    model_name: str | None = None
-    """Name under which the model is served; None: the checkpoint directory's name."""
-    context_experts: str = "auto"
-    """Precision at which the contexts run their experts; part of the identity under which they are found."""
-    max_in_flight: int = 256
-    """Requests served at once; one more is refused as overloaded."""
-    max_body_bytes: int | None = None
-    """Largest HTTP request body; a larger one is refused as such. None: by what prompts can take (see `body_limits`)."""
-    max_bodies_bytes: int | None = None
-    """Bodies of all HTTP requests in flight together; one more is refused as overloaded. None: some of the largest."""
-    cors_origins: tuple[str, ...] = ()
-    """Origins whose web pages may call the HTTP face from a browser; "*": all."""
-    drain_s: float = 30.0
-    """How long running requests may take after SIGTERM."""
-    reopen_wait_s: float = 15.0
-    """How long a request whose context died waits for another one."""
-    snapshot_keep_s: float = 60.0
-    """How long the last known replicas are used while Redis does not answer."""
+    Of the checkpoint, only the headers, the config and the tokenizer are read.
+    """
+
+    service: ServiceConfig = part(ServiceConfig)
+    grpc_port: int = setting(50051, least=0, most=65535, metavar="P", help="port of gRPC; 0: any free one")
+    http_port: int = setting(8000, least=0, most=65535, metavar="P", help="port of HTTP; 0: any free one")
+    model_name: str | None = setting(
+        None, metavar="NAME", help="name under which the model is served", otherwise="the checkpoint directory's"
+    )
+    context_experts: str = context_experts("auto", "auto, as the checkpoint stores them")
+    max_in_flight: int = setting(
+        256, least=1, metavar="N", help="requests that are served at once; one more is refused as overload"
+    )
+    max_body_bytes: int | None = setting(
+        None,
+        unit="bytes",
+        least=1,
+        metavar="SIZE",
+        help="largest body of an HTTP request",
+        otherwise="1M to 8M, by the checkpoint's context",
+    )
+    max_bodies_bytes: int | None = setting(
+        None,
+        unit="bytes",
+        least=1,
+        metavar="SIZE",
+        help="bodies of all HTTP requests together; one more is refused as overload",
+        otherwise="eight of the largest",
+    )
+    cors_origins: tuple[str, ...] = setting(
+        (),
+        metavar="ORIGIN",
+        help="origins whose web pages may call the HTTP face from a browser, such as https://example.org; *: all",
+        otherwise="none",
+    )
+    reopen_wait_s: float = setting(
+        15.0, unit="s", metavar="S", help="seconds that a request whose context died waits for another one"
+    )
+    snapshot_keep_s: float = setting(
+        60.0, unit="s", metavar="S", help="seconds for which the last known replicas count while Redis does not answer"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
 
     @property
     def served_name(self) -> str:
         """Name under which the model is served."""
-        return self.model_name or self.checkpoint.resolve().name
+        return self.model_name or self.service.checkpoint.resolve().name

@@ -14,12 +14,12 @@ from typing import TypeVar
 from twotower.errors import InvalidArgument, Overloaded, Unavailable
 from twotower.events import Accepted, Block, Event, Finished, Shown
 from twotower.gateway.metrics import CANCELLED, COMPLETED, Metrics, outcome_of
+from twotower.gateway.preparation import Preparation, hidden_ids, text_stream
 from twotower.gateway.replicas import ReplicaPool
-from twotower.gateway.request import Request, check_length, check_unresolved, resolve
+from twotower.gateway.request import Request
 from twotower.gateway.sessions import Job, SessionStream
-from twotower.request import BlockStep, FinishReason, Mode, ModelLimits, check_request
+from twotower.request import BlockStep, FinishReason, Mode, ModelLimits
 from twotower.text.chat_template import ChatTemplate
-from twotower.text.stream import TextStream
 from twotower.text.tokenizer import Tokenizer
 from twotower.wire.logprobs import logprobs_from_pb
 
@@ -47,7 +47,7 @@ class ServedModel:
     @property
     def hidden_ids(self) -> tuple[int, ...]:
         """Ids that never show in text, besides the tokenizer's special tokens."""
-        return (*self.limits.eos_token_ids, self.limits.mask_token_id)
+        return hidden_ids(self.limits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,24 +103,16 @@ class Core:
         return await self.read(sum(map(len, prompts)), lambda: self._prepare(requests))
 
     def _prepare(self, requests: Sequence[Request]) -> list[Prepared]:
-        model = self.model
-        tokens: dict[str | tuple[int, ...], tuple[int, ...]] = {}
+        preparation = Preparation(self.model.tokenizer, self.model.limits)
         prepared = []
         for request in requests:
             try:
-                if not isinstance(request.prompt, str):
-                    check_length(len(request.prompt), model.limits.max_context)
-                check_unresolved(request, model.tokenizer is not None)
-                if request.prompt not in tokens:
-                    tokens[request.prompt] = self._tokens(request)
-                prompt = tokens[request.prompt]
-                params = resolve(request, len(prompt), model.limits)
-                warnings = check_request(prompt, params, model.limits)
+                checked = preparation.check(request)
             except InvalidArgument as error:
                 self._count(request.mode, outcome_of(error))
                 raise
-            job = Job(uuid.uuid4().hex, prompt, params, request.priority)
-            prepared.append(Prepared(job, request.stop, tuple(warnings)))
+            job = Job(uuid.uuid4().hex, checked.prompt, checked.params, request.priority)
+            prepared.append(Prepared(job, request.stop, checked.warnings))
         return prepared
 
     @contextmanager
@@ -147,7 +139,7 @@ class Core:
         `deadline`: by the loop's clock.
         """
         params, metrics, mode = request.job.params, self.metrics, request.job.params.mode.value
-        text = self._text_stream(request)
+        text = text_stream(self.model.tokenizer, self.model.limits, request.stop)
         tokens = forwards = blocks = 0
         reason: FinishReason | None = None
         outcome = CANCELLED
@@ -215,19 +207,6 @@ class Core:
                 await self._idle.wait()
         except TimeoutError:
             pass
-
-    def _tokens(self, request: Request) -> tuple[int, ...]:
-        if not isinstance(request.prompt, str):
-            return request.prompt
-        assert self.model.tokenizer is not None  # check_unresolved
-        most, special_tokens = self.model.limits.max_context, request.special_tokens
-        return tuple(self.model.tokenizer.encode(request.prompt, most, special_tokens=special_tokens))
-
-    def _text_stream(self, request: Prepared) -> TextStream | None:
-        model = self.model
-        if model.tokenizer is None:
-            return None
-        return TextStream(model.tokenizer, request.stop, model.hidden_ids)
 
     def _check_admission(self, requests: Sequence[Request]) -> None:
         if self._draining:

@@ -56,8 +56,9 @@ async def run(config: GatewayConfig) -> None:
     sys.setswitchinterval(SWITCH_S)
     give_back_large_blocks()
     allow_many_files()  # each HTTP client has a connection of its own
-    checkpoint = Checkpoint.open_shared(config.checkpoint, context_experts=config.context_experts, revision=config.revision)
-    redis = await connect(config.redis_url)
+    service = config.service
+    checkpoint = Checkpoint.open_shared(service.checkpoint, context_experts=config.context_experts, revision=service.revision)
+    redis = await connect(service.redis_url)
     try:
         replicas = Registry(redis, checkpoint.identity)
         await serve(config, checkpoint, replicas, stop, lambda line: print(line, flush=True))
@@ -86,10 +87,10 @@ async def serve(
         limits = body_limits(config.max_body_bytes, config.max_bodies_bytes, model.limits.max_context, token_bytes)
         bodies = Bodies(*limits)
         app = make_app(core, bodies, Scorer(pool, metrics), config.cors_origins)
-        http = HttpServer(app, config.host, config.http_port, "--http-port")
+        http = HttpServer(app, config.service.host, config.http_port, "--http-port")
         stack.push_async_callback(http.stop, FLUSH_S)
         rpc = RpcServer(
-            config.host,
+            config.service.host,
             config.grpc_port,
             "--grpc-port",
             max_calls=config.max_in_flight + OTHER_CALLS,
@@ -112,7 +113,7 @@ async def serve(
         core.refuse()  # first: the watch would call a gateway ready that takes requests
         await rpc.set_serving(False)
         await end_tasks(watch)
-        await core.drain(config.drain_s)
+        await core.drain(config.service.drain_s)
 
 
 class _Readiness:

@@ -1,13 +1,21 @@
-"""Settings of a stack on one machine."""
+"""Settings of a stack on one machine: those of its services, and its own."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from twotower.context.config import ContextConfig
+from twotower.denoiser.config import DenoiserConfig
 from twotower.errors import ConfigError
+from twotower.gateway.config import GatewayConfig
+from twotower.service.config import ServiceConfig, TowerConfig, context_experts
+from twotower.settings.build import build
+from twotower.settings.declare import like, part, setting
+from twotower.settings.values import check
 
 FEW_CORES = 4
 """A tower with fewer cores than these for itself is better off with all of them half of the time ..."""
@@ -22,65 +30,51 @@ def usable_cores() -> int:
 
 @dataclass(frozen=True, slots=True)
 class UpConfig:
-    """Built once by the CLI; every field has its final value."""
+    """Made once, at the edge; every field has its final value.
 
-    checkpoint: Path
-    revision: str | None = None
-    """What tells the checkpoint from others of its shape; None, where it does not say so itself: one of this stack's own."""
-    contexts: int = 1
-    denoisers: int = 1
-    host: str = "127.0.0.1"
-    grpc_port: int = 0
-    """0: any free port."""
-    http_port: int = 0
-    """0: any free port."""
-    redis_url: str | None = None
-    """None: an embedded server, which lives and dies with the stack."""
-    dtype: str = "auto"
-    device: str = "auto"
-    kernels: str = "auto"
-    """What computes: auto (by device), torch, cpu, triton."""
-    experts: str = "auto"
-    """Precision of the denoisers' routed experts: auto (as the checkpoint stores them), bf16, fp8, fp4."""
-    context_experts: str = "auto"
-    """The same of the contexts'."""
-    transport: str = "auto"
-    """How states get from contexts to denoisers: auto, grpc, shm or dist."""
-    threads: int | None = None
-    """CPU threads of each tower; None: see `tower_threads`."""
-    slots: int = 8
-    """Sessions each denoiser refines together."""
-    max_sessions: int = 64
-    """Sessions each context holds."""
-    state_memory: str = "auto"
-    """Of each tower, for the states of its sessions."""
-    prefix_memory: str = "auto"
-    """Of each context, for cached prefixes."""
-    prefix_redis_memory: str = "1G"
-    """Of the contexts together, for cached prefixes in Redis."""
-    trace: Path | None = None
-    """Directory where the towers record spans."""
-    drain_s: float = 30.0
-    """How long running requests may take after SIGTERM."""
-    unhealthy_after_s: float = 10.0
-    """How long a service may not answer before it is killed and started again; 0: as long as it likes."""
-    start_s: float = 600.0
-    """How long a service may take to load its tower."""
+    What a stack decides itself is made the value of its services' settings here, but for what is known once it starts.
+    """
+
+    contexts: int = setting(1, least=1, metavar="N", help="context replicas")
+    denoisers: int = setting(1, least=1, metavar="N", help="denoiser workers")
+    redis_url: str | None = like(ServiceConfig, "redis_url", None, otherwise="an embedded one, which ends with the stack")
+    threads: int | None = like(
+        TowerConfig,
+        "threads",
+        None,
+        help="CPU threads of each tower",
+        otherwise="cores / towers; all of them, in turns, where these are few",
+    )
+    context_experts: str | None = context_experts(None, "as --experts")
+    unhealthy_after_s: float = setting(
+        10.0,
+        unit="s",
+        metavar="S",
+        help="seconds that a service may not answer before it is killed and started again; 0: as long as it likes",
+    )
+    start_s: float = setting(
+        600.0, name="start_timeout", unit="s", metavar="S", help="seconds that a service may take to load its tower"
+    )
+    gateway: GatewayConfig = part(GatewayConfig, "the gateway", without=("max_in_flight",))
+    context: ContextConfig = part(ContextConfig, "each context", without=("host", "port", "advertise", "turns", "metrics_port"))
+    denoiser: DenoiserConfig = part(DenoiserConfig, "each denoiser", without=("host", "port", "turns"))
     debug: bool = False
     """Services log in detail."""
 
     def __post_init__(self) -> None:
-        for name, least in (("contexts", 1), ("denoisers", 1), ("slots", 1), ("max_sessions", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}: must be at least {least}, not {getattr(self, name)}")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads: must be at least 1, not {self.threads}")
-        if not (self.drain_s >= 0 and math.isfinite(self.drain_s)):  # also refuses NaN
-            raise ConfigError(f"drain: must be a finite number of seconds, not {self.drain_s}")
-        if not (self.unhealthy_after_s >= 0 and math.isfinite(self.unhealthy_after_s)):
-            raise ConfigError(f"unhealthy_after: must be a finite number of seconds, not {self.unhealthy_after_s}")
-        if self.grpc_port == self.http_port != 0:
-            raise ConfigError(f"http_port: {self.http_port} is the gRPC port; the two need one each")
+        check(self)
+        if self.gateway.grpc_port == self.gateway.http_port != 0:
+            raise ConfigError(f"http_port: {self.gateway.http_port} is the gRPC port; the two need one each")
+        experts = self.context_experts or self.denoiser.tower.experts
+        # What the contexts cannot hold is refused where it comes in.
+        room = self.contexts * self.context.max_sessions
+        gateway = dataclasses.replace(self.gateway, context_experts=experts, max_in_flight=room)
+        tower = dataclasses.replace(self.context.tower, experts=experts, threads=self.tower_threads)
+        context = dataclasses.replace(self.context, tower=tower)
+        tower = dataclasses.replace(self.denoiser.tower, threads=self.tower_threads)
+        denoiser = dataclasses.replace(self.denoiser, context_experts=experts, tower=tower)
+        for name, final in (("gateway", gateway), ("context", context), ("denoiser", denoiser)):
+            object.__setattr__(self, name, final)
 
     @property
     def tower_threads(self) -> int:
@@ -94,3 +88,8 @@ class UpConfig:
     def turns(self) -> bool:
         """Whether towers take turns on the cores, since each of them uses all."""
         return self.tower_threads >= usable_cores()
+
+
+def on_free_ports(checkpoint: Path, **settings: Any) -> UpConfig:
+    """A stack for whoever starts it, on any free ports; `settings` are fields of it and of its services. Raises ConfigError."""
+    return build(UpConfig, checkpoint=checkpoint, grpc_port=0, http_port=0, **settings)

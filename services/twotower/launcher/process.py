@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from twotower.errors import ServiceFailed
 from twotower.launcher import leash
+from twotower.settings.declare import PREFIX
 from twotower.tasks import end_tasks
 
 LINE_BYTES = 1 << 20
@@ -43,14 +44,15 @@ class ServiceProcess:
         env: Mapping[str, str] | None = None,
         parent_death: signal.Signals = signal.SIGKILL,
     ) -> None:
-        """`say` is given each line of its stderr, after its name. `env`: what its environment has beyond ours.
+        """`say` is given each line of its stderr, after its name. `env`: what its environment has beyond ours, from its next
+        start on. Our own settings are not handed on, since they may mean another thing to it.
 
         Secrets belong in `env`: every user of the machine can read a command line. `parent_death`: what it is sent when
         this process dies, however that is.
         """
         self.name = name
         self.argv = list(argv)
-        self._env = dict(env or {})
+        self.env = dict(env or {})
         self._parent_death = parent_death
         self._say = say
         self._process: Process | None = None
@@ -78,7 +80,7 @@ class ServiceProcess:
                 limit=LINE_BYTES,
                 # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which drains in order.
                 start_new_session=True,
-                env={"GOMP_SPINCOUNT": SPINS, "GLIBC_TUNABLES": KEEP_HEAP, **os.environ, **self._env},
+                env={"GOMP_SPINCOUNT": SPINS, "GLIBC_TUNABLES": KEEP_HEAP, **_not_ours(os.environ), **self.env},
             )
         except OSError as error:
             raise ServiceFailed(f"{self.name} cannot be started: {error}") from None
@@ -178,6 +180,10 @@ async def _discard(stream: asyncio.StreamReader) -> None:
     """Read what no one wants, so that the pipe never fills."""
     while await stream.read(4096):
         pass
+
+
+def _not_ours(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if not name.startswith(PREFIX)}
 
 
 def _leashed(argv: Sequence[str], parent_death: signal.Signals) -> list[str]:

@@ -8,9 +8,13 @@ import secrets
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
 
 from twotower.broker.connection import connect
-from twotower.broker.environment import REDIS_VARIABLE
+from twotower.context.config import ContextConfig
+from twotower.denoiser.config import DenoiserConfig
 from twotower.launcher.config import UpConfig
 from twotower.launcher.embedded_redis import EmbeddedRedis
 from twotower.launcher.health import answers
@@ -18,7 +22,12 @@ from twotower.launcher.process import Say, ServiceProcess
 from twotower.launcher.supervisor import Supervised, supervise
 from twotower.model.checkpoint import Checkpoint, resolve_experts
 from twotower.rpc.address import check_port
+from twotower.service.config import ServiceConfig
+from twotower.settings.build import environment
+from twotower.settings.sources import DEBUG_VARIABLE
 from twotower.tasks import end_tasks
+
+T = TypeVar("T", ContextConfig, DenoiserConfig)
 
 KILL_AFTER_S = 5.0
 """Beyond the drain."""
@@ -34,7 +43,7 @@ class Stack:
         self._hurry = hurry
         self._redis: EmbeddedRedis | None = None
         self._supervisors: list[asyncio.Task[None]] = []
-        self._revision = config.revision
+        self._revision = config.gateway.service.revision
         self._turns_file = os.memfd_create("twotower-turns", os.MFD_CLOEXEC) if config.turns else None
         """Open to the towers as long as this process lives; nothing is left of it."""
         self.towers: list[ServiceProcess] = []
@@ -46,40 +55,32 @@ class Stack:
     async def start(self) -> None:
         """Check what can be checked, start everything, wait until requests succeed. Raises TwoTowerError: one, and first."""
         config = self._config
-        checkpoint = Checkpoint.open(config.checkpoint, context_experts=config.context_experts, revision=config.revision)
-        resolve_experts(config.experts, checkpoint.config.denoiser_experts)
+        path, host = config.gateway.service.checkpoint, config.gateway.service.host
+        checkpoint = Checkpoint.open(
+            path, context_experts=config.context.tower.experts, revision=config.gateway.service.revision
+        )
+        resolve_experts(config.denoiser.tower.experts, checkpoint.config.denoiser_experts)
         if checkpoint.unsure is not None:
             self._revision = f"stack-{secrets.token_hex(8)}"
             if config.redis_url is not None:
                 self._say(
-                    f"[up] checkpoint {config.checkpoint} {checkpoint.unsure} so that cached prefixes in Redis are this "
+                    f"[up] checkpoint {path} {checkpoint.unsure} so that cached prefixes in Redis are this "
                     "stack's alone; name its --revision to share and to keep them"
                 )
-        for port, option in ((config.grpc_port, "--grpc-port"), (config.http_port, "--http-port")):
-            check_port(config.host, port, option)  # 0, any free port, tells whether the host is ours
+        for port, option in ((config.gateway.grpc_port, "--grpc-port"), (config.gateway.http_port, "--http-port")):
+            check_port(host, port, option)  # 0, any free port, tells whether the host is ours
         if config.redis_url is None:
             self._redis = EmbeddedRedis(self._say)
             await self._redis.start()
             self.redis_url = self._redis.url
         else:
             await (await connect(config.redis_url)).aclose()
-        prefixes = ("--prefix-memory", config.prefix_memory, "--prefix-redis-memory", config.prefix_redis_memory)
         self.towers = [
-            *(self._service("context", i, "--max-sessions", config.max_sessions, *prefixes) for i in range(config.contexts)),
-            *(self._service("denoiser", i, "--slots", config.slots) for i in range(config.denoisers)),
+            *(self._process(f"context-{i}", "context", self._tower(config.context)) for i in range(config.contexts)),
+            *(self._process(f"denoiser-{i}", "denoiser", self._tower(config.denoiser)) for i in range(config.denoisers)),
         ]
-        room = config.contexts * config.max_sessions  # what the contexts cannot hold is refused where it comes in
-        ports = (
-            "--max-in-flight",
-            room,
-            "--host",
-            config.host,
-            "--grpc-port",
-            config.grpc_port,
-            "--http-port",
-            config.http_port,
-        )
-        self.gateway = self._process("gateway", "gateway", *self._context_experts, *ports)
+        gateway = replace(config.gateway, service=self._service(config.gateway.service))
+        self.gateway = self._process("gateway", "gateway", gateway)
         starting = [asyncio.create_task(self._start(service)) for service in (*self.towers, self.gateway)]
         try:
             *_, addresses = await asyncio.gather(*starting)
@@ -87,8 +88,8 @@ class Stack:
             await end_tasks(*starting)
         self.grpc_address, self.http_address = addresses["grpc"], addresses["http"]
         # Restarted, the gateway must be where its clients know it to be.
-        for option, address in (("--grpc-port", self.grpc_address), ("--http-port", self.http_address)):
-            self.gateway.argv[self.gateway.argv.index(option) + 1] = address.rpartition(":")[2]
+        gateway = replace(gateway, grpc_port=_port(self.grpc_address), http_port=_port(self.http_address))
+        self.gateway.env = self._environment(gateway)
         supervised = [self._supervised(service) for service in (*self.towers, self.gateway)]
         if self._redis is not None:
             supervised.append(self._redis.supervised())
@@ -104,7 +105,7 @@ class Stack:
         """Drain: first the gateway, which stops taking requests and sees its own through, then the towers, then Redis."""
         await end_tasks(*self._supervisors)
         # Before the start is over there is nothing to drain, only towers that may load for a long time yet.
-        grace = KILL_AFTER_S + (self._config.drain_s if self.grpc_address else 0)
+        grace = KILL_AFTER_S + (self._config.gateway.service.drain_s if self.grpc_address else 0)
         if self.gateway is not None:
             await self.gateway.stop(grace, self._hurry)
         await asyncio.gather(*(service.stop(grace, self._hurry) for service in self.towers))
@@ -113,33 +114,20 @@ class Stack:
         if self._turns_file is not None:
             os.close(self._turns_file)
 
-    @property
-    def _turns_option(self) -> tuple[str, ...]:
-        return () if self._turns_file is None else ("--turns", f"/proc/{os.getpid()}/fd/{self._turns_file}")
+    def _tower(self, config: T) -> T:
+        turns = None if self._turns_file is None else Path(f"/proc/{os.getpid()}/fd/{self._turns_file}")
+        return replace(config, service=self._service(config.service), tower=replace(config.tower, turns=turns))
 
-    @property
-    def _context_experts(self) -> tuple[str, str]:
-        return "--context-experts", self._config.context_experts
+    def _service(self, config: ServiceConfig) -> ServiceConfig:
+        return replace(config, redis_url=self.redis_url, revision=self._revision)
 
-    def _service(self, kind: str, index: int, *options: object) -> ServiceProcess:
-        config = self._config
-        place = ("--dtype", config.dtype, "--device", config.device, "--kernels", config.kernels)
-        experts: tuple[str, ...] = ("--experts", config.experts, *self._context_experts)
-        if kind == "context":
-            experts = ("--experts", config.context_experts)
-        memory = ("--state-memory", config.state_memory)
-        trace = () if config.trace is None else ("--trace", config.trace)
-        transport = ("--transport", config.transport)
-        threads = ("--threads", config.tower_threads, *self._turns_option)
-        return self._process(f"{kind}-{index}", kind, *place, *threads, *experts, *memory, *transport, *trace, *options)
+    def _process(self, name: str, command: str, config: object) -> ServiceProcess:
+        argv = (sys.executable, "-m", "twotower.cli.main", command)
+        return ServiceProcess(name, argv, self._say, env=self._environment(config))
 
-    def _process(self, name: str, kind: str, *options: object) -> ServiceProcess:
-        config = self._config
-        common = ("--checkpoint", config.checkpoint, "--drain", config.drain_s)
-        revision = () if self._revision is None else ("--revision", self._revision)
-        debug = ("--debug",) if config.debug else ()
-        argv = (sys.executable, "-m", "twotower.cli.main", *debug, kind, *common, *revision, *options)
-        return ServiceProcess(name, [str(word) for word in argv], self._say, env={REDIS_VARIABLE: self.redis_url})
+    def _environment(self, config: object) -> dict[str, str]:
+        """Settings travel by environment: a command line, and the passwords on it, is for every user of the machine to read."""
+        return {**environment(config), **({DEBUG_VARIABLE: "true"} if self._config.debug else {})}
 
     async def _start(self, service: ServiceProcess) -> dict[str, str]:
         await service.start()
@@ -147,6 +135,10 @@ class Stack:
 
     def _supervised(self, service: ServiceProcess) -> Supervised:
         return Supervised(service, lambda: self._start(service), lambda timeout_s: answers(service.addresses, timeout_s))
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2])
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -69,13 +70,11 @@ def test_a_route_of_extreme_logits() -> None:
     assert ((chosen >= 0) & (chosen < 8)).all()
 
 
-def arguments(
-    batch: int, length: int, vocab: int, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | int]]:
+def arguments(batch: int, length: int, vocab: int, temperature: float) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     g = torch.Generator().manual_seed(vocab)
     masked = torch.rand(batch, length, generator=g) < 0.7
     masked[:, 0] = True
-    options: dict[str, Tensor | int] = {
+    options: dict[str, Any] = {
         "mask_id": 3,
         "gamma": torch.rand(batch, generator=g),
         "steps_left": torch.randint(1, 9, (batch,), generator=g),

@@ -72,8 +72,8 @@ def _case(
 def _check(case: Case, *, causal: bool = False, splits: int | None = None) -> Tensor:
     pages = (case.k_pages, case.v_pages)
     out = block_attention(case.q, case.k, case.v, *pages, case.table, case.lengths, causal=causal, splits=splits)
-    wide = (v.double() for v in (case.q, case.k, case.v, *pages))
-    expected = plain.block_attention(*wide, case.table, case.lengths, causal=causal)
+    q, k, v, *wide = (one.double() for one in (case.q, case.k, case.v, *pages))
+    expected = plain.block_attention(q, k, v, wide[0], wide[1], case.table, case.lengths, causal=causal)
     assert out.dtype is case.q.dtype
     assert out.isfinite().all()
     error = (out.double() - expected).abs().max()

@@ -59,11 +59,11 @@ def test_the_plain_form_is_the_formula(order: Order) -> None:
 
     added = h + gate * x
     expected = norm(modulate(added)) if order == "modulate_first" else modulate(norm(added))
-    inputs = _inputs(2, 3, 8, torch.float32)
-    got_added, got = plain.add_modulated_norm(*inputs[:2], inputs[3], inputs[2], EPS, *inputs[4:], order=order)
+    h32, x32, weight32, gate32, shift32, scale32 = _inputs(2, 3, 8, torch.float32)
+    got_added, got = plain.add_modulated_norm(h32, x32, gate32, weight32, EPS, shift32, scale32, order=order)
     torch.testing.assert_close(got_added, added.float())
     torch.testing.assert_close(got, expected.float())
-    torch.testing.assert_close(plain.modulated_norm(inputs[0], inputs[2], EPS, order=order), norm(h).float())
+    torch.testing.assert_close(plain.modulated_norm(h32, weight32, EPS, order=order), norm(h).float())
 
 
 @pytest.mark.parametrize("order", ORDERS)

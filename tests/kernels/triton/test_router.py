@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def _check(
     block_tokens: int | None = None,
     library: bool | None = None,
 ) -> None:
-    rule = {"top_k": top_k, "groups": groups, "top_groups": top_groups, "normalize": normalize, "scale": scale}
+    rule: dict[str, Any] = {"top_k": top_k, "groups": groups, "top_groups": top_groups, "normalize": normalize, "scale": scale}
     experts, weights = route(*inputs, **rule, block_tokens=block_tokens, library=library)
     expected, expected_weights = plain.route(*inputs, **rule)
     assert experts.dtype is torch.int64
@@ -143,7 +144,7 @@ def test_more_choices_than_the_groups_allow(correction: float) -> None:
 def test_nan_gives_valid_experts_and_stays_in_its_row() -> None:
     hidden, weight, correction = _inputs(5)
     for groups in (1, 4):
-        rule = {"top_k": 3, "groups": groups, "top_groups": min(2, groups), "normalize": True, "scale": 1.0}
+        rule: dict[str, Any] = {"top_k": 3, "groups": groups, "top_groups": min(2, groups), "normalize": True, "scale": 1.0}
         clean = route(hidden, weight, correction, **rule, block_tokens=4)
         bad = hidden.clone()
         bad[1, 3] = math.nan

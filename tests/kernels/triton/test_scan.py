@@ -263,7 +263,7 @@ def test_a_delta_with_and_without_a_batch() -> None:
     rows = [_factors(ODD, 7, torch.bfloat16, scale) for scale in (1.0, 2.0, 3.0)]
     a = rows[0][-1]
     state, x, b, dt = (torch.stack([row[i] for row in rows]) for i in range(4))
-    expected = torch.stack([plain.apply_factors(*row[:4], a) for row in rows])
+    expected = torch.stack([plain.apply_factors(row[0], row[1], row[2], row[3], a) for row in rows])
     assert torch.equal(apply_factors(state, x, b, dt, a), expected)
     slots = torch.tensor([2, 0], device=DEVICE)
     pool = state.clone()

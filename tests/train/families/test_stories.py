@@ -10,13 +10,14 @@ import pytest
 from tokenizers import Tokenizer
 
 from twotower.train.families.answers import final_number, is_correct, is_degenerate
+from twotower.train.families.item import Split
 from twotower.train.families.stories.problems import problems, split_of
 from twotower.train.families.stories.story import MAX_NUMBER, Problem
 
 SUM = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+) [a-z]+\.$")
 
 
-def take(split: str, seed: int, count: int = 2000) -> list[Problem]:
+def take(split: Split, seed: int, count: int = 2000) -> list[Problem]:
     return list(itertools.islice(problems(split, seed), count))
 
 

@@ -1,0 +1,1 @@
+"""What the services of a stack have in common: settings, and how the process of a tower starts and ends."""
