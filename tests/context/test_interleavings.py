@@ -132,7 +132,7 @@ class Client:
                 if isinstance(event, ShownBlock):
                     self.tokens += event.tokens
                     assert self.tokens == self._expected[: len(self.tokens)], "a wrong text"
-                else:
+                elif isinstance(event, FinishReason):
                     self.finished = event
         finally:
             self._world.sessions.end(self.live)

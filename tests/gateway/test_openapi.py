@@ -104,7 +104,7 @@ def test_the_server_keeps_to_its_document(api: Any, path: str, method: str, mode
 
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=mode))
-    def check(case: Case) -> None:
+    def check(case: Case[Any]) -> None:
         response = case.call()
         case.validate_response(response, checks=CHECKS if _ran_out(case, response) else [*CHECKS, not_a_server_error])
         if mode is GenerationMode.NEGATIVE:
@@ -113,7 +113,7 @@ def test_the_server_keeps_to_its_document(api: Any, path: str, method: str, mode
     check()
 
 
-def _ran_out(case: Case, response: Any) -> bool:
+def _ran_out(case: Case[Any], response: Any) -> bool:
     """Whether the answer is that the time is over which the request itself allows."""
     allowed = isinstance(case.body, dict) and case.body.get("timeout_s")
     return response.status_code == 504 and bool(allowed)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
-from twotower.cli.options import DEFAULT_CHECKPOINT
-from twotower.launcher.config import UpConfig
-from twotower.launcher.stack import stack
+import twotower
 
+CHECKPOINT = Path(twotower.__file__).parent / "checkpoints" / "word-problems"
 TASKS = Path(__file__).parent / "tasks"
 LEAST = {"twotower_choice": ("acc,none", 0.9), "twotower_generate": ("exact_match,answer", 0.9)}
 """What the shipped checkpoint gets right of problems like those that it was trained on."""
@@ -26,10 +28,9 @@ MOST_PERPLEXITY = 4.0
 
 async def run(lm_eval: str) -> int:
     """Whether the results are what they should be, as an exit status."""
-    async with stack(UpConfig(DEFAULT_CHECKPOINT), lambda line: print(line, file=sys.stderr)) as running:
+    async with _stack() as url:
         with tempfile.TemporaryDirectory() as out:
-            url = f"http://{running.http_address}/v1/completions"
-            place = f"model={DEFAULT_CHECKPOINT.name},base_url={url},tokenizer={DEFAULT_CHECKPOINT}"
+            place = f"model={CHECKPOINT.name},base_url={url},tokenizer={CHECKPOINT}"
             model = f"{place},num_concurrent=4,max_length=4096"
             process = await asyncio.create_subprocess_exec(
                 *(lm_eval, "--model", "local-completions", "--model_args", model, "--batch_size", "4"),
@@ -45,6 +46,23 @@ async def run(lm_eval: str) -> int:
         short.append(f"twotower_rolling: {perplexity}")
     print("\n".join(short) or "lm-eval: all three kinds of tasks gave what they should")
     return 1 if short else 0
+
+
+@asynccontextmanager
+async def _stack() -> AsyncIterator[str]:
+    """A whole stack, as users start it; yields the address of its completions."""
+    command = "-m", "twotower.cli.main", "up", "--grpc-port", "0", "--http-port", "0"
+    process = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        ready = (await process.stdout.readline()).decode().split()
+        if len(ready) != 3:
+            raise SystemExit("the stack did not start")
+        yield f"http://{ready[2].removeprefix('http=')}/v1/completions"
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        await process.wait()
 
 
 def _results(out: Path) -> dict[str, dict[str, float]]:
