@@ -17,10 +17,11 @@ from twotower.gateway.metrics import CANCELLED, COMPLETED, Metrics, outcome_of
 from twotower.gateway.replicas import ReplicaPool
 from twotower.gateway.request import Request, check_length, check_unresolved, resolve
 from twotower.gateway.sessions import Job, SessionStream
-from twotower.request import FinishReason, Mode, ModelLimits, check_request
+from twotower.request import NO_DRAFT, FinishReason, Mode, ModelLimits, check_request
 from twotower.text.stream import TextStream
 from twotower.text.tokenizer import Tokenizer
 from twotower.wire.logprobs import logprobs_from_pb
+from twotower.wire.params import draft_use_from_pb
 
 T = TypeVar("T")
 
@@ -145,7 +146,8 @@ class Core:
         """
         params, metrics, mode = request.job.params, self.metrics, request.job.params.mode.value
         text = self._text_stream(request)
-        tokens = forwards = blocks = 0
+        tokens = forwards = blocks = rounds = 0
+        use = NO_DRAFT
         reason: FinishReason | None = None
         outcome = CANCELLED
         start = last = time.monotonic()
@@ -172,8 +174,12 @@ class Core:
                     forwards += event.forwards
                     metrics.completion_tokens.labels(mode).inc(len(event.token_ids))
                     metrics.forwards.labels(mode).inc(event.forwards)
+                    spent = draft_use_from_pb(event.draft)
+                    metrics.count_round(spent, len(event.token_ids))
+                    use, rounds = use + spent, rounds + (spent.drafted > 0)
                     piece = text.push(event.token_ids) if text else ""
-                    yield Block(blocks, tuple(event.token_ids), piece, event.forwards, logprobs_from_pb(event.logprobs))
+                    logprobs = logprobs_from_pb(event.logprobs)
+                    yield Block(blocks, tuple(event.token_ids), piece, event.forwards, logprobs, spent)
                     blocks += 1
                     if text and text.stopped:
                         reason = FinishReason.STOP
@@ -183,7 +189,7 @@ class Core:
                 reason = FinishReason.STOP
             outcome = COMPLETED
             metrics.duration_s.labels(mode).observe(last - start)
-            yield Finished(reason, tokens, forwards, blocks, last - start, rest)
+            yield Finished(reason, tokens, forwards, blocks, last - start, rest, rounds, use)
         except Exception as error:
             outcome = outcome_of(error)
             raise

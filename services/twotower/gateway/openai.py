@@ -32,7 +32,7 @@ MAX_CHOICES = 8
 TIERS = {"auto": Priority.NORMAL, "default": Priority.NORMAL, "priority": Priority.HIGH, "flex": Priority.LOW}
 """OpenAI's names for who goes first."""
 
-MODES = {mode.value: mode for mode in (Mode.DIFFUSION, Mode.AR)}
+MODES = {mode.value: mode for mode in (Mode.DIFFUSION, Mode.AR, Mode.SPECULATIVE)}
 
 
 @dataclass(frozen=True, slots=True)

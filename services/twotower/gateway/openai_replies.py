@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from twotower.errors import InvalidArgument, TwoTowerError
 from twotower.events import Block, Finished
 from twotower.gateway.core import ServedModel
+from twotower.request import NO_DRAFT
 from twotower.status import status_of
 
 
@@ -17,6 +19,8 @@ class Totals:
         self._prompt_tokens = 0
         self._completion_tokens = 0
         self._forwards = 0
+        self._rounds = 0
+        self._use = NO_DRAFT
 
     def accept(self, prompt_tokens: int) -> None:
         """A prompt was accepted."""
@@ -26,14 +30,26 @@ class Totals:
         """One of the generations ended."""
         self._completion_tokens += finished.completion_tokens
         self._forwards += finished.forwards
+        self._rounds += finished.rounds
+        self._use += finished.use
 
-    def body(self) -> dict[str, int]:
-        """`usage`; forwards are ours."""
+    def body(self) -> dict[str, Any]:
+        """`usage`; what OpenAI calls a prediction is a draft, and forwards and rounds are ours."""
+        use = self._use
+        drafts = {
+            "rounds": self._rounds,
+            "context_forwards": use.context_forwards,
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": use.accepted,
+                "rejected_prediction_tokens": use.drafted - use.accepted,
+            },
+        }
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._completion_tokens,
             "total_tokens": self._prompt_tokens + self._completion_tokens,
             "forwards": self._forwards,
+            **(drafts if use != NO_DRAFT else {}),
         }
 
 
@@ -43,7 +59,7 @@ class CompletionReply:
     def __init__(self, request_id: str, created: int, model: str) -> None:
         self._head = {"id": f"cmpl-{request_id}", "object": "text_completion", "created": created, "model": model}
 
-    def whole(self, choices: list[dict[str, Any]], usage: dict[str, int], warnings: list[str]) -> dict[str, Any]:
+    def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
         """The reply that is no stream."""
         return {**self._head, "choices": choices, "usage": usage, **_if_any(warnings)}
 
@@ -51,7 +67,7 @@ class CompletionReply:
         """One piece of a stream. `with_usage`: the stream will end with the usage, so that each piece has the key."""
         return {**self._head, "choices": [item], **({"usage": None} if with_usage else {}), **_if_any(warnings)}
 
-    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         """The last piece of a stream that was asked for usage."""
         return {**self._head, "choices": [], "usage": usage}
 
@@ -66,7 +82,8 @@ def choice(
 def event_choice(index: int, event: Block | Finished, logprobs: dict[str, Any] | None) -> dict[str, Any]:
     """The element that tells of an event."""
     if isinstance(event, Block):
-        return {**choice(index, event.text, event.token_ids, None, logprobs), "forwards": event.forwards}
+        drafts = {"draft": dataclasses.asdict(event.use)} if event.use != NO_DRAFT else {}
+        return {**choice(index, event.text, event.token_ids, None, logprobs), "forwards": event.forwards, **drafts}
     return choice(index, event.text, (), event.finish_reason.value, logprobs)
 
 
