@@ -13,7 +13,7 @@ import grpc
 from opentelemetry.trace import Span, Tracer
 
 from twotower.broker.ready_queue import ReadySession
-from twotower.denoiser.messages import Begin, BlocksFinished, BlocksShown, Extend, Held, Row
+from twotower.denoiser.messages import Begin, BlocksFinished, BlocksShown, Draft, Extend, Held, Row
 from twotower.errors import Incompatible, NonFiniteLogits, TwoTowerError
 from twotower.internal.v1 import context_pb2_grpc, link_pb2
 from twotower.rpc.channel import open_channel
@@ -86,6 +86,7 @@ class ContextLink:
                 generated=block.generated,
                 token_ids=block.tokens.tolist(),
                 forwards=block.forwards,
+                seconds=block.seconds,
                 logprobs=logprobs_to_pb(block.logprobs),
             )
         if done.blocks:
@@ -215,14 +216,14 @@ class ContextLink:
         session.awaited.set_attribute("bytes", received.size)
         session.awaited.end()
         session.refining = True
-        begin = Begin(held, self._address, params, session.ready.tokens, state.length, state.generated, received)
+        begin = Begin(held, self._address, params, session.ready.tokens, state.length, state.generated, received, _draft(state))
         self._worker.loop.inbox.put(begin)
 
     async def _take_committed(self, call: Any, inlet: Inlet, committed: link_pb2.BlocksCommitted) -> None:
         placed = committed.tensors if committed.HasField("tensors") else None
         size, rows = committed.block_size, committed.rows
-        if any(row.kept != size for row in rows):
-            raise Incompatible("committed.kept: blocks of which a part is kept are not expected here")
+        if any(not 1 <= row.kept <= size for row in rows):
+            raise Incompatible(f"committed.kept: must be in [1, {size}], the positions of the tensors")
         expected = delta_spec(self._worker.config, self._worker.dtype, len(rows), size)
         received = await inlet.receive(placed, expected, self._worker.device, lambda: _read(call))
         for row in rows:
@@ -231,7 +232,7 @@ class ContextLink:
                 session.awaited.set_attribute("bytes", received.size // len(rows))
                 session.awaited.end()
                 session.refining = True
-        own = [Row(_held(row.session), row.length, row.generated) for row in rows]
+        own = [Row(_held(row.session), row.length, row.generated, row.kept, _draft(row)) for row in rows]
         self._worker.loop.inbox.put(Extend(own, size, received))
 
 
@@ -259,3 +260,7 @@ def _ref(held: Held) -> link_pb2.SessionRef:
 
 def _held(ref: link_pb2.SessionRef) -> Held:
     return Held(ref.id, ref.lease)
+
+
+def _draft(message: link_pb2.State | link_pb2.CommittedBlock) -> Draft | None:
+    return Draft(message.draft.token, message.draft.steps) if message.HasField("draft") else None

@@ -6,7 +6,9 @@ forwards and nowhere else.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 
@@ -155,7 +157,7 @@ class DenoiserLoop:
         """Give a session a slot, and put its state there."""
         state = self._pool.acquire(begin.room)
         self._rates = _same_if_equal(self._rates, fill_state(state, begin.state.tensors, begin.length))
-        block = self.engine.start(begin.params, state, begin.generated)
+        block = self.engine.start(begin.params, state, begin.generated, *(begin.draft or ()))
         self._residents[begin.held] = DenoiserResident(begin, state, self._rates, block)
         self._deliver([TensorsRead(begin.state)])
 
@@ -165,6 +167,8 @@ class DenoiserLoop:
         try:
             if here:
                 deltas = delta_from(extend.deltas.tensors, self.engine.tower.config, extend.block_size)
+                if any(row.kept != extend.block_size for row in extend.rows):
+                    deltas = dataclasses.replace(deltas, counts=tuple(row.kept for row in extend.rows))
                 with self.tracer.start_as_current_span("apply", attributes={"batch": len(here)}):
                     mine = deltas.select([row for row, _ in here])
                     apply_batch([r.state for _, r in here], mine, here[0][1].rates, self.engine.tower.kernels)
@@ -175,16 +179,20 @@ class DenoiserLoop:
         finally:
             self._deliver([TensorsRead(extend.deltas)])
         for row, resident in here:
-            length, generated = extend.rows[row].length, extend.rows[row].generated
+            length, generated, draft = extend.rows[row].length, extend.rows[row].generated, extend.rows[row].draft
             if resident.state.length != length:
                 wrong = Incompatible(f"committed.length: {length}, the state here has {resident.state.length}")
                 self._fail([(resident, wrong)])
             else:
-                resident.block = self.engine.start(resident.params, resident.state, generated)
+                resident.block = self.engine.start(resident.params, resident.state, generated, *(draft or ()))
 
     def _step(self, residents: Sequence[DenoiserResident]) -> None:
+        blocks = [resident.block for resident in residents if resident.block is not None]
+        began = time.perf_counter()
         with self.tracer.start_as_current_span("step", attributes={"batch": len(residents)}):
-            self.engine.step([resident.block for resident in residents if resident.block is not None])
+            self.engine.step(blocks)
+        for block in blocks:
+            block.seconds += time.perf_counter() - began
 
     def _hand_in(self, worked: Sequence[DenoiserResident]) -> None:
         """What a forward finished: one message for each context, and one before it of what its clients want to see."""

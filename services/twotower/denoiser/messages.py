@@ -18,6 +18,15 @@ class Held(NamedTuple):
     lease: int
 
 
+class Draft(NamedTuple):
+    """What is known of a draft."""
+
+    token: int
+    """Its first one."""
+    steps: int
+    """Forwards that it may take."""
+
+
 @dataclass(frozen=True, slots=True)
 class Begin:
     """A session's state has come: its first block is to be refined."""
@@ -31,6 +40,8 @@ class Begin:
     length: int
     generated: int
     state: Received
+    draft: Draft | None = None
+    """The block is a draft."""
 
 
 class Row(NamedTuple):
@@ -40,6 +51,10 @@ class Row(NamedTuple):
     length: int
     """Tokens that the state holds with it."""
     generated: int
+    kept: int
+    """Tokens of the block that were taken into the state."""
+    draft: Draft | None = None
+    """The next block is a draft."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +63,7 @@ class Extend:
 
     rows: Sequence[Row]
     block_size: int
+    """Positions of a row in the tensors."""
     deltas: Received
 
 

@@ -24,7 +24,7 @@ from twotower.engine.graphs import (
 )
 from twotower.engine.logprobs import token_logprobs
 from twotower.engine.refinement import Refinement
-from twotower.engine.sampling import Filters, filters, uniforms
+from twotower.engine.sampling import Filters, filters
 from twotower.engine.steps import step_of
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.pool import StatePool
@@ -55,9 +55,16 @@ class DenoiserEngine:
         use = tower.device.type == "cuda" if graphs is None else graphs
         self._graphs: Graphs[_Stepped] | None = Graphs(tower.device) if use and tower.kernels.paged else None
 
-    def start(self, params: GenerationParams, state: ContextState, generated: int) -> Refinement:
-        """A block of masks behind `state`, `generated` tokens into the session."""
-        return Refinement(params, state, generated, self.mask_id)
+    def start(
+        self,
+        params: GenerationParams,
+        state: ContextState,
+        generated: int,
+        known: int | None = None,
+        steps: int | None = None,
+    ) -> Refinement:
+        """A block of masks behind `state`, `generated` tokens into the session; known, steps: see `Refinement`."""
+        return Refinement(params, state, generated, self.mask_id, known, steps)
 
     def step(self, blocks: Iterable[Refinement]) -> None:
         """One forward for each block; blocks of one size share it."""
@@ -82,7 +89,7 @@ class DenoiserEngine:
         tokens, masked, finite = told[:, :size], told[:, size : 2 * size].bool(), told[:, -1].tolist()
         rows = zip(blocks, tokens.unbind(), masked.unbind(), masked.sum(-1).tolist(), strict=True)
         for i, (block, new, still, left) in enumerate(rows):
-            asked = block.params.logprobs is not None
+            asked = block.tells_logprobs
             logprobs = self._logprobs(block, stepped.logits[i], new, before[i] & ~still) if asked else None
             if block.params.show_steps and finite[i]:
                 number = block.forwards + 1
@@ -175,5 +182,5 @@ def _rows(blocks: Sequence[Refinement], masked: Tensor) -> tuple[Tensor, Tensor]
     )
     for row, block in zip(reals, blocks, strict=True):
         if block.params.temperature > 0:
-            row[:size] = uniforms(block.params.seed, block.generated, block.forwards, size)
+            row[:size] = block.uniforms
     return ints, reals

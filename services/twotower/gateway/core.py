@@ -18,10 +18,11 @@ from twotower.gateway.preparation import Preparation, hidden_ids, text_stream
 from twotower.gateway.replicas import ReplicaPool
 from twotower.gateway.request import Request
 from twotower.gateway.sessions import Job, SessionStream
-from twotower.request import BlockStep, FinishReason, Mode, ModelLimits
+from twotower.request import NO_DRAFT, BlockStep, FinishReason, Mode, ModelLimits
 from twotower.text.chat_template import ChatTemplate
 from twotower.text.tokenizer import Tokenizer
 from twotower.wire.logprobs import logprobs_from_pb
+from twotower.wire.params import draft_use_from_pb
 
 T = TypeVar("T")
 
@@ -140,7 +141,8 @@ class Core:
         """
         params, metrics, mode = request.job.params, self.metrics, request.job.params.mode.value
         text = text_stream(self.model.tokenizer, self.model.limits, request.stop)
-        tokens = forwards = blocks = 0
+        tokens = forwards = blocks = rounds = 0
+        use = NO_DRAFT
         reason: FinishReason | None = None
         outcome = CANCELLED
         start = last = time.monotonic()
@@ -170,10 +172,14 @@ class Core:
                     forwards += event.forwards
                     metrics.completion_tokens.labels(mode).inc(len(event.token_ids))
                     metrics.forwards.labels(mode).inc(event.forwards)
+                    spent = draft_use_from_pb(event.draft)
+                    metrics.count_round(spent, len(event.token_ids))
+                    use, rounds = use + spent, rounds + (spent.drafted > 0)
                     piece = text.push(event.token_ids) if text else ""
                     if text and text.stopped:
                         await events.aclose()  # before the client is waited for: the work ends now
-                    yield Block(blocks, tuple(event.token_ids), piece, event.forwards, logprobs_from_pb(event.logprobs))
+                    logprobs = logprobs_from_pb(event.logprobs)
+                    yield Block(blocks, tuple(event.token_ids), piece, event.forwards, logprobs, spent)
                     blocks += 1
                     if text and text.stopped:
                         reason = FinishReason.STOP
@@ -183,7 +189,7 @@ class Core:
                 reason = FinishReason.STOP
             outcome = COMPLETED
             metrics.duration_s.labels(mode).observe(last - start)
-            yield Finished(reason, tokens, forwards, blocks, last - start, rest)
+            yield Finished(reason, tokens, forwards, blocks, last - start, rest, rounds, use)
         except Exception as error:
             outcome = outcome_of(error)
             raise

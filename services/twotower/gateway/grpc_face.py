@@ -15,7 +15,7 @@ from twotower.request import MAX_EOS_TOKENS, Mode, Priority
 from twotower.rpc.channel import MAX_MESSAGE_BYTES
 from twotower.v1 import inference_pb2, inference_pb2_grpc
 from twotower.wire.logprobs import logprobs_to_pb
-from twotower.wire.params import FINISH_TO_PB, MODE_FROM_PB, PRIORITY_FROM_PB
+from twotower.wire.params import FINISH_TO_PB, MODE_FROM_PB, PRIORITY_FROM_PB, draft_use_to_pb
 from twotower.wire.steps import step_to_pb
 
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -124,6 +124,7 @@ def event_to_pb(event: Event) -> inference_pb2.GenerateEvent:
             text=event.text,
             forwards=event.forwards,
             logprobs=logprobs_to_pb(event.logprobs),
+            draft=draft_use_to_pb(event.use),
         )
         return inference_pb2.GenerateEvent(block=block)
     if isinstance(event, Shown):
@@ -135,5 +136,7 @@ def event_to_pb(event: Event) -> inference_pb2.GenerateEvent:
         blocks=event.blocks,
         seconds=event.seconds,
         text=event.text,
+        rounds=event.rounds,
+        draft=draft_use_to_pb(event.use),
     )
     return inference_pb2.GenerateEvent(finished=finished)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from twotower.events import Block, Finished
 from twotower.gateway.core import Prepared, ServedModel
-from twotower.request import TokenLogprob
+from twotower.request import NO_DRAFT, DraftUse, TokenLogprob
 from twotower.text.places import TokenPlaces
 
 
@@ -34,7 +34,9 @@ class Piece:
     finish_reason: str | None = None
     """Of the last piece."""
     forwards: int | None = None
-    """Of a block."""
+    """Of a block,"""
+    use: DraftUse = NO_DRAFT
+    """and what it took in speculative mode."""
 
 
 class ChoiceStream:
@@ -80,7 +82,7 @@ class ChoiceStream:
         for token, logprob in zip(event.token_ids, logprobs, strict=True):
             self._waiting.append((token, logprob, event.index))
             self._place(self._places.push(token) if self._places else [0])
-        return Piece(self._index, event.text, self._release(not self._may_be_cut), forwards=event.forwards)
+        return Piece(self._index, event.text, self._release(not self._may_be_cut), forwards=event.forwards, use=event.use)
 
     def _place(self, places: Sequence[int]) -> None:
         self._placed += places

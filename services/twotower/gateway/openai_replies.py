@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from twotower.gateway.core import ServedModel
 from twotower.gateway.openai_choice import ChoiceToken, Piece
 from twotower.gateway.openai_fields import MODES, Call
 from twotower.gateway.openai_logprobs import chat_logprobs, completion_logprobs, details_of, step_of
+from twotower.request import NO_DRAFT
 from twotower.status import status_of
 
 MAX_MESSAGE = 2000
@@ -25,6 +27,8 @@ class Totals:
         self._completion_tokens = 0
         self._forwards = 0
         self._blocks = 0
+        self._rounds = 0
+        self._use = NO_DRAFT
 
     def accept(self, prompt_tokens: int) -> None:
         """A prompt was accepted."""
@@ -34,13 +38,24 @@ class Totals:
         """A block was written."""
         self._forwards += block.forwards
         self._blocks += 1
+        self._rounds += block.use.drafted > 0
+        self._use += block.use
 
     def tell(self, piece: Piece) -> None:
         """A piece goes to the client, with the tokens that the text keeps."""
         self._completion_tokens += sum(token.block is not None for token in piece.tokens)
 
     def body(self) -> dict[str, Any]:
-        """`usage`; what follows `total_tokens` is ours."""
+        """`usage`; what OpenAI calls a prediction is a draft, and forwards and rounds are ours."""
+        use = self._use
+        drafts = {
+            "rounds": self._rounds,
+            "context_forwards": use.context_forwards,
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": use.accepted,
+                "rejected_prediction_tokens": use.drafted - use.accepted,
+            },
+        }
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._completion_tokens,
@@ -48,6 +63,7 @@ class Totals:
             "forwards": self._forwards,
             "blocks": self._blocks,
             "tokens_per_forward": round(self._completion_tokens / self._forwards, 3) if self._forwards else None,
+            **(drafts if use != NO_DRAFT else {}),
         }
 
 
@@ -92,7 +108,7 @@ class CompletionReply:
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """See `Reply`."""
-        forwards = {} if piece.forwards is None else {"forwards": piece.forwards}
+        forwards = _cost(piece)
         return {**self._head, "choices": [{**self._choice([piece]), **forwards}]}
 
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +157,7 @@ class ChatReply:
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """See `Reply`."""
         delta = {"content": piece.text} if piece.text or piece.finish_reason is None else {}
-        forwards = {} if piece.forwards is None else {"forwards": piece.forwards}
+        forwards = _cost(piece)
         return {**self._chunk_head, "choices": [{**self._choice([piece], delta=delta), **forwards}]}
 
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
@@ -204,6 +220,12 @@ def _tokens(pieces: Sequence[Piece]) -> list[ChoiceToken]:
 def _ours(tokens: Sequence[ChoiceToken], call: Call) -> dict[str, Any]:
     """What a choice has besides what OpenAI gives it."""
     return {"token_ids": [token.id for token in tokens], **({"details": details_of(tokens)} if call.details else {})}
+
+
+def _cost(piece: Piece) -> dict[str, Any]:
+    """What a block took."""
+    forwards = {} if piece.forwards is None else {"forwards": piece.forwards}
+    return forwards | ({"draft": dataclasses.asdict(piece.use)} if piece.use != NO_DRAFT else {})
 
 
 def _if_any(warnings: Sequence[str]) -> dict[str, list[str]]:

@@ -144,7 +144,11 @@ USAGE = _object(
         "forwards": COUNT,
         "blocks": COUNT,
         "tokens_per_forward": _or_null(_range(NUMBER, 0)),
-    }
+        "rounds": COUNT,
+        "context_forwards": COUNT,
+        "completion_tokens_details": _object({"accepted_prediction_tokens": COUNT, "rejected_prediction_tokens": COUNT}),
+    },
+    *("rounds", "context_forwards", "completion_tokens_details"),
 )
 
 DETAIL = _object(

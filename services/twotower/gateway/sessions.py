@@ -83,6 +83,8 @@ class SessionStream:
         self._on_open = on_open
         self._on_reopen = on_reopen
         self._emitted: list[int] = []
+        self._rounds: list[int] = []
+        """In speculative mode, how these became part of the state: see `OpenRequest.rounds`."""
         self._failures = 0
         """Since the last block,"""
         self._losses = 0
@@ -160,6 +162,7 @@ class SessionStream:
             generated=len(self._emitted),
             params=params_to_pb(job.params),
             priority=PRIORITY_TO_PB[job.priority],
+            rounds=self._rounds,
             failures=self._failures,
         )
         timeout = None if self._deadline is None else max(0.0, self._deadline - asyncio.get_running_loop().time())
@@ -175,6 +178,8 @@ class SessionStream:
                     finish = FINISH_FROM_PB.get(event.end.finish_reason, FinishReason.LENGTH)
                 else:
                     self._emitted.extend(event.block.token_ids)
+                    if event.block.draft.context_forwards:
+                        self._rounds.append(len(event.block.token_ids) if event.block.draft.drafted else 0)
                     self._failures = self._losses = 0
                     yield event.block
         except grpc.aio.AioRpcError as rpc:

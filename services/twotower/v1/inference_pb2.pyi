@@ -31,6 +31,10 @@ class _ModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Mode.ValueType],
     """The denoising tower writes blocks by confidence unmasking."""
     MODE_AR: _Mode.ValueType  # 2
     """The context tower writes one token at a time; no denoiser takes part."""
+    MODE_SPECULATIVE: _Mode.ValueType  # 3
+    """The denoising tower drafts blocks, and the context tower keeps what it would have written itself: the text of MODE_AR with
+    the same seed, token for token. While no denoiser is free, the context tower writes alone.
+    """
 
 class Mode(_Mode, metaclass=_ModeEnumTypeWrapper):
     """How the text is generated."""
@@ -41,6 +45,10 @@ MODE_DIFFUSION: Mode.ValueType  # 1
 """The denoising tower writes blocks by confidence unmasking."""
 MODE_AR: Mode.ValueType  # 2
 """The context tower writes one token at a time; no denoiser takes part."""
+MODE_SPECULATIVE: Mode.ValueType  # 3
+"""The denoising tower drafts blocks, and the context tower keeps what it would have written itself: the text of MODE_AR with
+the same seed, token for token. While no denoiser is free, the context tower writes alone.
+"""
 Global___Mode: _TypeAlias = Mode  # noqa: Y015
 
 class _FinishReason:
@@ -147,9 +155,11 @@ class GenerateRequest(_message.Message):
     block_size: _builtins.int
     """Tokens a block; default: the size the checkpoint was trained with."""
     steps: _builtins.int
-    """Most denoiser forwards a block, at least 1; default: block_size."""
+    """Most denoiser forwards a block, at least 1; default: block_size. In speculative mode, of every draft; 0, or neither this nor
+    gamma: as many as earn the most, or none while AR's own steps earn more.
+    """
     gamma: _builtins.float
-    """Confidence above which a position is committed, in [0, 1]."""
+    """Confidence above which a position is committed, in [0, 1]; default: 0.8."""
     temperature: _builtins.float
     """0 is greedy."""
     seed: _builtins.int
@@ -324,7 +334,7 @@ Global___Accepted: _TypeAlias = Accepted  # noqa: Y015
 
 @_typing.final
 class Block(_message.Message):
-    """A finished block (in AR mode: one token)."""
+    """A finished block (in AR mode: one token; in speculative mode: what a round, or an AR step, wrote)."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -333,6 +343,7 @@ class Block(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     FORWARDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Counted from 0."""
     text: _builtins.str
@@ -347,6 +358,10 @@ class Block(_message.Message):
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
         """One for each token, if the request asked for them."""
 
+    @_builtins.property
+    def draft(self) -> Global___DraftUse:
+        """In speculative mode, what it took; `forwards` are those of the denoiser then."""
+
     def __init__(
         self,
         *,
@@ -355,14 +370,45 @@ class Block(_message.Message):
         text: _builtins.str = ...,
         forwards: _builtins.int = ...,
         logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
+        draft: Global___DraftUse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forwards", b"forwards", "index", b"index", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft", "forwards", b"forwards", "index", b"index", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Block: _TypeAlias = Block  # noqa: Y015
+
+@_typing.final
+class DraftUse(_message.Message):
+    """What rounds of speculative mode took."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRAFTED_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    CONTEXT_FORWARDS_FIELD_NUMBER: _builtins.int
+    drafted: _builtins.int
+    """Tokens that the denoiser proposed."""
+    accepted: _builtins.int
+    """Of these, how many became text."""
+    context_forwards: _builtins.int
+    """Forwards of the context tower."""
+    def __init__(
+        self,
+        *,
+        drafted: _builtins.int = ...,
+        accepted: _builtins.int = ...,
+        context_forwards: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "context_forwards", b"context_forwards", "drafted", b"drafted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DraftUse: _TypeAlias = DraftUse  # noqa: Y015
 
 @_typing.final
 class Step(_message.Message):
@@ -420,7 +466,7 @@ class TokenLogprobs(_message.Message):
     TOP_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     logprob: _builtins.float
-    """Natural logarithm of its probability, at temperature 1, the mask id excluded."""
+    """Natural logarithm of its probability at temperature 1; of a block's token in diffusion mode, with the mask id excluded."""
     step: _builtins.int
     """The forward of its block that committed it, counted from 1."""
     @_builtins.property
@@ -478,6 +524,8 @@ class Finished(_message.Message):
     BLOCKS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    ROUNDS_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
     finish_reason: Global___FinishReason.ValueType
     """Why it ended."""
     completion_tokens: _builtins.int
@@ -490,6 +538,12 @@ class Finished(_message.Message):
     """From acceptance to the last block, in seconds."""
     text: _builtins.str
     """Text held back until the end was known."""
+    rounds: _builtins.int
+    """In speculative mode, rounds in all,"""
+    @_builtins.property
+    def draft(self) -> Global___DraftUse:
+        """and what they took, and the AR steps between them."""
+
     def __init__(
         self,
         *,
@@ -499,10 +553,12 @@ class Finished(_message.Message):
         blocks: _builtins.int = ...,
         seconds: _builtins.float = ...,
         text: _builtins.str = ...,
+        rounds: _builtins.int = ...,
+        draft: Global___DraftUse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "completion_tokens", b"completion_tokens", "finish_reason", b"finish_reason", "forwards", b"forwards", "seconds", b"seconds", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "completion_tokens", b"completion_tokens", "draft", b"draft", "finish_reason", b"finish_reason", "forwards", b"forwards", "rounds", b"rounds", "seconds", b"seconds", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

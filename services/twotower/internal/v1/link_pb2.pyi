@@ -67,6 +67,8 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     """The session waits for its client, who does not read; it is queued again later."""
     END_REASON_FAILED: _EndReason.ValueType  # 4
     """It cannot go on; the client has the error."""
+    END_REASON_RESTING: _EndReason.ValueType  # 5
+    """Its drafts earn less than AR's own steps; it may be queued again later."""
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper):
     """Why a worker holds a session no longer."""
@@ -80,6 +82,8 @@ END_REASON_PAUSED: EndReason.ValueType  # 3
 """The session waits for its client, who does not read; it is queued again later."""
 END_REASON_FAILED: EndReason.ValueType  # 4
 """It cannot go on; the client has the error."""
+END_REASON_RESTING: EndReason.ValueType  # 5
+"""Its drafts earn less than AR's own steps; it may be queued again later."""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
 
 class _Transport:
@@ -131,6 +135,7 @@ class Params(_message.Message):
     """The most tokens to generate, counting those already generated."""
     block_size: _builtins.int
     steps: _builtins.int
+    """Speculative mode: 0 where the context chooses the forwards of each draft."""
     gamma: _builtins.float
     temperature: _builtins.float
     seed: _builtins.int
@@ -343,7 +348,7 @@ Global___BlocksDone: _TypeAlias = BlocksDone  # noqa: Y015
 
 @_typing.final
 class BlockDone(_message.Message):
-    """A refined block."""
+    """A refined block, or a draft."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -352,10 +357,13 @@ class BlockDone(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     FORWARDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
     generated: _builtins.int
-    """Tokens generated before this block: its place in the session."""
+    """Tokens generated before this block, a draft's known token among them: its place in the session."""
     forwards: _builtins.int
     """Denoiser forwards it took."""
+    seconds: _builtins.float
+    """Seconds that these forwards took, with all that shared them."""
     @_builtins.property
     def session(self) -> Global___SessionRef: ...
     @_builtins.property
@@ -374,10 +382,11 @@ class BlockDone(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         forwards: _builtins.int = ...,
         logprobs: _abc.Iterable[_inference_pb2.TokenLogprobs] | None = ...,
+        seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forwards", b"forwards", "generated", b"generated", "logprobs", b"logprobs", "session", b"session", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forwards", b"forwards", "generated", b"generated", "logprobs", b"logprobs", "seconds", b"seconds", "session", b"session", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -620,6 +629,7 @@ class State(_message.Message):
     LENGTH_FIELD_NUMBER: _builtins.int
     GENERATED_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
     length: _builtins.int
     """Tokens that it holds."""
     generated: _builtins.int
@@ -632,6 +642,10 @@ class State(_message.Message):
     def tensors(self) -> Global___Placed:
         """Absent: in the frames behind this message."""
 
+    @_builtins.property
+    def draft(self) -> Global___Draft:
+        """Present in speculative mode: the next block is a draft."""
+
     def __init__(
         self,
         *,
@@ -640,14 +654,41 @@ class State(_message.Message):
         length: _builtins.int = ...,
         generated: _builtins.int = ...,
         tensors: Global___Placed | None = ...,
+        draft: Global___Draft | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["params", b"params", "session", b"session", "tensors", b"tensors"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft", "params", b"params", "session", b"session", "tensors", b"tensors"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generated", b"generated", "length", b"length", "params", b"params", "session", b"session", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft", "generated", b"generated", "length", b"length", "params", b"params", "session", b"session", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___State: _TypeAlias = State  # noqa: Y015
+
+@_typing.final
+class Draft(_message.Message):
+    """What is known of the draft that a session needs next."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    token: _builtins.int
+    """Its first token, which is generated already."""
+    steps: _builtins.int
+    """Forwards that it may take."""
+    def __init__(
+        self,
+        *,
+        token: _builtins.int = ...,
+        steps: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["steps", b"steps", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Draft: _TypeAlias = Draft  # noqa: Y015
 
 @_typing.final
 class BlocksCommitted(_message.Message):
@@ -659,7 +700,7 @@ class BlocksCommitted(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
     block_size: _builtins.int
-    """Positions of a row in the tensors."""
+    """Positions of a row in the tensors: the most that a row has kept."""
     @_builtins.property
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___CommittedBlock]: ...
     @_builtins.property
@@ -691,6 +732,7 @@ class CommittedBlock(_message.Message):
     KEPT_FIELD_NUMBER: _builtins.int
     LENGTH_FIELD_NUMBER: _builtins.int
     GENERATED_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
     kept: _builtins.int
     """The first so many tokens of the block that were taken into the state."""
     length: _builtins.int
@@ -699,6 +741,10 @@ class CommittedBlock(_message.Message):
     """Tokens generated so far."""
     @_builtins.property
     def session(self) -> Global___SessionRef: ...
+    @_builtins.property
+    def draft(self) -> Global___Draft:
+        """Present in speculative mode: the next block is a draft."""
+
     def __init__(
         self,
         *,
@@ -706,10 +752,11 @@ class CommittedBlock(_message.Message):
         kept: _builtins.int = ...,
         length: _builtins.int = ...,
         generated: _builtins.int = ...,
+        draft: Global___Draft | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft", "session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generated", b"generated", "kept", b"kept", "length", b"length", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft", "generated", b"generated", "kept", b"kept", "length", b"length", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
