@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twotower.cli import bench_device, bench_stalls, bench_streams
+from twotower.cli import bench_device, bench_speculative, bench_stalls, bench_streams
 from twotower.cli.options import add_place, add_stack_size, add_trace, check_at_least_one, check_target
 from twotower.errors import ConfigError
 from twotower.transport.config import CHOICES, TransportKind
@@ -78,6 +78,7 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     soak.set_defaults(run=_soak)
 
     bench_streams.add_part(parts)
+    bench_speculative.add_part(parts)
     bench_stalls.add_part(parts)
     bench_device.add_parts(parts)
 
