@@ -91,7 +91,9 @@ class _Refused(DenoiserEngine):
                 block.tokens = torch.cat([block.tokens[:1], torch.full_like(block.tokens[1:], self.mask_id)])
 
 
-def measure(engine: LocalEngine, *, texts: int, batch: int, temperature: float, max_tokens: int, seed: int, refused: bool) -> Row:
+def measure(
+    engine: LocalEngine, *, texts: int, batch: int, temperature: float, max_tokens: int, seed: int, refused: bool
+) -> Row:
     """The checkpoint's own word problems, none of which training has seen, in all modes in turns. Raises CheckpointError."""
     path = engine.checkpoint.tokenizer_path
     if path is None:
@@ -129,7 +131,7 @@ def measure(engine: LocalEngine, *, texts: int, batch: int, temperature: float, 
 def table(rows: Sequence[Row]) -> str:
     """For people."""
     lines = [
-        "| batch | temperature | texts equal | AR tokens/s | over AR | over diffusion | tokens a round | denoiser forwards a round "
+        "| batch | temperature | texts equal | AR tokens/s | over AR | over diffusion | tokens a round | forwards a round "
         "| all refused, over AR |",
         "|---|---|---|---|---|---|---|---|---|",
     ]

@@ -77,6 +77,11 @@ class Sessions:
         """The session, unless it is over."""
         return self._sessions.get(session_id)
 
+    @property
+    def expected_round(self) -> float:
+        """Tokens that a round of a new session is expected to keep."""
+        return self._loop.times.kept
+
     # Gateways
 
     def open(self, live: LiveSession, tokens: Sequence[int], rounds: Sequence[int] = ()) -> None:
