@@ -36,6 +36,7 @@ from twotower.context.messages import (
     VerifyDrafts,
 )
 from twotower.engine.context_engine import Round
+from twotower.engine.effort import Times
 from twotower.errors import BrokerUnavailable, NonFiniteLogits, RequestFailed
 from twotower.internal.v1 import link_pb2
 from twotower.prefix.redis_tier import RedisTier
@@ -78,9 +79,9 @@ class Sessions:
         return self._sessions.get(session_id)
 
     @property
-    def expected_round(self) -> float:
-        """Tokens that a round of a new session is expected to keep."""
-        return self._loop.times.kept
+    def times(self) -> Times:
+        """Of what a draft takes and earns here."""
+        return self._loop.times
 
     # Gateways
 
@@ -205,7 +206,7 @@ class Sessions:
                 self.copy_sent()
             # It is over; the loop will hear, or has heard.
         elif isinstance(result, StateSoonReady):
-            if not live.ar:
+            if live.wants_worker or (live.effort is None and not live.ar):
                 self._enqueue(live)
         elif isinstance(result, TokenDecoded):
             self._decoded(live, result)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
-from twotower.engine.effort import Effort
+from twotower.engine.effort import Effort, Times
 from twotower.engine.refinement import Refinement
 from twotower.engine.session import Piece, Session, room_for
 from twotower.errors import InvalidArgument
@@ -43,13 +43,13 @@ class Completion:
 class _Running:
     """A request that holds one of the batch's places."""
 
-    def __init__(self, index: int, session: Session, guess: float) -> None:
-        """guess: what drafts are expected to earn."""
+    def __init__(self, index: int, session: Session, times: Times) -> None:
+        """times: of what a draft takes and earns."""
         self.session = session
         self.result = Completion(index)
         self.block: Refinement | None = None
         params = session.params
-        self.effort = Effort(params.block_size, params.steps, guess) if params.mode is Mode.SPECULATIVE else None
+        self.effort = Effort(params.block_size, params.steps, times) if params.mode is Mode.SPECULATIVE else None
         self._started = time.perf_counter()
 
     def take(self, tokens: list[int], forwards: int, use: DraftUse = NO_DRAFT) -> bool:
@@ -95,7 +95,7 @@ def generate_batch(
             index, prompt = request
             state = pool.acquire(room_for(len(prompt), 0, params)) if pool else None
             session = context.open(str(index), list(prompt), params, state=state)
-            running.append(_Running(index, session, context.times.kept))
+            running.append(_Running(index, session, context.times))
         _read(context, [one.session for one in running], prefill_chunk, prefill_budget)
         if not running:
             return

@@ -33,6 +33,16 @@ class Times:
     kept: float = GUESS
     """Not a time: tokens that rounds of one forward kept, over all sessions. New ones expect no more."""
 
+    @property
+    def lost(self) -> bool:
+        """Whether drafts earn less than AR steps, over all sessions."""
+        return self.earn_less(self.kept, CHOICES[0])
+
+    def earn_less(self, kept: float, steps: int) -> bool:
+        """Whether drafts of so many forwards, that keep so many tokens, earn less than AR steps do."""
+        token = self.token or self.commit  # until one is measured: it reads no more than a verification does
+        return kept * token < self.round(steps)
+
     def measured(self, name: str, seconds: float) -> None:
         """Take one more measurement."""
         before = getattr(self, name)
@@ -47,11 +57,11 @@ class Times:
 class Effort:
     """One session's."""
 
-    def __init__(self, block_size: int, fixed: int = 0, guess: float = GUESS) -> None:
-        """fixed: forwards for every draft, as the request says; 0: chosen here. guess: `Times.kept`."""
+    def __init__(self, block_size: int, fixed: int = 0, times: Times | None = None) -> None:
+        """fixed: forwards for every draft, as the request says; 0: chosen here. times: what others have met."""
         self._fixed = fixed
         self._block_size = block_size
-        self._kept: dict[int, float] = {CHOICES[0]: min(guess, GUESS, block_size)}
+        self._kept: dict[int, float] = {CHOICES[0]: min(times.kept if times else GUESS, GUESS, block_size)}
         """Tokens a round of so many forwards keeps."""
         self._choice = CHOICES[0]
         self._rounds = 0
@@ -59,6 +69,9 @@ class Effort:
         self._resting = 0
         """AR steps that are left before drafts are tried again."""
         self._rest = REST
+        if times is not None and not fixed and times.lost:
+            self._resting = REST
+            times.kept += 0.02 * (GUESS - times.kept)  # so that some session tries again
 
     def choose(self) -> int:
         """Forwards for the next draft; 0: the next token is better written by an AR step."""
@@ -93,8 +106,7 @@ class Effort:
         self._kept[self._choice] = before + WEIGHT * (kept - before)
         self._rounds += 1
         best = max(self._kept, key=lambda steps: self._kept[steps] / (times.round(steps) or 1.0))
-        token = times.token or times.commit  # until one is measured: it reads no more than a verification does
-        if self._kept[best] * token < times.round(best):
+        if times.earn_less(self._kept[best], best):
             self._resting, self._rest = self._rest, min(2 * self._rest, MAX_REST)
             self._choose(CHOICES[0])
             return

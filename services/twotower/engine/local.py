@@ -121,7 +121,7 @@ class LocalEngine:
         if params.mode is Mode.AR:
             return self.context.open("local", prompt, params), self._ar
         if params.mode is Mode.SPECULATIVE:
-            effort = Effort(params.block_size, params.steps, self.context.times.kept)
+            effort = Effort(params.block_size, params.steps, self.context.times)
             return self.context.open("local", prompt, params), lambda session: self._round(session, effort)
         session = self.context.open("local", prompt[:-1], params)  # the last token is the denoiser's to read
         session.pending = prompt[-1]
