@@ -185,7 +185,8 @@ class _Fixed(Times):
 async def test_a_session_rests_from_drafts_that_earn_little_and_comes_back(stack: Towers, local: LocalEngine) -> None:
     """The worker lets go of it: its slot is free meanwhile."""
     stack.start_worker(slots=1)
-    params = dataclasses.replace(DRAFTS, steps=0, max_tokens=300)
+    await stack.generate([5], GenerationParams(max_tokens=4))  # the link takes a while, in which AR writes much
+    params = dataclasses.replace(DRAFTS, steps=0, max_tokens=600)
     stack.loop.times = _Fixed(token=1.0, commit=2.0, step=4.0)
     kept = []
     tokens: list[int] = []
