@@ -12,6 +12,7 @@ import torch
 
 from twotower.engine.batch import Completion, generate_batch
 from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.effort import Times
 from twotower.engine.local import LocalEngine
 from twotower.engine.refinement import Refinement
 from twotower.errors import CheckpointError
@@ -116,11 +117,14 @@ def measure(
     of_bad = Run() if refused else None
     if of_bad is not None:
         turns.append((of_bad, bad, dataclasses.replace(params, mode=Mode.SPECULATIVE, steps=0)))
-    for _, denoiser, one in turns:  # what is used for the first time is slow
+    own = [Times() for _ in turns]  # what one denoiser earns says nothing about the other
+    for times, (_, denoiser, one) in zip(own, turns, strict=True):  # what is used for the first time is slow
+        engine.context.times = times
         list(generate_batch(engine.context, denoiser, prompts[:batch], one, batch))
     part = max(PART, 4 * batch)
     for first in range(0, texts, part):
-        for run, denoiser, one in turns:
+        for times, (run, denoiser, one) in zip(own, turns, strict=True):
+            engine.context.times = times
             started = time.perf_counter()
             results = list(generate_batch(engine.context, denoiser, prompts[first : first + part], one, batch))
             run.seconds += time.perf_counter() - started
