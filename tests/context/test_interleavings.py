@@ -193,7 +193,8 @@ class Machine:
 
 def _rounds(generated: int) -> list[int]:
     """How that many tokens may have been written elsewhere: by rounds, and by AR steps between them."""
-    rounds, left = [], generated - 1
+    rounds: list[int] = []
+    left = generated - 1
     for kept in itertools.cycle((3, 0, 1, 5)):
         if left < max(kept, 1):
             return rounds + [0] * left

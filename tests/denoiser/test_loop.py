@@ -243,7 +243,7 @@ def test_logits_that_are_not_finite_fail_their_session(towers: TinyTowers) -> No
                 layer.ssm.fill_(torch.nan)
         return begin(params, state, generated)
 
-    denoiser.loop.engine.start = spoil  # type: ignore[method-assign]
+    denoiser.loop.engine.start = spoil  # type: ignore[method-assign,assignment]
     (failed,) = denoiser.until(SessionsFailed)
     ((who, error),) = failed.sessions
     assert who == bad

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from twotower.engine.effort import CHOICES, MAX_REST, REST, TRY_EVERY, Effort, Times
@@ -17,8 +19,9 @@ def _run(effort: Effort, kept: dict[int, int], rounds: int, times: Times = TIMES
         chosen.append(steps)
         if steps:
             effort.verified(kept[steps], times)
-        while effort.resting:
-            effort.stepped()
+        else:
+            while effort.resting:
+                effort.stepped()
     return chosen
 
 
@@ -78,8 +81,16 @@ def test_given_up_is_for_good(fixed: int) -> None:
     assert effort.choose() == 0
 
 
-def test_without_an_ar_step_to_compare_with_drafts_go_on() -> None:
-    assert 0 not in _run(Effort(16), dict.fromkeys(CHOICES, 1), 50, Times(commit=1.0, step=1.0))
+def test_bad_drafts_give_way_before_an_ar_step_was_measured() -> None:
+    assert 0 in _run(Effort(16), dict.fromkeys(CHOICES, 1), 10, Times(commit=1.0, step=1.0))
+
+
+def test_where_drafts_of_others_were_refused_new_sessions_begin_with_ar_steps_but_not_all() -> None:
+    times = dataclasses.replace(TIMES, kept=1.0)
+    begun = [Effort(16, times=times) for _ in range(100)]
+    assert begun[0].resting
+    assert 0 < sum(effort.resting for effort in begun) < 100
+    assert not Effort(16, fixed=2, times=times).resting
 
 
 def test_one_slow_forward_changes_little() -> None:

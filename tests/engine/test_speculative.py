@@ -26,6 +26,7 @@ from twotower_kernels.cpu.build import load
 PROMPTS = [[5], [6, 7, 8], list(range(4, 60)), [9, 9], [10, 4], [3, 3, 3]]
 AR = GenerationParams(mode=Mode.AR, max_tokens=20, eos_token_ids=(11,))
 SPECULATIVE = dataclasses.replace(AR, mode=Mode.SPECULATIVE)
+NEEDS_KERNELS = pytest.mark.skipif(load() is None, reason="no AVX-512 BF16, or no compiler")
 DRAWN = {"temperature": 0.8, "seed": 3}
 
 
@@ -71,7 +72,7 @@ def test_batches_equal_ar(engine: LocalEngine, batch: int, changes: dict[str, fl
     for result in generate_batch(engine.context, engine.denoiser, PROMPTS, params, batch):
         alone = engine.generate(PROMPTS[result.index], dataclasses.replace(AR, **changes))  # type: ignore[arg-type]
         assert (result.token_ids, result.finish_reason) == (alone.token_ids, alone.finish_reason)
-        assert result.use.context_forwards >= result.rounds > 0
+        assert result.use.context_forwards >= result.rounds >= (len(result.token_ids) > 1)
 
 
 @pytest.mark.parametrize("changes", [{}, DRAWN])
@@ -152,8 +153,14 @@ def test_a_round_keeps_what_agrees_and_commits_of_all_modes_share_a_forward(
     assert sessions[0].rounds == [1, 16]
 
 
-def test_a_state_is_rebuilt_by_the_forwards_that_made_it(engine: LocalEngine) -> None:
-    """Rounds and AR steps, in the order in which they came; and the text goes on as it would have."""
+@pytest.mark.parametrize("exact", [False, pytest.param(True, marks=NEEDS_KERNELS)])
+def test_a_state_is_rebuilt_by_the_forwards_that_made_it(engine: LocalEngine, exact: bool) -> None:
+    """Rounds and AR steps, in the order in which they came; and the text goes on as it would have.
+
+    To the bit by the C++ kernels. In plain torch the sums of a forward depend on how many of its tokens an expert has, refused
+    ones too, which are forgotten.
+    """
+    engine = LocalEngine(DEFAULT_CHECKPOINT, threads=1) if exact else engine
     context = engine.context
     params = dataclasses.replace(SPECULATIVE, max_tokens=80, eos_token_ids=())
     text = _texts(engine, params)[0]
@@ -172,12 +179,12 @@ def test_a_state_is_rebuilt_by_the_forwards_that_made_it(engine: LocalEngine) ->
     context.prefill(again, 128)
     while again.blocks:
         context.advance([(again, again.blocks.popleft())])
-    _same(again.state, session.state)
+    _same(again.state, session.state, exact=exact)
     assert (again.pending, again.generated, again.rounds) == (session.pending, session.generated, session.rounds)
     assert context.decode([again]) == context.decode([session]) == [text[session.generated]]
 
 
-@pytest.mark.skipif(load() is None, reason="no AVX-512 BF16, or no compiler")
+@NEEDS_KERNELS
 def test_in_bf16_a_round_has_the_bits_of_ar_steps() -> None:
     """By the C++ kernels: so no draw can ever fall otherwise."""
     context = LocalEngine(DEFAULT_CHECKPOINT, threads=1).context
@@ -196,10 +203,14 @@ def test_in_bf16_a_round_has_the_bits_of_ar_steps() -> None:
         _same(session.state, stepped.state)
 
 
-def _same(a: ContextState, b: ContextState) -> None:
+def _same(a: ContextState, b: ContextState, *, exact: bool = True) -> None:
     assert a.length == b.length
-    for i, layer in a.mamba.items():
-        assert torch.equal(layer.conv[:, 1:], b.mamba[i].conv[:, 1:])
-        assert torch.equal(layer.ssm, b.mamba[i].ssm)
+    pairs = [
+        pair
+        for i, layer in a.mamba.items()
+        for pair in ((layer.conv[:, 1:], b.mamba[i].conv[:, 1:]), (layer.ssm, b.mamba[i].ssm))
+    ]
     for i, kv in a.kv.items():
-        assert all(map(torch.equal, kv.slice(0, a.length), b.kv[i].slice(0, b.length)))
+        pairs += zip(kv.slice(0, a.length), b.kv[i].slice(0, b.length), strict=True)
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0 if exact else 1e-5 * theirs.abs().max().item())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,10 +115,16 @@ class Towers:
         self.workers.append(running)
         return running
 
-    def open(self, prompt: list[int], params: GenerationParams, generated: int = 0) -> AsyncIterator[context_pb2.SessionEvent]:
+    def open(
+        self, prompt: list[int], params: GenerationParams, generated: int = 0, rounds: Sequence[int] = ()
+    ) -> AsyncIterator[context_pb2.SessionEvent]:
         """A session's events."""
         request = context_pb2.OpenRequest(
-            request_id="test", prompt=inference_pb2.TokenIds(ids=prompt), generated=generated, params=params_to_pb(params)
+            request_id="test",
+            prompt=inference_pb2.TokenIds(ids=prompt),
+            generated=generated,
+            params=params_to_pb(params),
+            rounds=rounds,
         )
         return self.stub.Open(request)  # type: ignore[no-any-return]
 

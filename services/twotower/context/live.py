@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from twotower.broker.ready_queue import EntryId
-from twotower.engine.effort import Effort
+from twotower.engine.effort import Effort, Times
 from twotower.engine.session import Transcript, room_for
 from twotower.errors import TwoTowerError
 from twotower.request import NO_DRAFT, BlockStep, DraftUse, FinishReason, GenerationParams, Mode, Priority, TokenLogprob
@@ -50,8 +50,12 @@ class LiveSession:
         generated: int = 0,
         failures: int = 0,
         last_token: int | None = None,
+        times: Times | None = None,
     ) -> None:
-        """tokens: how many are known, of which the last `generated` were written elsewhere; last_token: the last of these."""
+        """tokens: how many are known, of which the last `generated` were written elsewhere; last_token: the last of these.
+
+        times: of what a draft takes and earns.
+        """
         self.id = session_id
         self.params = params
         self.priority = priority
@@ -60,7 +64,7 @@ class LiveSession:
         self.transcript = Transcript(params, generated)
         self.last_token = last_token
         """The last one that is written: a draft begins with it."""
-        self.effort = Effort(params.block_size, params.steps) if params.mode is Mode.SPECULATIVE else None
+        self.effort = Effort(params.block_size, params.steps, times) if params.mode is Mode.SPECULATIVE else None
         """In speculative mode, what its drafts may cost."""
         self.draft_forwards = 0
         """Of the denoiser, for the draft that is being verified."""

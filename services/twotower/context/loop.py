@@ -40,7 +40,6 @@ from twotower.context.messages import (
 from twotower.context.prefixes import CachedPrefix, PrefixCache
 from twotower.context.resident import ContextResident
 from twotower.engine.context_engine import ContextEngine
-from twotower.engine.effort import Times
 from twotower.engine.inbox import Inbox
 from twotower.engine.isolation import Isolation
 from twotower.engine.pacing import Load, Outbound, Pacing
@@ -90,7 +89,7 @@ class ContextLoop:
         """None ends the loop."""
         self.refining = 0
         """Sessions whose next block a denoiser writes; kept by `Sessions`."""
-        self.times = Times()
+        self.times = engine.times
         """What AR steps and verifications take, measured here; `Sessions` adds the denoisers' forwards."""
         self.outbound = outbound or Outbound()
         self._waiting: WaitingLine[OpenSession | ScoreTokens] = WaitingLine()

@@ -118,6 +118,7 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
             generated=generated,
             failures=max(0, request.failures),
             last_token=tokens[-1] if generated else None,
+            times=self.sessions.times,
         )
         if not self._pool.ever_fits(live.room):
             most = self._pool.size.pages * PAGE

@@ -37,6 +37,7 @@ from twotower.context.messages import (
     VerifyDrafts,
 )
 from twotower.engine.context_engine import Round
+from twotower.engine.effort import Times
 from twotower.errors import BrokerUnavailable, NonFiniteLogits, RequestFailed
 from twotower.internal.v1 import link_pb2
 from twotower.prefix.redis_tier import RedisTier
@@ -79,6 +80,11 @@ class Sessions:
     def get(self, session_id: str) -> LiveSession | None:
         """The session, unless it is over."""
         return self._sessions.get(session_id)
+
+    @property
+    def times(self) -> Times:
+        """Of what a draft takes and earns here."""
+        return self._loop.times
 
     # Gateways
 
@@ -202,7 +208,7 @@ class Sessions:
                 self.copy_sent(result.copy)
             # It is over; the loop will hear, or has heard.
         elif isinstance(result, StateSoonReady):
-            if not live.ar:
+            if live.wants_worker or (live.effort is None and not live.ar):
                 self._enqueue(live)
         elif isinstance(result, TokenDecoded):
             self._decoded(live, result)
@@ -305,8 +311,8 @@ class Sessions:
     # The ready queue
 
     def _requeue(self, live: LiveSession) -> None:
-        """Queue a session that has lost its worker; one whose client does not read is queued when it does."""
-        if not live.over and not live.paused:
+        """Queue a session that has lost its worker; who does not want one now is queued when it does."""
+        if live.wants_worker:
             self._enqueue(live)
 
     def _enqueue(self, live: LiveSession) -> None:

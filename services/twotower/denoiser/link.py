@@ -203,6 +203,7 @@ class ContextLink:
 
     async def _take_state(self, call: Any, inlet: Inlet, state: link_pb2.State) -> None:
         held, device = _held(state.session), self._worker.device
+        draft = _draft(state, self._worker.config.vocab_size)
         placed = state.tensors if state.HasField("tensors") else None
         expected = state_spec(self._worker.config, self._worker.dtype, state.length)
         received = await inlet.receive(placed, expected, device, lambda: _read(call))
@@ -216,7 +217,7 @@ class ContextLink:
         session.awaited.set_attribute("bytes", received.size)
         session.awaited.end()
         session.refining = True
-        begin = Begin(held, self._address, params, session.ready.tokens, state.length, state.generated, received, _draft(state))
+        begin = Begin(held, self._address, params, session.ready.tokens, state.length, state.generated, received, draft)
         self._worker.loop.inbox.put(begin)
 
     async def _take_committed(self, call: Any, inlet: Inlet, committed: link_pb2.BlocksCommitted) -> None:
@@ -224,6 +225,8 @@ class ContextLink:
         size, rows = committed.block_size, committed.rows
         if any(not 1 <= row.kept <= size for row in rows):
             raise Incompatible(f"committed.kept: must be in [1, {size}], the positions of the tensors")
+        vocab = self._worker.config.vocab_size
+        own = [Row(_held(row.session), row.length, row.generated, row.kept, _draft(row, vocab)) for row in rows]
         expected = delta_spec(self._worker.config, self._worker.dtype, len(rows), size)
         received = await inlet.receive(placed, expected, self._worker.device, lambda: _read(call))
         for row in rows:
@@ -232,7 +235,6 @@ class ContextLink:
                 session.awaited.set_attribute("bytes", received.size // len(rows))
                 session.awaited.end()
                 session.refining = True
-        own = [Row(_held(row.session), row.length, row.generated, row.kept, _draft(row)) for row in rows]
         self._worker.loop.inbox.put(Extend(own, size, received))
 
 
@@ -262,5 +264,13 @@ def _held(ref: link_pb2.SessionRef) -> Held:
     return Held(ref.id, ref.lease)
 
 
-def _draft(message: link_pb2.State | link_pb2.CommittedBlock) -> Draft | None:
-    return Draft(message.draft.token, message.draft.steps) if message.HasField("draft") else None
+def _draft(message: link_pb2.State | link_pb2.CommittedBlock, vocab: int) -> Draft | None:
+    """What is known of the next block, if that is a draft. Raises Incompatible."""
+    if not message.HasField("draft"):
+        return None
+    draft = message.draft
+    if not 0 <= draft.token < vocab:
+        raise Incompatible(f"draft.token: {draft.token} is outside the vocabulary [0, {vocab})")
+    if draft.steps < 1:
+        raise Incompatible(f"draft.steps: must be at least 1, not {draft.steps}")
+    return Draft(draft.token, draft.steps)

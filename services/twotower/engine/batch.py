@@ -43,12 +43,13 @@ class Completion:
 class _Running:
     """A request that holds one of the batch's places."""
 
-    def __init__(self, index: int, session: Session) -> None:
+    def __init__(self, index: int, session: Session, times: Times) -> None:
+        """times: of what a draft takes and earns."""
         self.session = session
         self.result = Completion(index)
         self.block: Refinement | None = None
         params = session.params
-        self.effort = Effort(params.block_size, params.steps) if params.mode is Mode.SPECULATIVE else None
+        self.effort = Effort(params.block_size, params.steps, times) if params.mode is Mode.SPECULATIVE else None
         self._started = time.perf_counter()
 
     def take(self, tokens: list[int], forwards: int, use: DraftUse = NO_DRAFT) -> bool:
@@ -88,20 +89,20 @@ def generate_batch(
         raise InvalidArgument("prompt", "must not be empty")
     pool = _pool(context, prompts, params, batch)
     waiting = enumerate(prompts)
-    times = Times()
     running: list[_Running] = []
     while True:
         while len(running) < batch and (request := next(waiting, None)) is not None:
             index, prompt = request
             state = pool.acquire(room_for(len(prompt), 0, params)) if pool else None
-            running.append(_Running(index, context.open(str(index), list(prompt), params, state=state)))
+            session = context.open(str(index), list(prompt), params, state=state)
+            running.append(_Running(index, session, context.times))
         _read(context, [one.session for one in running], prefill_chunk, prefill_budget)
         if not running:
             return
         if params.mode is Mode.AR:
             ended = _decode(context, running)
         elif params.mode is Mode.SPECULATIVE:
-            ended = _speculate(context, denoiser, running, times)
+            ended = _speculate(context, denoiser, running)
         else:
             ended = _refine(context, denoiser, running)
         running = [one for one in running if one not in ended]
@@ -168,9 +169,9 @@ def _refine(context: ContextEngine, denoiser: DenoiserEngine, running: list[_Run
     return ended
 
 
-def _speculate(context: ContextEngine, denoiser: DenoiserEngine, running: list[_Running], times: Times) -> list[_Running]:
+def _speculate(context: ContextEngine, denoiser: DenoiserEngine, running: list[_Running]) -> list[_Running]:
     """A denoiser forward for each draft, a verification for those that are done, an AR step for the others; who ended."""
-    clock = time.perf_counter
+    clock, times = time.perf_counter, context.times
     steps: list[_Running] = []
     drafts: list[_Running] = []
     ended: list[_Running] = []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from twotower.engine.commit_graphs import CommitGraphs
+from twotower.engine.effort import Times
 from twotower.engine.graphs import WarmUp, common_pool
 from twotower.engine.logprobs import token_logprobs
 from twotower.engine.sampling import ar_uniforms, filters
@@ -50,6 +51,8 @@ class ContextEngine:
         use = tower.device.type == "cuda" if graphs is None else graphs
         self._graphs = CommitGraphs(tower) if use and tower.kernels.paged else None
         self.decay_rates = tower.decay_rates()
+        self.times = Times()
+        """What AR steps and verifications took here, and the denoisers' forwards, as far as whoever runs them says so."""
 
     def open(
         self,
@@ -134,7 +137,8 @@ class ContextEngine:
         found = iter(() if verified.logits is None else self._verify(drafts, tokens[wanted], verified.logits))
         rounds = [next(found) if want else None for want in wanted]
         counts = [len(round_.tokens) if round_ else piece.kept or 0 for round_, (_, piece) in zip(rounds, work, strict=True)]
-        deltas = self.tower.accept(states, verified, counts)
+        whole = not self.tower.kernels.paged and min(counts) == verified.length
+        deltas = self.tower.accept_all(states, verified) if whole else self.tower.accept(states, verified, counts)
         for round_, (session, _) in zip(rounds, work, strict=True):
             if round_ is not None:
                 session.pending = round_.tokens[-1]

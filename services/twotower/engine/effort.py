@@ -11,11 +11,11 @@ CHOICES = (1, 2, 4)
 """Forwards that a draft may take."""
 GUESS = 6.0
 """Tokens that a round of one forward is expected to keep, before any has."""
-WEIGHT = 0.35
+WEIGHT = 0.4
 """Of the last round in what is expected of the next one."""
 TRY_EVERY = 16
 """Rounds after which the next larger effort is tried again, where it could earn more."""
-REST = 48
+REST = 64
 """AR steps after which drafts are tried again, doubled each time in vain, up to"""
 MAX_REST = 512
 
@@ -30,8 +30,18 @@ class Times:
     """The verification of a draft."""
     step: float = 0.0
     """A forward of the denoiser."""
-    trip: float = 0.0
-    """What else a round waits for: messages, and others."""
+    kept: float = GUESS
+    """Not a time: tokens that rounds of one forward kept, over all sessions. New ones expect no more."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether drafts earn less than AR steps, over all sessions."""
+        return self.earn_less(self.kept, CHOICES[0])
+
+    def earn_less(self, kept: float, steps: int) -> bool:
+        """Whether drafts of so many forwards, that keep so many tokens, earn less than AR steps do."""
+        token = self.token or self.commit  # until one is measured: it reads no more than a verification does
+        return kept * token < self.round(steps)
 
     def measured(self, name: str, seconds: float) -> None:
         """Take one more measurement."""
@@ -41,17 +51,17 @@ class Times:
 
     def round(self, steps: int) -> float:
         """A round whose draft takes so many forwards."""
-        return self.trip + steps * self.step + self.commit
+        return steps * self.step + self.commit
 
 
 class Effort:
     """One session's."""
 
-    def __init__(self, block_size: int, fixed: int = 0) -> None:
-        """fixed: forwards for every draft, as the request says; 0: chosen here."""
+    def __init__(self, block_size: int, fixed: int = 0, times: Times | None = None) -> None:
+        """fixed: forwards for every draft, as the request says; 0: chosen here. times: what others have met."""
         self._fixed = fixed
         self._block_size = block_size
-        self._kept: dict[int, float] = {CHOICES[0]: min(GUESS, block_size)}
+        self._kept: dict[int, float] = {CHOICES[0]: min(times.kept if times else GUESS, GUESS, block_size)}
         """Tokens a round of so many forwards keeps."""
         self._choice = CHOICES[0]
         self._rounds = 0
@@ -59,6 +69,9 @@ class Effort:
         self._resting = 0
         """AR steps that are left before drafts are tried again."""
         self._rest = REST
+        if times is not None and not fixed and times.lost:
+            self._resting = REST
+            times.kept += 0.02 * (GUESS - times.kept)  # so that some session tries again
 
     def choose(self) -> int:
         """Forwards for the next draft; 0: the next token is better written by an AR step."""
@@ -87,11 +100,13 @@ class Effort:
         """A draft of the chosen effort has earned `kept` tokens."""
         if self._fixed:
             return
+        if self._choice == CHOICES[0]:
+            times.kept += 0.05 * (kept - times.kept)
         before = self._kept.get(self._choice, float(kept))
         self._kept[self._choice] = before + WEIGHT * (kept - before)
         self._rounds += 1
         best = max(self._kept, key=lambda steps: self._kept[steps] / (times.round(steps) or 1.0))
-        if times.token and self._kept[best] * times.token < times.round(best):
+        if times.earn_less(self._kept[best], best):
             self._resting, self._rest = self._rest, min(2 * self._rest, MAX_REST)
             self._choose(CHOICES[0])
             return

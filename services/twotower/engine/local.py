@@ -11,7 +11,7 @@ import torch
 
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
-from twotower.engine.effort import Effort, Times
+from twotower.engine.effort import Effort
 from twotower.engine.logprobs import token_logprobs
 from twotower.engine.session import Piece, Session
 from twotower.model.checkpoint import Checkpoint
@@ -84,7 +84,6 @@ class LocalEngine:
         self.context = ContextEngine(context)
         self.denoiser = DenoiserEngine(load_denoiser_tower(self.checkpoint, *place, experts=experts, kernels=kernels))
         self._prefill_chunk = prefill_chunk
-        self.times = Times()
 
     def generate(self, prompt: Sequence[int], params: GenerationParams) -> Generation:
         """Continue `prompt`. Raises InvalidArgument, NonFiniteLogits."""
@@ -122,7 +121,7 @@ class LocalEngine:
         if params.mode is Mode.AR:
             return self.context.open("local", prompt, params), self._ar
         if params.mode is Mode.SPECULATIVE:
-            effort = Effort(params.block_size, params.steps)
+            effort = Effort(params.block_size, params.steps, self.context.times)
             return self.context.open("local", prompt, params), lambda session: self._round(session, effort)
         session = self.context.open("local", prompt[:-1], params)  # the last token is the denoiser's to read
         session.pending = prompt[-1]
@@ -146,7 +145,7 @@ class LocalEngine:
 
     def _round(self, session: Session, effort: Effort) -> Written:
         """What a draft earns, or one token by the context tower alone."""
-        clock, times = time.perf_counter, self.times
+        clock, times = time.perf_counter, self.context.times
         behind = session.pending is not None
         started = clock()
         if not behind or not (steps := effort.choose()):
