@@ -1,1 +1,1 @@
-"""The computations that decide speed, each with a plain torch form. They know tensors and nothing else."""
+"""The computations that decide speed, each with a plain torch form. They depend on nothing but tensors."""

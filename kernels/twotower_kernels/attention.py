@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 def gather_pages(pages: Tensor, table: Tensor, length: int) -> Tensor:
-    """One session's K or V as one tensor.
+    """Gather one session's K or V into one tensor.
 
     pages (pages, kv_heads, page, d), table (width,) integer, of which ceil(length / page) are read.
     Returns (kv_heads, length, d), a copy.
@@ -31,10 +31,10 @@ def scatter_pages(pages: Tensor, table: Tensor, start: int, rows: Tensor) -> Non
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    """Attention over keys that lie in one tensor, the block's own the last of them.
+    """Attention over keys in one tensor, in which the block's own keys come last.
 
-    q (B, heads, L, d), k and v (B, kv_heads, N, d). Every query sees all keys; or, `causal`, position i the first
-    N - L + i + 1. Returns (B, heads, L, d).
+    q (B, heads, L, d), k and v (B, kv_heads, N, d). Every query sees all keys; if `causal`, position i
+    sees the first N - L + i + 1. Returns (B, heads, L, d).
     """
     batch, heads, length, d = q.shape
     if causal and length > 1:
@@ -42,7 +42,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     # Without a mask, the queries of one KV head are one matrix.
     out = F.scaled_dot_product_attention(q.reshape(batch, k.shape[1], -1, d), k, v)
-    # A copy where the library laid its output out in an order of its own, as it does on GPUs.
+    # This copies where the library chose another memory layout for its output, as it does on GPUs.
     return out.reshape(batch, heads, length, d)
 
 
@@ -58,13 +58,13 @@ def block_attention(
     causal: bool = False,
     max_length: int | None = None,
 ) -> Tensor:
-    """Each row's block over [its context, the block], row by row: the plain form others are tested against.
+    """Attention of each row's block over [its context, the block], row by row: the reference for the other forms.
 
     q (B, heads, L, d), k and v (B, kv_heads, L, d): the block's; k_pages and v_pages (pages, kv_heads, page, d),
-    table (B, width) int32 page numbers, lengths (B,) int32: the contexts', 0 allowed. What lies in the pages
-    behind a context's length is never read, nor are page numbers behind its last page.
-    Every query sees the whole block, as the denoiser does; with `causal` the block's positions up to its own, as
-    a commit does. max_length: an upper bound of the lengths, for forms that cannot see them.
+    table (B, width) int32 page numbers, lengths (B,) int32 of the contexts, 0 allowed. Page contents beyond a
+    context's length are never read, nor are page numbers beyond its last page.
+    Every query sees the whole block, as in the denoiser; with `causal` it sees the block's positions up to its own,
+    as in a commit. max_length: an upper bound of the lengths, for forms that cannot read them on the host.
     Returns (B, heads, L, d) in q's dtype.
     """
     batch, heads, length, d = q.shape

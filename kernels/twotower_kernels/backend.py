@@ -15,13 +15,13 @@ Backend = Literal["torch", "cpu", "triton"]
 
 
 class BackendUnavailable(ValueError):
-    """The Triton kernels were asked for and cannot run here; the message says why, and what would help."""
+    """The chosen backend cannot run here; the message gives the reason and the remedy."""
 
 
 def resolve(name: str, device: torch.device) -> Backend:
-    """The backend for tensors on `device`; "auto" is Triton on a CUDA device where it is installed, and "cpu" on a CPU.
+    """Returns the backend for tensors on `device`; "auto" is Triton on a CUDA device where it is installed, "cpu" on a CPU.
 
-    Triton is imported for no other name and on no other device, so that nothing here needs it.
+    Triton is imported only where it may be used, so that it stays an optional dependency.
     """
     if name not in ("auto", "torch", "cpu", "triton"):
         raise BackendUnavailable(f"unknown backend {name!r}: choose auto, torch, cpu or triton")
@@ -45,7 +45,7 @@ def resolve(name: str, device: torch.device) -> Backend:
 
 
 def load(backend: Backend) -> Kernels:
-    """The computations in this backend's form."""
+    """Returns the computations of this backend."""
     if backend == "triton":
         from twotower_kernels.triton.kernels import TritonKernels
 
@@ -56,7 +56,7 @@ def load(backend: Backend) -> Kernels:
 
 
 def _missing() -> str | None:
-    """Why triton cannot be imported, or None. A broken installation fails in other ways than a missing one."""
+    """Why triton cannot be imported, or None. A broken installation raises other errors than a missing one."""
     try:
         importlib.import_module("triton")
     except (ImportError, OSError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Mamba-2 over one short block, everything between in_proj and out_proj: what both towers do for every block.
+"""Mamba-2 over one short block, from in_proj's output to out_proj's input: both towers run it for every block.
 
 Conv, silu, dt, the scan from a seed state, D skip, gate and norm over each group of heads (docs/model.md, Mamba-2 layer).
 
@@ -20,7 +20,7 @@ from twotower_kernels.scan import apply_factors, apply_factors_, chunk_scan
 
 @dataclass(frozen=True, slots=True)
 class ScanWeights:
-    """What a Mamba-2 layer holds between its projections, contiguous."""
+    """The weights of a Mamba-2 layer between its projections, contiguous."""
 
     conv_weight: Tensor
     """(C, 1, K), any float dtype."""
@@ -35,16 +35,16 @@ class ScanWeights:
     norm: Tensor
     """(h p,) fp32."""
     groups: int
-    """g: of b and c, and of the norm."""
+    """g, the groups of b and c, and of the norm."""
     eps: float
-    """Of the norm."""
+    """The norm's epsilon."""
     time_step_limit: tuple[float, float]
-    """dt is clamped to it after softplus; the upper one may be infinite."""
+    """dt is clamped to this range after softplus; the upper limit may be infinite."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScanFactors:
-    """What a commit changes in one layer, per row: as `apply_factors_` takes it."""
+    """What a commit changes in one layer, per row, in the form that `apply_factors_` takes."""
 
     x: Tensor
     """(B, L, h, p), model dtype."""
@@ -59,11 +59,11 @@ class ScanFactors:
 def block_scan(
     projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
 ) -> Tensor:
-    """A block's output from a seed, which is read and never changed: what the denoiser does at every step.
+    """A block's output from a seed state, which is read and never changed. The denoiser runs this at every step.
 
     projected (B, L, h p + C + h): in_proj's output z | xBC | dt, contiguous in its last axis. conv_tail (B, C, K) of the same
     dtype and ssm (B, h, p, n) fp32, contiguous. With `slots` (B,) int64 they are pools, (slots, C, K) and
-    (slots, h, p, n), and row i starts from slot slots[i]: seeds need not be copied together.
+    (slots, h, p, n), and row i starts from slot slots[i], so that seeds need not be gathered first.
     Returns (B, L, h p) in the dtype of `projected`, normed: out_proj's input.
     """
     if slots is not None:
@@ -76,10 +76,10 @@ def block_scan(
 def block_scan_factors(
     projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
 ) -> tuple[Tensor, ScanFactors]:
-    """As `block_scan_commit`, to the same bits, but the state stays: it can be taken past the block's first positions later.
+    """As `block_scan_commit`, with the same bits, but without changing the state.
 
-    `apply_factors_` does that with `counts`; the tail then comes from `tails_after`. Returns the output and the factors,
-    of which forms for a GPU leave the conv tails away (an empty tensor).
+    Later, `apply_factors_` with `counts` can take the state past the block's first positions; `tails_after` then gives
+    the tail. Returns the output and the factors; GPU forms omit the conv tails (an empty tensor).
     """
     if slots is not None:
         conv_tail, ssm = conv_tail.index_select(0, slots), ssm.index_select(0, slots)
@@ -95,20 +95,20 @@ def block_scan_factors(
 def block_scan_commit(
     projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
 ) -> tuple[Tensor, ScanFactors]:
-    """As `block_scan`, and takes the state past the block: what the context does once a block is finished.
+    """As `block_scan`, and takes the state past the block. The context runs this once a block is finished.
 
-    conv_tail and ssm (of the slots, which must be distinct) are changed in place: S by `apply_factors_`, and thus to the bits
-    that a worker gets from the same factors. Returns the output and the factors, contiguous.
+    conv_tail and ssm (of the slots, which must be distinct) are changed in place: S by `apply_factors_`, and so to the
+    same bits that a worker gets from the same factors. Returns the output and the factors, contiguous.
     """
     tail, seed = (conv_tail, ssm) if slots is None else (conv_tail.index_select(0, slots), ssm.index_select(0, slots))
     z, f, c = mix(projected, tail, weights)
     factors = ScanFactors(f.x.contiguous(), f.b.contiguous(), f.dt.contiguous(), f.conv.contiguous())
-    if projected.shape[1] == 1:  # one position: the output is read off the new state
+    if projected.shape[1] == 1:  # with one position, the output follows from the new state
         take(conv_tail, ssm, factors, weights.a, slots)
         seed = ssm if slots is None else ssm.index_select(0, slots)
         return finish(_read_off(seed, c, weights), f.x, z, weights), factors
     y, _, _ = chunk_scan(f.x, f.dt, weights.a, f.b, c, seed, f.x.shape[1], need_states=False)
-    take(conv_tail, ssm, factors, weights.a, slots)  # last: the seed may be what it changes
+    take(conv_tail, ssm, factors, weights.a, slots)  # must come last: `seed` may be the memory that this changes
     return finish(y, f.x, z, weights), factors
 
 
@@ -123,13 +123,13 @@ def tails_after(conv_tail: Tensor, columns: Tensor, counts: Tensor) -> Tensor:
     conv_tail (B, C, K): before it; columns (B, L, C): the block's raw xBC; counts (B,) int64, each 0 to L. Returns (B, C, K).
     """
     kernel = conv_tail.shape[-1]
-    at = counts.unsqueeze(1) + torch.arange(kernel, device=counts.device)  # among the K of the tail and the L behind them
+    at = counts.unsqueeze(1) + torch.arange(kernel, device=counts.device)  # among the tail's K columns and the block's L
     known = torch.cat([conv_tail.transpose(1, 2), columns], 1)
     return known.gather(1, at.unsqueeze(-1).expand(-1, -1, known.shape[2])).transpose(1, 2).contiguous()
 
 
 def take(conv_tail: Tensor, ssm: Tensor, factors: ScanFactors, a: Tensor, slots: Tensor | None = None) -> None:
-    """Change states, in place, by a block's factors. Shapes as in `block_scan_commit`; a (h,)."""
+    """Apply a block's factors to states, in place. Shapes as in `block_scan_commit`; a (h,)."""
     apply_factors_(ssm, factors.x, factors.b, factors.dt, a, slots=slots)
     if slots is None:
         conv_tail.copy_(factors.conv)
@@ -138,7 +138,7 @@ def take(conv_tail: Tensor, ssm: Tensor, factors: ScanFactors, a: Tensor, slots:
 
 
 def mix(projected: Tensor, conv_tail: Tensor, weights: ScanWeights) -> tuple[Tensor, ScanFactors, Tensor]:
-    """What comes before the scan, over any length: z (B, L, h p), the factors (views), c (B, L, g, n). Differentiable."""
+    """The part before the scan, over any length: returns z (B, L, h p), the factors (views), c (B, L, g, n). Differentiable."""
     heads, channels, kernel = weights.a.shape[0], weights.conv_weight.shape[0], weights.conv_weight.shape[-1]
     d_inner = weights.norm.shape[0]
     groups, bc_size = weights.groups, (channels - d_inner) // 2
@@ -156,7 +156,7 @@ def mix(projected: Tensor, conv_tail: Tensor, weights: ScanWeights) -> tuple[Ten
 
 
 def finish(y: Tensor, x: Tensor, z: Tensor, weights: ScanWeights) -> Tensor:
-    """What comes after it: ``rmsnorm_groups((y + D x) * silu(z)) * weight``, in fp32. Differentiable.
+    """The part after the scan: ``rmsnorm_groups((y + D x) * silu(z)) * weight``, in fp32. Differentiable.
 
     y (B, L, h, p) fp32, x alike, z (B, L, h p) -> (B, L, h p) in z's dtype.
     """
@@ -167,7 +167,7 @@ def finish(y: Tensor, x: Tensor, z: Tensor, weights: ScanWeights) -> Tensor:
 
 
 def empty_factors(projected: Tensor, conv_tail: Tensor, ssm: Tensor, groups: int) -> ScanFactors:
-    """Room for the factors of a block; shapes as in `block_scan`."""
+    """Allocate the factors of a block; shapes as in `block_scan`."""
     batch, length, _ = projected.shape
     _, heads, head_dim, n = ssm.shape
     return ScanFactors(

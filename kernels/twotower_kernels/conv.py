@@ -8,7 +8,7 @@ from torch import Tensor
 def causal_conv(columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Depthwise convolution along the length, as K shifted products: with K = 4, several times faster than conv1d on a CPU.
 
-    columns (B, K - 1 + L, C): the K - 1 columns before, then L; weight (C, 1, K); bias (C,).
+    columns (B, K - 1 + L, C): the K - 1 columns before the L positions, then theirs; weight (C, 1, K); bias (C,).
     Returns (B, L, C) in the dtype of `columns`; sums are fp32.
     """
     kernel = weight.shape[-1]

@@ -1,4 +1,4 @@
-"""Routing and the routed experts of a MoE layer, without a loop over all experts and without a sync each."""
+"""Routing and the routed experts of a MoE layer, without a loop over the experts or a device sync for each of them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def grouped_experts(hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor
 
 
 def active_experts(hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """As `grouped_experts`, for one token on a CPU: reads just its k experts, in place. hidden (1, H)."""
+    """As `grouped_experts`, for one token on a CPU: reads only its k experts, in place. hidden (1, H)."""
     assert hidden.shape[0] == 1
     out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     for expert, weight in zip(experts[0].tolist(), weights[0].tolist(), strict=True):
@@ -77,7 +77,7 @@ def active_experts(hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor,
 
 
 def gathered_experts(hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """As `grouped_experts`, for one token in a compiled graph: its k experts by index, no value read on the host."""
+    """As `grouped_experts`, for one token in a compiled graph: gathers its k experts, and reads no value on the host."""
     assert hidden.shape[0] == 1
     mid = relu2(up[experts[0]] @ hidden[0])
     out = (down[experts[0]] @ mid.unsqueeze(-1)).squeeze(-1).float()
@@ -86,8 +86,8 @@ def gathered_experts(hidden: Tensor, experts: Tensor, weights: Tensor, up: Tenso
 
 DENSE_WASTE = 8
 DENSE_ROWS = 64
-"""On a CPU in bf16, all experts as one wide product beat a grouped one up to so many experts for each that a token
-needs, and so many tokens (measured: 2.1x at 16 tokens, 8 experts, 2 a token; in fp32 it never pays)."""
+"""On a CPU in bf16, all experts as one wide product beat a grouped one while there are at most `DENSE_WASTE` experts for
+each that a token needs, and at most `DENSE_ROWS` tokens (2.1x at 16 tokens, 8 experts, 2 a token; in fp32 it never pays)."""
 
 
 def wide_down(down: Tensor, top_k: int) -> Tensor | None:
@@ -98,7 +98,7 @@ def wide_down(down: Tensor, top_k: int) -> Tensor | None:
 
 
 def dense_experts(hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor, wide: Tensor) -> Tensor:
-    """As `grouped_experts`, through all experts in two products; those not chosen weigh 0. wide (H, E I): from `wide_down`."""
+    """As `grouped_experts`, through all experts in two products; those not chosen have weight 0. wide (H, E I): `wide_down`."""
     gates = torch.zeros(hidden.shape[0], up.shape[0], dtype=torch.float32, device=hidden.device)
     gates = gates.scatter(1, experts, weights)
     mid = relu2(F.linear(hidden, up.flatten(0, 1))).unflatten(1, up.shape[:2])
@@ -106,7 +106,7 @@ def dense_experts(hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor, 
 
 
 def all_experts(hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """As `grouped_experts`, through all experts: differentiable, and the plain form others are tested against."""
+    """As `grouped_experts`, through all experts: differentiable, and the reference for the other forms."""
     mid = relu2(torch.einsum("nh,eih->nei", hidden, up))
     out = torch.einsum("nei,ehi->neh", mid, down).float()
     gates = torch.zeros(hidden.shape[0], up.shape[0], dtype=torch.float32, device=hidden.device)
@@ -117,7 +117,7 @@ def all_experts(hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor, do
 def run_experts(
     hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor, wide: Tensor | None = None
 ) -> Tensor:
-    """The fastest form for the case. Shapes as in `grouped_experts`; wide: what `wide_down` made of `down`, if anything."""
+    """Runs the fastest form for the input. Shapes as in `grouped_experts`; wide: what `wide_down` returned for `down`."""
     if torch.is_grad_enabled() and (up.requires_grad or hidden.requires_grad):
         return all_experts(hidden, experts, weights, up, down)
     if torch.compiler.is_compiling():
@@ -132,7 +132,7 @@ def run_experts(
 def _compiled_experts(
     hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor, wide: Tensor | None
 ) -> Tensor:
-    """The form that compiles to the fastest graph: products that the compiler knows, where they do not read too much."""
+    """Runs the form that compiles to the fastest graph: torch's own products, unless they would read too many weights."""
     if hidden.shape[0] == 1 and hidden.device.type == "cpu":
         return gathered_experts(hidden, experts, weights, up, down)
     if wide is not None and hidden.shape[0] <= DENSE_ROWS:

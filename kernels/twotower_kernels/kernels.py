@@ -1,4 +1,4 @@
-"""The computations of a tower, as one object: which form of them runs is its class."""
+"""The computations of a tower as one object, whose class decides which backend runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from twotower_kernels.linear import linear
 
 
 class Kernels:
-    """The computations of a tower in plain torch. What each does and takes, its own module tells; other backends override."""
+    """The computations of a tower in plain torch; other backends override them. Each is documented in its own module."""
 
     name = "torch"
     linear = staticmethod(linear)
@@ -25,7 +25,7 @@ class Kernels:
     prompt_attention = staticmethod(prefill.prompt_attention)
     apply_factors_ = staticmethod(scan.apply_factors_)
     paged = False
-    """Whether sessions of one pool are best named by numbers on the device: attention then goes by pages."""
+    """Whether sessions are best addressed by slot and page numbers on the device; attention then reads pages."""
 
 
 TORCH = Kernels()

@@ -17,7 +17,7 @@ def linear(
 ) -> Tensor:
     """x (..., H) times weight (O, H) transposed, plus bias (O,) -> (..., O), in x's dtype; summed in fp32, or fp64 for fp64.
 
-    add: (..., O) fp32, added to the product. relu2: relu(.) squared of that. wide: the result, rounded as ever, as fp32.
+    add: (..., O) fp32, added to the product. relu2: then take relu(.) squared. wide: return the rounded result as fp32.
     """
     out = F.linear(x, weight, bias)
     if add is not None:

@@ -1,4 +1,4 @@
-"""RMSNorm with adaptive shift and scale (adaLN) in both of their orders, and the gated residual in front of it.
+"""RMSNorm with adaptive shift and scale (adaLN) in both orders, and the gated residual before it.
 
 All arithmetic is fp32, rounded once where a result is stored: a layer that rounds to the model's dtype between
 the operations differs from this in the last bits of bf16, and not at all in fp32.
@@ -43,7 +43,7 @@ def add_modulated_norm(
     """The residual ``h + gate x`` after one layer, and the next layer's `modulated_norm` of it.
 
     h and x (B, L, H), gate (B, 1, H) or None for 1; the rest as in `modulated_norm`, of the next layer.
-    Returns both (B, L, H), in h's dtype. The norm is of the residual as it is stored, rounded.
+    Returns both (B, L, H), in h's dtype. The norm is taken of the residual as stored, after rounding.
     """
     added = (h.float() + (x.float() if gate is None else gate.float() * x.float())).to(h.dtype)
     return added, modulated_norm(added, weight, eps, shift, scale, order=order)

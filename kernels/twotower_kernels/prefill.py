@@ -1,7 +1,7 @@
-"""Chunks of several prompts in one forward: what each of them needs for itself, its scan and its attention.
+"""Chunks of several prompts in one forward: the scan and the attention, which each chunk needs separately.
 
-All other work of a forward is row by row, and takes the chunks as one long one: they lie one behind the other on an
-axis of N positions (`Segments`).
+All other work of a forward is row by row and takes the chunks as one long chunk: they follow one another on an axis of
+N positions (`Segments`).
 
 Letters in shapes: N positions in all, B chunks, h heads, p head_dim, g groups, n state size, K conv kernel,
 C = h p + 2 g n channels of the conv.
@@ -22,10 +22,10 @@ from twotower_kernels.scan import chunk_scan
 
 
 class Segments:
-    """Whose positions are whose: B chunks, each of at least one position, one behind the other."""
+    """Which positions belong to which chunk: B chunks of at least one position each, one after the other."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        """lengths: of the chunks, in their order; device: where kernels read them."""
+        """lengths: the chunks' lengths, in order; device: where kernels read them."""
         assert lengths
         assert min(lengths) >= 1
         self.lengths = tuple(lengths)
@@ -38,7 +38,7 @@ class Segments:
 
     @property
     def total(self) -> int:
-        """N."""
+        """N, the number of positions in all chunks."""
         return self.ends[-1]
 
     @property
@@ -53,7 +53,7 @@ class Segments:
 
     @cached_property
     def numbers(self) -> tuple[Tensor, Tensor]:
-        """Of each position, its chunk and its place within it: (N,) int64 each."""
+        """The chunk of each position, and the position's index within it: (N,) int64 each."""
         starts = torch.tensor((0, *self.ends[:-1]))
         rows = torch.arange(len(self)).repeat_interleave(torch.tensor(self.lengths))
         both = torch.stack((rows, torch.arange(self.total) - starts[rows])).to(self.device)
@@ -62,7 +62,7 @@ class Segments:
     def tiles(self, size: int) -> Tensor:
         """The chunks cut into pieces of at most `size` positions: (T, 2) int32, a piece's chunk and first position in it.
 
-        One program of a kernel for each: as many as there is work, however ragged the chunks are.
+        A kernel runs one program for each piece, so that there are no idle programs, however ragged the chunks are.
         """
         if size not in self._tiles:
             pieces = [(row, first) for row, length in enumerate(self.lengths) for first in range(0, length, size)]
@@ -80,11 +80,11 @@ def prefill_scan(
     chunk: int,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """As `twotower_kernels.block.block_scan_commit`, over chunks of any lengths: what the context does with prompts.
+    """As `twotower_kernels.block.block_scan_commit`, over chunks of any lengths. The context runs this for prompts.
 
     projected (N, h p + C + h), contiguous in its last axis; conv_tail (B, C, K) and ssm (B, h, p, n) fp32, or with `slots`
     (B,) int64, distinct, pools of them; both are changed in place. Every `chunk` positions are laid out as
-    products of matrices (`chunk_scan`). No factors, and no promise that S has the bits of any.
+    products of matrices (`chunk_scan`). It makes no factors, and S need not have the bits that factors would give.
     Returns (N, h p). Each chunk is computed by itself: how many there are does not change its bits.
     """
     assert projected.shape[0] == segments.total
@@ -101,11 +101,11 @@ def prefill_scan(
 
 
 def prompt_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor, segments: Segments) -> Tensor:
-    """Causal attention of each chunk over its own session's pages, in which its own K and V lie already.
+    """Causal attention of each chunk over its own session's pages, which already hold the chunk's K and V.
 
     q (heads, N, d); k_pages and v_pages (pages, kv_heads, page, d); table (B, width) int32 page numbers; lengths (B,) int32:
-    tokens of each session before its chunk, 0 allowed. A position sees these and the chunk's up to itself; what
-    lies in the pages behind the chunk is never read. Returns (heads, N, d) in q's dtype.
+    tokens of each session before its chunk, 0 allowed. A position sees these and the chunk's up to itself; page
+    contents beyond the chunk are never read. Returns (heads, N, d) in q's dtype.
     """
     assert table.shape[0] == lengths.shape[0] == len(segments)
     assert q.shape[1] == segments.total

@@ -47,7 +47,7 @@ _TOO_LARGE = 2.0**120
 
 
 class NotQuantizable(ValueError):
-    """The weights hold what no format here can express; the message says what."""
+    """The weights hold values that no format here can express; the message names them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Packed:
 
     format: Format
     inputs: int
-    """C."""
+    """C, the inputs of a matrix."""
     values: Tensor
     """fp8: (..., O, C) float8_e4m3fn; fp4: (..., O, 8 G) uint8."""
     scales: Tensor
@@ -71,12 +71,12 @@ class Packed:
 
     @property
     def outputs(self) -> int:
-        """O."""
+        """O, the outputs of a matrix."""
         return self.values.shape[-2]
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors."""
+        """The bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
     def select(self, index: Tensor) -> Packed:
@@ -106,10 +106,10 @@ def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def quantized_experts(hidden: Tensor, experts: Tensor, weights: Tensor, up: Packed, down: Packed) -> Tensor:
-    """As `twotower_kernels.experts.grouped_experts` on the stored weights: the plain form, of which kernels are tested.
+    """As `twotower_kernels.experts.grouped_experts` on the stored weights: the reference for the kernels.
 
     hidden (N, H), experts (N, k) int64, weights (N, k) fp32, up (E, I, H), down (E, H, I). Unpacks the experts that are
-    chosen, and waits for the device to know which. Returns (N, H) fp32.
+    chosen, and waits for the device to learn which these are. Returns (N, H) fp32.
     """
     chosen, at = experts.unique(return_inverse=True)
     matrices = (dequantize(packed.select(chosen), hidden.dtype) for packed in (up, down))
@@ -118,16 +118,16 @@ def quantized_experts(hidden: Tensor, experts: Tensor, weights: Tensor, up: Pack
 
 @dataclass(frozen=True, slots=True)
 class RowError:
-    """By how much rows differ from what they should be."""
+    """The relative error of rows."""
 
     mean: float
     max: float
 
 
 def row_error(approximate: Tensor, exact: Tensor, *, typical: bool = False) -> RowError:
-    """|approximate - exact| / |exact| of rows (..., D), in the 2-norm; of a row of zeros 0 if it is met, else infinite.
+    """|approximate - exact| / |exact| of rows (..., D), in the 2-norm; for a row of zeros, 0 if it is exact, else infinite.
 
-    typical: divided by the root mean square of all rows' |exact| instead, for rows that may by chance be next to zero.
+    typical: divide by the root mean square of all rows' |exact| instead, for rows that may by chance be close to zero.
     """
     distance = (approximate.double() - exact.double()).norm(dim=-1)
     lengths = exact.double().norm(dim=-1)
@@ -151,7 +151,7 @@ def _to_fp4(weights: Tensor, largest: Tensor) -> Packed:
 
 
 def _power_of_two(largest: Tensor, limit: float) -> Tensor:
-    """The least power of two p, from 2^-100 on, with largest <= limit p; made of its bits, so that it is exact anywhere."""
+    """The least power of two p >= 2^-100 with largest <= limit p, computed on the bits, so that it is exact on any device."""
     mantissa, exponent = math.frexp(limit)
     bits = largest.view(torch.int32)
     above = (bits & 0x7FFFFF) > int((2 * mantissa - 1) * 2**23)
@@ -166,11 +166,11 @@ def _e4m3(x: Tensor) -> Tensor:
 
 def _e2m1(x: Tensor) -> Tensor:
     """Codes, uint8, of the nearest E2M1 values, ties to the even code, 6 beyond the greatest; bit 3 is the sign."""
-    # A code's lower border; what lies on a border belongs to the code of the two that is even.
+    # The lower borders of the codes; a value on a border gets the even one of its two codes.
     borders = torch.tensor([(low + high) / 2 for low, high in itertools.pairwise(_E2M1)], device=x.device)
     to_even = torch.tensor([upper % 2 == 0 for upper in range(1, len(_E2M1))], device=x.device)
     borders = torch.where(to_even, borders.nextafter(torch.zeros_like(borders)), borders)
-    codes = torch.bucketize(x.abs(), borders)  # of borders strictly below
+    codes = torch.bucketize(x.abs(), borders)  # counts the borders strictly below
     return (codes | x.signbit().long() << 3).to(torch.uint8)
 
 

@@ -22,8 +22,8 @@ def chunk_scan(
     """The recurrence over L positions from a seed state, a chunk at a time, by matrix products.
 
     x (B, L, h, p), dt (B, L, h) after softplus and clamp, a (h,) negative, b and c (B, L, g, n),
-    state (B, h, p, n). The last chunk may be shorter, and so may the sequence: positions that fill it up
-    have dt = 0, which neither decays nor adds. Differentiable.
+    state (B, h, p, n). The last chunk may be shorter, and so may the sequence: padding
+    positions have dt = 0, which neither decays nor adds. Differentiable.
 
     Returns y (B, L, h, p), the final state (B, h, p, n), and the states at the chunks' starts
     (B, chunks, h, p, n); with ``need_states=False`` the last two are of the seed only, at no cost.
@@ -40,7 +40,7 @@ def chunk_scan(
     if need_states is False:
         assert chunks == 1, "without states there is nothing to carry from chunk to chunk"
     x, dt, b, c = (_in_chunks(v.float(), chunks, chunk) for v in (x, dt, b, c))
-    # (B, chunks, h, chunk): log of the decay from the chunk's start up to and with each position.
+    # (B, chunks, h, chunk): log of the decay from the chunk's start up to and including each position.
     log_decay = (dt * a).transpose(2, 3).cumsum(-1)
     dtx = (dt.unsqueeze(-1) * x).transpose(2, 3)  # (B, chunks, h, chunk, p)
     b, c = b.transpose(2, 3), c.transpose(2, 3)  # (B, chunks, g, chunk, n)
@@ -75,11 +75,11 @@ def apply_factors_(
     slots: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> None:
-    """Take a state past L positions, in place, from the factors of their updates: the same bits wherever it runs.
+    """Take a state past L positions, in place, by the factors of their updates. The bits are the same on every backend.
 
     state (..., h, p, n) fp32, x (..., L, h, p), b (..., L, g, n), dt (..., L, h) fp32, a (h,) fp32; `...` is nothing,
     or a batch axis. With `slots` (B,) int64, distinct, state is a pool (slots, h, p, n), of which these change.
-    With `counts` (B,) int64, each 0 to L, only the first counts[i] positions of row i are taken: to the bits of these alone.
+    With `counts` (B,) int64, each 0 to L, only the first counts[i] positions of row i are applied, as if alone.
     Both ends of a session call this with equal inputs. It is elementwise and in order of position: S * decay, rounded,
     then a fused multiply-add of dt x and b. So neither the batch, nor the number of threads, nor which of the
     two forms below runs can change a bit.
@@ -112,14 +112,14 @@ def apply_factors_(
 
 
 def apply_factors(state: Tensor, x: Tensor, b: Tensor, dt: Tensor, a: Tensor) -> Tensor:
-    """As `apply_factors_`, into a new tensor."""
+    """As `apply_factors_`, but returns a new tensor."""
     new = state.clone()
     apply_factors_(new, x, b, dt, a)
     return new
 
 
 def chunk_scan_ref(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The recurrence as it is written, one position after the other. Shapes as in `chunk_scan`."""
+    """The recurrence as it is defined, one position after another. Shapes as in `chunk_scan`."""
     heads = x.shape[2]
     b, c = (v.float().repeat_interleave(heads // v.shape[2], 2) for v in (b, c))
     ys = []
@@ -131,7 +131,7 @@ def chunk_scan_ref(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state
 
 
 def _in_chunks(v: Tensor, chunks: int, chunk: int) -> Tensor:
-    """(B, L, ...) -> (B, chunks, chunk, ...), filled up with zeros."""
+    """(B, L, ...) -> (B, chunks, chunk, ...), padded with zeros."""
     missing = chunks * chunk - v.shape[1]
     if missing:
         v = F.pad(v, (0, 0) * (v.dim() - 2) + (0, missing))
@@ -139,6 +139,6 @@ def _in_chunks(v: Tensor, chunks: int, chunk: int) -> Tensor:
 
 
 def _to_heads(v: Tensor, heads: int) -> Tensor:
-    """(B, chunks, g, ...) -> (B, chunks, h, ...): each group's heads see the same."""
+    """(B, chunks, g, ...) -> (B, chunks, h, ...): all heads of a group get the same values."""
     groups = v.shape[2]
     return v if groups == heads else v.repeat_interleave(heads // groups, 2)

@@ -12,9 +12,9 @@ from twotower_kernels.cpu.build import check, library_for
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    """As `twotower_kernels.attention.attend`; in bf16 and for single sessions by our own kernel.
+    """As `twotower_kernels.attention.attend`; our own kernel serves single sessions in bf16.
 
-    Its sums are fp32, and its weights bf16, as the library's are. Returns a view whose heads join without a copy.
+    Its sums are fp32 and its attention weights bf16, like the library's. Returns a view whose heads join without a copy.
     """
     library = library_for(q, k, v) if _fits(q, k, v) else None
     if library is None:

@@ -1,4 +1,4 @@
-"""Compiles the C++ beside it with the system's compiler, once for each machine and user, and loads it."""
+"""Compiles the C++ sources in this folder with the system's compiler, once per machine and user, and loads them."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wl,--as-needed")
 NEEDED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"})
-"""What the CPU must be able to do."""
+"""The CPU features that the kernels require."""
 BUILD_S = 120.0
 
 MIN_OUTPUTS = 16
-"""A matrix must have at least so many rows: the kernels compute so many outputs at a time."""
+"""The fewest rows that a matrix may have: the kernels compute `MIN_OUTPUTS` outputs at a time."""
 
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """The compiled kernels; None where the CPU or a compiler for them is missing, which is logged once."""
+    """The compiled kernels; None where the CPU lacks a feature or no compiler is found, which is logged once."""
     missing = NEEDED - _cpu_flags()
     if missing:
         log.debug("CPU kernels are not used: this CPU lacks %s", ", ".join(sorted(missing)))
@@ -42,7 +42,7 @@ def load() -> ctypes.CDLL | None:
 
 
 def library_for(*tensors: Tensor | None) -> ctypes.CDLL | None:
-    """The kernels, where they can compute with these: on a CPU, outside of compiled graphs, and without gradients."""
+    """The kernels, if they can take these tensors: on a CPU, outside compiled graphs, and without gradients."""
     if torch.compiler.is_compiling() or any(t is not None and t.device.type != "cpu" for t in tensors):
         return None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
@@ -51,20 +51,20 @@ def library_for(*tensors: Tensor | None) -> ctypes.CDLL | None:
 
 
 def check(failed: int, what: str) -> None:
-    """Raises MemoryError if a kernel says that it had none."""
+    """Raises MemoryError if a kernel reported that memory ran out."""
     if failed:
         raise MemoryError(f"no memory for {what}")
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """For a kernel; null for None."""
+    """The address that a kernel takes for a tensor; None becomes a null pointer."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def build(cache: Path | None = None) -> Path:
-    """The library, compiled unless `cache` holds it. Raises OSError, subprocess.SubprocessError.
+    """The library's path; compiles it unless `cache` holds it. Raises OSError, subprocess.SubprocessError.
 
-    Several processes may build at once: each writes a file of its own, and the last one's stays.
+    Several processes may build at once: each writes its own file, and the last one renamed into place stays.
     """
     compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     if compiler is None:
@@ -134,7 +134,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def _cpu_flags() -> frozenset[str]:
-    """What Linux says the CPU can do; empty elsewhere."""
+    """The CPU features that Linux reports; empty on other systems."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:

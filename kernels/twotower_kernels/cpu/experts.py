@@ -1,4 +1,4 @@
-"""The routed experts of a MoE layer on a CPU, each weight that is needed read once (`products.cpp`)."""
+"""The routed experts of a MoE layer on a CPU, reading each needed weight once (`products.cpp`)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def run_experts(
 
 
 def _compiles_better(hidden: Tensor, wide: Tensor | None) -> bool:
-    """Whether products that the compiler knows make the faster graph."""
+    """Whether torch's own products, which the compiler can fuse, make the faster graph."""
     return hidden.shape[0] == 1 or (wide is not None and hidden.shape[0] <= plain.DENSE_ROWS)
 
 
 def usable(hidden: Tensor, up: Tensor, down: Tensor) -> bool:
-    """Whether `grouped_experts` can run here and on these."""
+    """Whether `grouped_experts` can run on this CPU with these tensors."""
     return (
         hidden.device.type == "cpu"
         and min(up.shape[1:]) >= MIN_OUTPUTS
@@ -44,8 +44,8 @@ def _available() -> bool:
 def grouped_experts(hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """As `twotower_kernels.experts.grouped_experts`; see `usable`.
 
-    Sums are fp32, and of one order: a token's result does not depend on what else is in the batch, to the bit.
-    What lies between the two projections is rounded to bf16 after relu2. Returns (N, H) fp32.
+    Sums are fp32 in a fixed order: a token's result has the same bits whatever else is in the batch.
+    The activations between the two projections are rounded to bf16 after relu2. Returns (N, H) fp32.
     """
     return (
         _op(hidden, experts, weights, up, down) if torch.compiler.is_compiling() else _run(hidden, experts, weights, up, down)
@@ -87,7 +87,7 @@ def _run(hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Ten
 
 
 _op = torch.library.custom_op("twotower::cpu_grouped_experts", _run, mutates_args=(), device_types="cpu")
-"""For compiled graphs, which cannot look into it."""
+"""The form for compiled graphs, to which it is opaque."""
 
 
 @_op.register_fake

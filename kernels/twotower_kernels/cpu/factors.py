@@ -11,7 +11,7 @@ from twotower_kernels.cpu.build import address, library_for
 
 
 def library_for_factors(ssm: Tensor, x: Tensor, b: Tensor, dt: Tensor) -> ctypes.CDLL | None:
-    """The kernels, if `apply_factors` can compute with these."""
+    """The kernels, if `apply_factors` can take these tensors."""
     fits = x.dtype == b.dtype == torch.bfloat16 and ssm.dtype == dt.dtype == torch.float32 and ssm.shape[-2] % 4 == 0
     fits = fits and all(t.is_contiguous() for t in (ssm, x, b, dt))
     return library_for(ssm, x, b, dt) if fits else None

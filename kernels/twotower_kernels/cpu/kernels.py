@@ -1,4 +1,4 @@
-"""The computations of a tower on a CPU: our own where they can compute with what is given, else plain torch."""
+"""The computations of a tower on a CPU: our own kernels where they support the input, else plain torch."""
 
 from __future__ import annotations
 

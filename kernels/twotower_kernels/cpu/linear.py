@@ -20,9 +20,9 @@ def linear(
 ) -> Tensor:
     """As `twotower_kernels.linear.linear`.
 
-    Our own product is taken whatever the number of rows: it is the faster one up to some 64 (2.4x at 1 row, 1.7x at 16,
-    since a library packs the weights at every call), and a row's bits do not depend on how many others are beside
-    it, so that a text does not depend on the batch it was written in.
+    Our own product is used for any number of rows: it is the faster one up to about 64 (2.4x at 1 row, 1.7x at 16,
+    since a library packs the weights at every call), and a row's bits do not depend on how many other rows the batch
+    has, so that a text does not depend on the batch it was written in.
     """
     fits = (
         x.dtype == weight.dtype == torch.bfloat16

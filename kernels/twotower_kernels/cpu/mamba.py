@@ -16,7 +16,7 @@ from twotower_kernels.prefill import prefill_scan as plain_prefill_scan
 MAX_BLOCK = 64
 MAX_KERNEL = 8
 LANES = 16
-"""A head's size and its state's must be multiples of it."""
+"""head_dim and the state size must be multiples of this."""
 
 
 def block_scan(
@@ -34,7 +34,7 @@ def block_scan_factors(
 ) -> tuple[Tensor, ScanFactors]:
     """As `twotower_kernels.block.block_scan_factors`, position by position.
 
-    So a token's bits, and those of the state behind it, do not depend on the block that it was read in: a
+    So the bits of a token, and of the state after it, do not depend on the block in which it was read: a
     verified draft has the bits of AR's steps.
     """
     library = _block_library_for(projected, conv_tail, ssm, weights)
@@ -71,7 +71,7 @@ def prefill_scan(
 ) -> Tensor:
     """As `twotower_kernels.prefill.prefill_scan`, in pieces of `MAX_BLOCK` positions.
 
-    A chunk has the bits that it has alone.
+    A chunk gets the same bits in any batch as alone.
     """
     library = _library_for(projected, conv_tail, ssm, weights)
     if library is None:
@@ -112,7 +112,7 @@ def _block_library_for(projected: Tensor, conv_tail: Tensor, ssm: Tensor, weight
 
 
 def _addresses(weights: ScanWeights) -> tuple[float | int | None, ...]:
-    """A layer's weights as the kernels take them."""
+    """A layer's weights as arguments of the kernels."""
     return (
         weights.conv_weight.data_ptr(),
         address(weights.conv_bias),
@@ -135,7 +135,7 @@ def _run(
     slots: Tensor | None,
     factors: ScanFactors | None,
 ) -> Tensor:
-    """`factors`, contiguous and with their dt, are filled if given."""
+    """Run a kernel; `factors`, if given, are contiguous, hold dt already, and are filled."""
     batch, length, _ = projected.shape
     _, heads, head_dim, n = ssm.shape
     assert slots is None or (slots.dtype == torch.int64 and slots.is_contiguous() and slots.shape == (batch,))

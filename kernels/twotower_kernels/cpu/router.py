@@ -9,7 +9,7 @@ from twotower_kernels.cpu.build import check, library_for
 from twotower_kernels.experts import route as plain
 
 LANES = 8
-"""The hidden size and the number of experts must be multiples of it."""
+"""The hidden size and the number of experts must be multiples of this."""
 
 
 def route(

@@ -1,4 +1,4 @@
-"""Where the threads of a CPU's operations run."""
+"""Which CPUs the threads of torch's operations run on."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from twotower_kernels.cpu.build import load
 
 
 def pin(threads: int) -> bool:
-    """Keep this thread, and those that help it in operations, to one CPU each; False where that cannot be done.
+    """Pin this thread and its OpenMP helpers to one CPU each; returns False where that is not possible.
 
-    Left to itself, Linux may wake a helper on the CPU of the thread that waits for it, and leave it there: half the speed.
+    Without this, Linux may wake a helper on the CPU of the thread that waits for it and leave it there, at half the speed.
     """
     library, cpus = load(), sorted(os.sched_getaffinity(0))
     if library is None or threads > len(cpus):

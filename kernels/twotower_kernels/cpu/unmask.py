@@ -15,7 +15,7 @@ from twotower_kernels.cpu.build import library_for
 def predict(
     logits: Tensor, masked: Tensor, temperature: Tensor, uniforms: Tensor, top_k: Tensor | None, top_p: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """As `twotower_kernels.unmask.predict`, in two passes over the logits of masked positions."""
+    """As `twotower_kernels.unmask.predict`, in two passes over the masked positions' logits."""
     library = library_for(logits) if logits.dtype == torch.float32 and logits.is_contiguous() else None
     if library is None:
         return plain.predict(logits, masked, temperature, uniforms, top_k, top_p)
@@ -33,8 +33,8 @@ unmask = partial(plain.unmask, predict=predict)
 
 
 def _best(library: ctypes.CDLL, logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits (N, V) where wanted (N,) bool: the likeliest tokens (N,) int64, their logits, and the sums of exp(logit -
-    highest), (N,) fp32, NaN where there is none. Elsewhere 0, 0 and 1."""
+    """For rows of logits (N, V) where wanted (N,) bool, returns the likeliest tokens (N,) int64, their logits and the sums of
+    exp(logit - highest), both (N,) fp32, NaN where no token is the likeliest. For other rows it returns 0, 0 and 1."""
     n, vocab = logits.shape
     tokens, highest, total = torch.empty(n, dtype=torch.int64), torch.empty(n), torch.empty(n)
     library.tt_best(

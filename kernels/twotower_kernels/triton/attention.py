@@ -21,17 +21,17 @@ from torch import Tensor
 from twotower_kernels.triton.common import as_dtype, interpreted
 
 MAX_BLOCK = 64
-"""Positions a block may have."""
+"""The most positions a block may have."""
 
 _MIN_DOT = 16
 """The smallest side of a matrix that the tensor cores take."""
 
 _MAX_SPLITS = 64
-"""The combining launch holds one row of all splits in registers."""
+"""The most splits: the combining launch holds one row of all splits in registers."""
 
 _SPLIT_TOKENS = 512
-"""Fewest tokens a split is made for: a split costs writing and reading its tile of the output in fp32, which a
-shorter one would not repay."""
+"""The fewest tokens in a split: a split costs writing and reading its tile of the output in fp32, which a shorter one
+would not repay."""
 
 
 def block_attention(
@@ -146,7 +146,7 @@ def block_attention(
 
 
 def _choose_splits(programs: int, longest: int, device: torch.device) -> int:
-    """Enough programs for two on each processor, as far as the context is long enough to be cut."""
+    """Enough splits for two programs on each multiprocessor, as far as the context is long enough."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     return max(1, min(2 * processors // programs, longest // _SPLIT_TOKENS, _MAX_SPLITS))
 
@@ -213,7 +213,7 @@ def _attention_kernel(
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     row, kv_head = (tl.program_id(2) // KV_HEADS).to(tl.int64), tl.program_id(2) % KV_HEADS
-    # The interpreter multiplies bf16 wrongly, so that it gets fp32; tensor cores get what is stored.
+    # The interpreter multiplies bf16 wrongly, so it gets fp32; tensor cores get the stored dtype.
     compute = tl.float32 if INTERPRETED else q_ptr.dtype.element_ty
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     head, position = kv_head * RATIO + m // length, m % length
@@ -245,7 +245,7 @@ def _attention_kernel(
         page = tl.load(table + row * table_row + i).to(tl.int64)
         seen = i * PAGE + t < context
         at = page * page_stride + kv_head.to(tl.int64) * page_head + t[:, None] * HEAD_DIM + d[None, :]
-        # Behind the context's end a page may hold anything, NaN too, which a weight of 0 would not cancel.
+        # Beyond the context's end a page may hold anything, even NaN, which a weight of 0 would not cancel.
         inside = seen[:, None] & (d < HEAD_DIM)[None, :]
         keys = tl.load(k_pages + at, mask=inside, other=0.0).to(compute)
         values = tl.load(v_pages + at, mask=inside, other=0.0).to(compute)

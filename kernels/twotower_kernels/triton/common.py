@@ -1,4 +1,4 @@
-"""What several kernels need: rounding to the model's dtype, and whether Triton's interpreter runs them."""
+"""Helpers of several kernels: rounding to the model's dtype, and whether Triton's interpreter runs them."""
 
 # Kernels are Triton's language, not Python: no types but tl.constexpr, whose names are written as constants.
 # ruff: noqa: N803
@@ -22,12 +22,12 @@ def interpreted() -> bool:
 def as_dtype(v, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """Round fp32 to nearest even in DTYPE (fp32 or bf16).
 
-    The interpreter's own cast to bf16 cuts off instead, so there the value is rounded on its bits first,
+    The interpreter's own cast to bf16 truncates, so there the value is rounded on its bits first,
     which leaves nothing for the cast to do.
     """
     if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300, DTYPE only looks like a constant
         bits = v.to(tl.uint32, bitcast=True)
-        # Half of the last kept place, less one where that place is even; NaN would overflow, and stays.
+        # Add half of the last kept place, less one where that place is even; NaN would overflow, so it is left as it is.
         nearest = (bits + (0x7FFF + ((bits >> 16) & 1)).to(tl.uint32)) & 0xFFFF0000
         v = tl.where(v == v, nearest.to(tl.uint32).to(tl.float32, bitcast=True), v)
     return v.to(DTYPE)

@@ -98,7 +98,7 @@ def sum_choices(parts: Tensor, top_k: int) -> Tensor:
 
 
 def choose_rows(n: int, rows: int, experts: int) -> int:
-    """Twice what an expert has on average, for few of them to need a second walk; no expert has more than all tokens."""
+    """Twice an expert's average rows, so that few experts need a second walk; no expert has more rows than all tokens."""
     fair = triton.next_power_of_2(triton.cdiv(2 * rows, experts))
     return int(max(_MIN_DOT, min(fair, triton.next_power_of_2(n), _MAX_ROWS)))
 
@@ -120,8 +120,8 @@ def _project(
     """
     total, outputs, inputs = matrices.shape
     low = x.dtype is torch.bfloat16
-    # A stage is 16 KiB of weights in bf16: with 3 or more under way in each of 2 programs a processor, enough to keep
-    # the memory busy. In fp32 the same number of elements takes twice the shared memory.
+    # A stage is 16 KiB of weights in bf16: 3 or more under way in each of 2 programs a multiprocessor keep the memory
+    # busy. In fp32 the same number of elements takes twice the shared memory.
     block_inputs = min(128 if low else 32, max(_MIN_DOT, triton.next_power_of_2(inputs)))
     block_outputs = 64 if block_rows < _MAX_ROWS else 128
     _project_kernel[(triton.cdiv(outputs, block_outputs), total)](
@@ -148,9 +148,9 @@ def _project(
 
 @triton.jit
 def _plan_kernel(experts, starts, order, rows, BLOCK: tl.constexpr):
-    """One program: one expert e. Writes starts[e], how many rows belong to those before it, and behind that its own.
+    """One program: one expert e. Writes starts[e], the number of rows of the experts before it, and places its own rows.
 
-    order (R,): the rows by expert, and within one in their own order, as a stable sort would give.
+    order (R,): the rows by expert, and within an expert in their original order, as from a stable sort.
     """
     e = tl.program_id(0)
     i = tl.arange(0, BLOCK)
@@ -161,9 +161,9 @@ def _plan_kernel(experts, starts, order, rows, BLOCK: tl.constexpr):
     start = tl.sum(before, 0)
     tl.store(starts + e, start)
     for at in range(0, rows, BLOCK):
-        mine = (tl.load(experts + at + i, mask=at + i < rows, other=1 << 30).to(tl.int32) == e).to(tl.int32)
-        tl.store(order + start + tl.cumsum(mine, 0) - 1, at + i, mask=mine != 0)
-        start += tl.sum(mine, 0)
+        chosen = (tl.load(experts + at + i, mask=at + i < rows, other=1 << 30).to(tl.int32) == e).to(tl.int32)
+        tl.store(order + start + tl.cumsum(chosen, 0) - 1, at + i, mask=chosen != 0)
+        start += tl.sum(chosen, 0)
     if e == tl.num_programs(0) - 1:
         tl.store(starts + e + 1, start)
 
@@ -187,14 +187,14 @@ def _project_kernel(
     BLOCK_IN: tl.constexpr,
 ):
     """One program: BLOCK_OUT outputs of one expert for all of its rows, BLOCK_ROWS of them at a time."""
-    # The interpreter multiplies bf16 wrongly, so that it gets fp32; tensor cores get what is stored.
+    # The interpreter multiplies bf16 wrongly, so it gets fp32; tensor cores get the stored dtype.
     compute = tl.float32 if INTERPRETED else x.dtype.element_ty
     expert = tl.program_id(1)
     start, end = tl.load(starts + expert), tl.load(starts + expert + 1)
     o = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     c = tl.arange(0, BLOCK_IN)
     r = tl.arange(0, BLOCK_ROWS)
-    # Outputs behind the last read the last one again: a row of valid memory, never stored.
+    # Lanes beyond the last output read the last one again: valid memory, and never stored.
     matrix = matrices + (expert.to(tl.int64) * outputs + tl.minimum(o, outputs - 1))[:, None] * inputs + c[None, :]
     for first in range(start, end, BLOCK_ROWS):
         known = first + r < end

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 UNROLL = 4
-"""Positions whose factors are read together, so that they do not wait for the state."""
+"""Positions whose factors are loaded at once, so that the loads do not wait for the state."""
 
 
 def apply_factors(
@@ -29,9 +29,9 @@ def apply_factors(
     """The state after L positions, from the factors of their updates: the bits of the torch function of that name.
 
     Either state (h, p, n) fp32, x (L, h, p), b (L, g, n), dt (L, h) fp32, or all of them with a batch axis in
-    front; a (h,) fp32. Returns the new state: in `out` if given, which may be `state` itself, else a new tensor.
+    front; a (h,) fp32. Returns the new state: `out` if given, which may be `state` itself, else a new tensor.
     With `slots` (B,) int64, distinct, `state` is a pool (slots, h, p, n) whose rows at slots change in place.
-    With `counts` (B,) int64, each 0 to L, only the first counts[i] positions of row i are taken.
+    With `counts` (B,) int64, each 0 to L, only the first counts[i] positions of row i are applied.
 
     What makes the bits equal: per position, torch rounds S * decay (`mul_`), and then adds dtx * b with one
     rounding, a fused multiply-add (`addcmul_` with value 1: std::fma on CUDA, vector FMA on a CPU that has it).
@@ -95,7 +95,7 @@ def apply_factors(
 
 
 def program(head_dim: int, block_n: int) -> tuple[int, int]:
-    """Rows of a head's state that a program holds in registers, 16 KiB, and its warps."""
+    """The rows of a head's state that a program holds in registers (16 KiB), and its number of warps."""
     return min(triton.next_power_of_2(head_dim), max(1, 4096 // block_n)), 4
 
 
@@ -120,7 +120,7 @@ def advance(
     BLOCK_N: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Rows p of a head's state, s (BLOCK_P, BLOCK_N) fp32, behind `length` positions from `first` on."""
+    """Returns rows p of a head's state, s (BLOCK_P, BLOCK_N) fp32, after `length` positions from `first` on."""
     for i in tl.range(0, length, loop_unroll_factor=UNROLL):
         at = first + i
         per_head = at * HEADS + head

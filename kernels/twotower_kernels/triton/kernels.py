@@ -14,7 +14,7 @@ from twotower_kernels.triton.experts import grouped_experts
 def run_experts(
     hidden: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor, wide: Tensor | None = None
 ) -> Tensor:
-    """As `twotower_kernels.experts.run_experts`; with gradients, that itself."""
+    """As `twotower_kernels.experts.run_experts`, which it calls where gradients are needed."""
     if torch.is_grad_enabled() and (up.requires_grad or hidden.requires_grad):
         return plain_experts.run_experts(hidden, experts, weights, up, down, wide)
     return grouped_experts(hidden, experts, weights, up, down)
@@ -35,7 +35,7 @@ def apply_factors_(
 
 
 class TritonKernels(Kernels):
-    """Dense products are the library's; the rest is ours."""
+    """Dense products are the library's; all other kernels are our own."""
 
     name = "triton"
     paged = True

@@ -1,6 +1,6 @@
-"""What comes before the scan of a block: conv, silu and the steps of time, a launch over channels, as a Triton kernel.
+"""The part of a block before the scan: conv, silu and the time steps, in one launch over channels, as a Triton kernel.
 
-Each channel is computed once, whichever heads read it. A commit's launch also moves the conv tails on, where they lie.
+Each channel is computed once, whichever heads read it. A commit's launch also updates the conv tails in place.
 
 Letters in shapes: as in `triton.scan`.
 """
@@ -24,7 +24,7 @@ from twotower_kernels.triton.common import as_dtype, interpreted, silu
 
 @dataclass(frozen=True, slots=True)
 class Mixed:
-    """What a scan reads of its block."""
+    """The scan's inputs from its block."""
 
     factors: ScanFactors
     """Without the conv tails (an empty tensor), unless the block is committed."""
@@ -35,9 +35,9 @@ class Mixed:
 
 
 def mix(projected: Tensor, conv_tail: Tensor, weights: ScanWeights, slots: Tensor | None, *, commit: bool) -> Mixed:
-    """As `twotower_kernels.block.mix`, but for z; B >= 1.
+    """As `twotower_kernels.block.mix`, without z; B >= 1.
 
-    commit: whether conv_tail, of the slots, takes the block's last columns, which are then in the factors as well.
+    commit: whether the slots' conv tails take the block's last columns, which the factors then hold as well.
     """
     batch, length, _ = projected.shape
     channels, kernel = conv_tail.shape[1:]
@@ -109,7 +109,7 @@ def _mixed(
     """Conv and silu of some channels at all positions: (BLOCK_L, channels) fp32, holding values of the model's dtype.
 
     `columns` points at a row's xBC, a position every `stride`; `tail` at the K columns before. Where `known` (of
-    the channel) is false or beyond `length`, anything finite. Taps are added in the order of the torch function.
+    the channel) is false or beyond `length`, values are finite and unspecified. Taps are added in the torch function's order.
     """
     dtype = columns.dtype.element_ty
     position = tl.arange(0, BLOCK_L)[:, None]
@@ -138,7 +138,7 @@ def _dt(raw, dt_min, dt_max):
     small = u == 1.0
     log1p = tl.where(small, e, tl.log(u) * (e / tl.where(small, 1.0, u - 1.0)))
     dt = tl.where(raw > 20.0, raw, log1p)
-    # Comparisons, since minimum and maximum would make a number of NaN.
+    # Comparisons keep NaN, which minimum and maximum would turn into a number.
     dt = tl.where(dt < dt_min, dt_min, dt)
     return tl.where(dt > dt_max, dt_max, dt)
 
@@ -177,7 +177,7 @@ def _mix_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program: BLOCK_C channels of one row; the last of a row: its steps of time."""
+    """One program: BLOCK_C channels of one row; a row's last program computes its time steps."""
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channels: tl.constexpr = D_INNER + 2 * BC
     columns = projected + row * row_stride + D_INNER
@@ -209,7 +209,7 @@ def _mix_kernel(
         tl.store(out_b + at * BC + of_b[None, :], v, mask=inside & ((of_b >= 0) & (of_c < 0))[None, :])
         tl.store(out_c + at * BC + of_c[None, :], v, mask=inside & (of_c >= 0)[None, :])
         if COMMIT:
-            # The last K raw columns, of which a short block leaves some of the old.
+            # The last K raw columns; after a block shorter than K, some of them are old ones.
             k = tl.arange(0, BLOCK_K)[None, :]
             last = length - KERNEL + k + tl.zeros_like(channel)[:, None]
             kept = known[:, None] & (k < KERNEL)

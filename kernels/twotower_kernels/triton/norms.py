@@ -1,4 +1,4 @@
-"""RMSNorm with adaptive shift and scale, and the gated residual in front of it, one launch for all of them.
+"""RMSNorm with adaptive shift and scale, and the gated residual before it, in one launch.
 
 Everything here is bound by memory: one program reads its row once, keeps it in registers in fp32, and writes
 once. In torch the same takes some ten launches, each with a round trip of the row.
@@ -129,7 +129,7 @@ def _norm_kernel(
     INTERPRETED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: one position of one row, (H,). Lanes behind H hold 0 and are not counted."""
+    """One program: one position of one row, (H,). Lanes beyond H hold 0 and are not counted."""
     position, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, BLOCK)
     known = i < hidden

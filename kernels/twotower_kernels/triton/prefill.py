@@ -1,10 +1,10 @@
 """Chunks of several prompts in one forward, as Triton kernels: conv and scan, and attention over pages.
 
-No launch is any one prompt's: programs find their chunk by numbers on the device (`Segments`), and there are as many
-of them as there is work. A program's results depend on nothing but its own chunk.
+Every launch serves all prompts: programs find their chunk by numbers on the device (`Segments`), and none is idle.
+A program's results depend on nothing but its own chunk.
 
-The scan goes through a chunk in pieces of 64 positions, S in registers from the seed to the end: within a piece products
-of matrices over pairs of positions, as in `twotower_kernels.triton.scan`, and from before it one with S.
+The scan goes through a chunk in pieces of 64 positions and keeps S in registers from the seed to the end: positions within a
+piece contribute by matrix products over pairs of positions, as in `twotower_kernels.triton.scan`, earlier ones by one with S.
 
 Letters in shapes: as in `twotower_kernels.prefill`; T pieces of at most 64 positions in all.
 """
@@ -30,10 +30,10 @@ from twotower_kernels.triton.mix import _dt
 from twotower_kernels.triton.scan import _norm_kernel
 
 PIECE = 64
-"""Positions a program takes at a time: all pairs of them are held in registers."""
+"""Positions that a program processes at a time: all pairs of them are held in registers."""
 
 _CHANNELS = 64
-"""Of the conv, for each program."""
+"""Channels of the conv that a program computes."""
 
 
 def prefill_scan(
@@ -46,7 +46,7 @@ def prefill_scan(
     chunk: int,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """As `twotower_kernels.prefill.prefill_scan`, in three launches; `chunk` is not asked for: pieces are of `PIECE`.
+    """As `twotower_kernels.prefill.prefill_scan`, in three launches; `chunk` has no effect: pieces have `PIECE` positions.
 
     projected (N, h p + C + h), fp32 or bf16, contiguous in its last axis. conv_tail (B, C, K) of the same dtype and ssm
     (B, h, p, n) fp32, contiguous, or pools with `slots` (B,) int64, distinct. Returns (N, h p).
@@ -224,7 +224,7 @@ def _prompt_mix_kernel(
 ):
     """One program: conv and silu of some channels of one piece; the first of a piece also its dt; of a chunk's last, its tail.
 
-    `columns` points at xBC, behind which dt lies. The tails are read by other programs: the new ones go to `tails`.
+    `columns` points at xBC, after which dt lies. Other programs still read the old tails, so the new ones go to `tails`.
     """
     row = tl.load(tiles + 2 * tl.program_id(1)).to(tl.int64)
     first = tl.load(tiles + 2 * tl.program_id(1) + 1)
@@ -259,7 +259,7 @@ def _prompt_mix_kernel(
 
     if first + BLOCK_L >= length:
         for k in tl.static_range(KERNEL):
-            column = length - KERNEL + k + tl.zeros_like(channel)  # the interpreter mistakes a scalar condition for a number
+            column = length - KERNEL + k + tl.zeros_like(channel)  # the interpreter takes a scalar condition for a number
             before = tl.load(tail + channel * KERNEL + (column + KERNEL), mask=known & (column < 0), other=0.0)
             own = tl.load(chunk + column * stride + channel, mask=known & (column >= 0), other=0.0)
             tl.store(tails + (row * channels + channel) * KERNEL + k, tl.where(column < 0, before, own), mask=known)
@@ -372,10 +372,10 @@ def _prompt_attention_kernel(
 ):
     """One program: one query head of one piece, over its session's pages up to the piece's last position.
 
-    The heads of a KV head follow one another, so that what one has read is still in the cache for the next.
+    The query heads of a KV head follow one another, so that the pages one has read are still in the cache for the next.
     """
     head, tile = tl.program_id(0), tl.program_id(1)
-    # The interpreter multiplies bf16 wrongly, so that it gets fp32; tensor cores get what is stored.
+    # The interpreter multiplies bf16 wrongly, so it gets fp32; tensor cores get the stored dtype.
     compute = tl.float32 if INTERPRETED else q_ptr.dtype.element_ty
     row = tl.load(tiles + 2 * tile).to(tl.int64)
     first = tl.load(tiles + 2 * tile + 1)
@@ -397,12 +397,12 @@ def _prompt_attention_kernel(
     for i in range(0, tl.cdiv(end, PAGE)):
         page = tl.load(table + row * table_row + i).to(tl.int64)
         key = i * PAGE + t
-        # Behind the end a page may hold anything, NaN too, which a weight of 0 would not cancel.
+        # Beyond the end a page may hold anything, even NaN, which a weight of 0 would not cancel.
         written = (key < end)[:, None] & (d < HEAD_DIM)[None, :]
         from_page = page * page_stride + kv_head * page_head + t[:, None] * HEAD_DIM + d[None, :]
         keys = tl.load(k_pages + from_page, mask=written, other=0.0).to(compute)
         values = tl.load(v_pages + from_page, mask=written, other=0.0).to(compute)
-        # The first page's first key is seen by all: no row's maximum stays infinite.
+        # All rows see the first page's first key, so that no row's maximum stays infinite.
         seen = key[None, :] <= context + position[:, None]
         acc, top, total = _attend(q, keys, values, seen, acc, top, total, scale)
     result = as_dtype(acc / total[:, None], out.dtype.element_ty, INTERPRETED)

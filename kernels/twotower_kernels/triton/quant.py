@@ -1,7 +1,7 @@
 """The routed experts with weights in 8 or 4 bits (`twotower_kernels.quant`), as Triton kernels.
 
 The launches and their order are those of `triton.experts`; only the products differ: weights stream in at 1 or
-about 0.56 bytes each and are widened in registers. Decoding is bound by reading weights, so that this is what a step saves.
+about 0.56 bytes each and are widened in registers. Decoding is bound by reading weights, so a step saves as much.
 
 A widened weight is exact in bf16 before its power-of-two scale is applied, and that scale is applied to the fp32 sum:
 the products are those of `dequantize`, to the bit. In fp4 the two values of a byte are the left operands of two
@@ -26,11 +26,11 @@ from twotower_kernels.triton.common import interpreted
 from twotower_kernels.triton.experts import choose_rows, plan, store_rows, sum_choices
 
 _WIDE = 128
-"""Rows a program holds from which on products, not reading weights, are what takes time."""
+"""The rows of a program from which on its time goes into products rather than into reading weights."""
 
 
 def supported(device: torch.device) -> bool:
-    """Whether these kernels run there: E4M3 needs compute capability 8.9 (Ada, Hopper) or later, or the interpreter."""
+    """Whether these kernels run on `device`: E4M3 needs compute capability 8.9 (Ada, Hopper) or later, or the interpreter."""
     return interpreted() if device.type == "cpu" else torch.cuda.get_device_capability(device) >= (8, 9)
 
 
@@ -122,7 +122,7 @@ def _fp8_kernel(
     BLOCK_IN: tl.constexpr,
 ):
     """One program: BLOCK_OUT outputs of one expert for all of its rows, BLOCK_ROWS of them at a time."""
-    # The interpreter multiplies bf16 wrongly, so that it gets fp32; tensor cores get what is stored.
+    # The interpreter multiplies bf16 wrongly, so it gets fp32; tensor cores get the stored dtype.
     compute = tl.float32 if INTERPRETED else x.dtype.element_ty
     expert = tl.program_id(1)
     start, end = tl.load(starts + expert), tl.load(starts + expert + 1)

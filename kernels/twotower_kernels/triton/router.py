@@ -20,13 +20,13 @@ _TILE = 8192
 """Products in fp64 that a program holds at once: 64 registers of a thread with 8 warps."""
 
 _TILE_EXPERTS = 8
-"""Experts of a program."""
+"""Experts that a program handles."""
 
 _MAX_SPLITS = 16
-"""Programs that share the inputs of a token: the choice holds their sums in registers."""
+"""The most programs that share the inputs of a token: the choice holds their sums in registers."""
 
 _FEW = 128
-"""Tokens up to which our own product is used (measured on an H100: 22 us against 24 there, and 52 against 33 at 512)."""
+"""The most tokens for which our own product is used (on an H100: 22 us against the library's 24, and 52 against 33 at 512)."""
 
 
 def route(
@@ -86,20 +86,20 @@ def route(
         SLOTS=triton.next_power_of_2(top_k),
         BLOCK_GROUPS=block_groups,
         BLOCK_EACH=block_each,
-        num_warps=max(1, min(8, block_groups * block_each // 128)),  # of 128 experts, four a thread: no word between warps
+        num_warps=max(1, min(8, block_groups * block_each // 128)),  # of 128 experts, four a thread: warps exchange nothing
         enable_fp_fusion=True,
     )
     return experts, weights
 
 
 def _logits(hidden: Tensor, weight: Tensor, block_tokens: int | None) -> Tensor:
-    """Sums over parts of the inputs, (N, splits, E) fp64; together the logits."""
+    """Partial sums over the inputs, (N, splits, E) fp64, which add up to the logits."""
     n, size = hidden.shape
     total = weight.shape[0]
     tokens = min(16, triton.next_power_of_2(n)) if block_tokens is None else block_tokens
     block = max(1, min(256, triton.next_power_of_2(size), _TILE // (tokens * _TILE_EXPERTS)))
     tiles = triton.cdiv(n, tokens) * triton.cdiv(total, _TILE_EXPERTS)
-    # Two programs a processor, as far as there are inputs to share out.
+    # Two programs a multiprocessor, as far as the inputs can be divided.
     wanted = max(1, min(_MAX_SPLITS, 264 // tiles, triton.cdiv(size, block)))
     share = triton.cdiv(triton.cdiv(size, block), wanted)
     splits = triton.cdiv(triton.cdiv(size, block), share)
@@ -137,7 +137,7 @@ def _take_best(key, free, BLOCK: tl.constexpr):
 
 @triton.jit
 def _widen(v):
-    """v in fp64; bf16 by way of fp32, as the interpreter knows no other."""
+    """v in fp64; bf16 goes through fp32, since the interpreter has no direct cast."""
     if v.dtype == tl.bfloat16:
         v = v.to(tl.float32)
     return v.to(tl.float64)
@@ -163,10 +163,10 @@ def _logits_kernel(
     expert = tl.program_id(1) * BLOCK_EXPERTS + tl.arange(0, BLOCK_EXPERTS)
     split = tl.program_id(2)
     c = tl.arange(0, BLOCK)
-    # Tokens and experts that are not there read the first one; nothing of them is kept.
+    # Lanes beyond the last token or expert read the first one, and their results are dropped.
     of_token = hidden + tl.where(token < n, token, 0).to(tl.int64)[:, None] * hidden_row + c[None, :]
     of_expert = weight + tl.where(expert < experts, expert, 0).to(tl.int64)[:, None] * weight_row + c[None, :]
-    # Sums of each column of tiles, added up only at the end: nothing within the loop waits for other threads.
+    # Each column of tiles has its own sum, and these are added only at the end: no thread waits for others in the loop.
     acc = tl.zeros((BLOCK_TOKENS, BLOCK_EXPERTS, BLOCK), tl.float64)
     for at in tl.range(split * share, tl.minimum((split + 1) * share, size), BLOCK, num_stages=3):
         known = (at + c < size)[None, :]

@@ -1,13 +1,13 @@
-"""Mamba-2 over one short block, everything between in_proj and out_proj, as Triton kernels.
+"""Mamba-2 over one short block, from in_proj's output to out_proj's input, as Triton kernels.
 
 Three launches: conv, silu and dt over channels (`triton.mix`), the scan with D skip and gate, the norm over each group of
 heads. The scan reads S once from memory, and where the block is committed the same programs write the new S: by
 `triton.factors.advance` alone, so that the context and its workers agree by construction.
 
-A block has at most 64 positions and is taken 16 at a time: between them products of matrices over pairs of positions,
-from before the block one product with the seed. S and all sums are fp32; x, b and c are rounded to the model's dtype where the
-torch layer rounds them. In bf16 they are exact operands of the tensor cores' tf32, and what they are multiplied with
-is split in two parts that are: some 22 bits of it count. In fp32 the products are plain ones.
+A block has at most 64 positions and is processed 16 at a time: positions within the block contribute by matrix products
+over pairs of positions, all earlier ones by one product with the seed. S and all sums are fp32; x, b and c are rounded to
+the model's dtype where the torch layer rounds them. In bf16 they are exact operands of the tensor cores' tf32, and the
+other factor is split into two parts that are exact, too: about 22 of its bits count. In fp32 the products are plain ones.
 
 Letters in shapes: B batch, L length, h heads, p head_dim, g groups, n state size, K conv kernel,
 C = h p + 2 g n channels of the conv.
@@ -30,27 +30,27 @@ from twotower_kernels.triton.factors import UNROLL, advance
 from twotower_kernels.triton.mix import Mixed, mix
 
 MAX_BLOCK = 64
-"""Positions a block may have."""
+"""The most positions a block may have."""
 
 _TILE = 16
-"""Positions of a block that are taken together."""
+"""Positions of a block that are processed at a time."""
 
 _BLOCK_K = 32
 """Columns of a head's state that are multiplied at a time."""
 
 _STAGES = 4
-"""Of these, how many are on their way at once: all, at the published size."""
+"""How many of these pieces are loaded at once: all of them, at the published size."""
 
 
 def block_scan(
     projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
 ) -> Tensor:
-    """A block's output from a seed, which is read and never changed: what the denoiser does at every step.
+    """A block's output from a seed state, which is read and never changed. The denoiser runs this at every step.
 
     projected (B, L, h p + C + h): in_proj's output z | xBC | dt, fp32 or bf16, contiguous in its last axis.
     conv_tail (B, C, K) of the same dtype and ssm (B, h, p, n) fp32, contiguous. With `slots` (B,) int64 they
-    are pools, (slots, C, K) and (slots, h, p, n), and row i starts from slot slots[i]: seeds need not be copied
-    together. Returns (B, L, h p) in the dtype of `projected`, normed: out_proj's input.
+    are pools, (slots, C, K) and (slots, h, p, n), and row i starts from slot slots[i], so that seeds need not
+    be gathered first. Returns (B, L, h p) in the dtype of `projected`, normed: out_proj's input.
     """
     if projected.shape[0] == 0:
         return projected.new_empty(*projected.shape[:2], weights.norm.shape[0])
@@ -60,9 +60,9 @@ def block_scan(
 def block_scan_factors(
     projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
 ) -> tuple[Tensor, ScanFactors]:
-    """As `block_scan`, and returns the factors too, by which a state moves past the block, or past its first positions.
+    """As `block_scan`, and also returns the factors, which take a state past the block, or past its first positions.
 
-    Those are the bits of `block_scan_commit`'s, but without the conv tails (an empty tensor): see `tails_after`.
+    They have the bits of `block_scan_commit`'s, but lack the conv tails (an empty tensor): see `tails_after`.
     """
     out, mixed = _scan(projected, conv_tail, ssm, weights, slots, commit=False)
     return out, mixed.factors
@@ -71,7 +71,7 @@ def block_scan_factors(
 def block_scan_commit(
     projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
 ) -> tuple[Tensor, ScanFactors]:
-    """As `block_scan`, and takes the state past the block, in place: what the context does once a block is finished.
+    """As `block_scan`, and takes the state past the block, in place. The context runs this once a block is finished.
 
     conv_tail and ssm (of the slots, which must be distinct) end with the bits that `apply_factors` gives anywhere from the
     factors. Returns the output and the factors.
@@ -159,16 +159,17 @@ def _scan(
 
 
 def program(head_dim: int) -> tuple[int, int]:
-    """Rows of a head's state that a program holds, and its warps.
+    """The rows of a head's state that a program holds, and its number of warps.
 
-    Small ones are the fastest at every batch from 1 to 32 (H100): a program mostly waits, and more of them wait together.
+    Small programs are the fastest at every batch from 1 to 32 (H100): a program mostly waits for memory, and with small
+    ones more loads are under way at once.
     """
     return max(MIN_DOT, min(16, triton.next_power_of_2(head_dim))), 2
 
 
 @triton.jit
 def _product(exact, other, acc, LOW: tl.constexpr):
-    """acc plus exact (M, K) times other (K, N), summed in fp32; LOW: what `exact` holds are values of bf16."""
+    """acc plus exact (M, K) times other (K, N), summed in fp32; LOW: whether `exact` holds bf16 values."""
     if LOW:
         high = (other.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
         acc = tl.dot(exact, high, acc, input_precision="tf32")
@@ -315,7 +316,7 @@ def _block_scan_kernel(
         )
         tl.debug_barrier()  # every thread has read the old one
         tl.store(ssm + s_at, new, mask=s_known)
-        if ONE:  # the output is read off the new state
+        if ONE:  # the output follows from the new state
             c_one = tl.load(c_ptr + (first * GROUPS + group) * STATE + n, mask=n_known, other=0.0).to(tl.float32)
             x_one = tl.load(x_ptr + first * d_inner + channel, mask=p_known, other=0.0).to(tl.float32)
             z_one = tl.load(projected + row * row_stride + channel, mask=p_known, other=0.0).to(tl.float32)

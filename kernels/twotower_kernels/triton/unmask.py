@@ -1,8 +1,8 @@
-"""Confidence unmasking in two launches, as Triton kernels, without a word to or from the host.
+"""Confidence unmasking in two launches, as Triton kernels, without any exchange with the host.
 
-The first reads the logits of masked positions once, split over the vocabulary, and leaves a few numbers of each
-chunk. The second, a program for each row of the batch, puts those together, draws where the row's temperature
-asks for it, ranks the positions and writes the block. Rows at temperature 0 pay nothing for others that are not.
+The first reads the logits of masked positions once, split over the vocabulary, and writes a few numbers for each
+chunk. The second, one program for each row of the batch, combines them, draws where the row's temperature is above 0,
+ranks the positions and writes the block. Rows at temperature 0 pay nothing for rows that draw.
 """
 
 # Kernels are Triton's language, not Python: no types but tl.constexpr, whose names are written as constants.
@@ -20,13 +20,13 @@ from twotower_kernels import unmask as plain
 from twotower_kernels.unmask import Predict, Unmasked
 
 MAX_BLOCK = 64
-"""Positions a block may have: all pairs of positions are held in registers."""
+"""The most positions a block may have: all pairs of positions are held in registers."""
 
 _MAX_CHUNKS = 64
-"""Parts of the vocabulary: the second launch holds their numbers of all positions in registers."""
+"""The most chunks of the vocabulary: the second launch holds their numbers for all positions in registers."""
 
 _MIN_CHUNK = 1024
-"""Logits that a program of the first launch reads at least; those of a drawn token's chunk are read once more."""
+"""The fewest logits that a program of the first launch reads; those of a drawn token's chunk are read a second time."""
 
 
 def unmask(
@@ -54,7 +54,7 @@ def unmask(
     torch's where the uniform lies within some 1e-15 of a border between two tokens, as between torch's own devices.
     A row that draws and meets an infinite logit fails, as a greedy one does; the torch form lets that pass.
     Where rows ask for top_k and top_p, the batch goes to the torch form, which sorts the vocabulary (and waits for
-    the device): the caller knows without asking the device whether any row does.
+    the device). The caller passes them only if a row asks for them, so that this takes no question to the device.
     """
     batch, length, vocab = logits.shape
     assert tokens.shape == masked.shape == uniforms.shape == (batch, length)
@@ -140,14 +140,14 @@ def unmask(
 
 @triton.jit
 def _read(logits, at, mask_id, vocab):
-    """Logits of one position at vocabulary indices `at`, -inf for the mask id and behind the end."""
-    # The mask id is left out only after loading, for the load to stay one of 16 bytes a thread.
+    """Logits of one position at vocabulary indices `at`, -inf for the mask id and beyond the end."""
+    # The mask id is excluded only after loading, so that the load stays one of 16 bytes a thread.
     return tl.where(at == mask_id, -float("inf"), tl.load(logits + at, mask=at < vocab, other=-float("inf")))
 
 
 @triton.jit
 def _base(top):
-    """What to subtract before exp: the maximum, but 0 where there is none to speak of, as torch.logsumexp does."""
+    """The number to subtract before exp: the maximum, or 0 where that is infinite, as in torch.logsumexp."""
     return tl.where(tl.abs(top) == float("inf"), 0.0, top)
 
 
@@ -219,14 +219,14 @@ def _commit_kernel(
     position, c = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_C)
     flat = row * length + position
     was = tl.load(masked + flat, mask=position < length, other=0) != 0
-    # Chunks of positions that are not masked were never written, and those of -inf alone weigh nothing.
+    # Chunks of positions that are not masked were never written, and those of -inf alone have no weight.
     to = flat[:, None] * chunks + c[None, :]
     written = was[:, None] & (c < chunks)[None, :]
     top = tl.load(tops + to, mask=written, other=-float("inf"))
     largest = tl.max(top, 1)
     best = tl.load(bests + to, mask=written & (top == largest[:, None]), other=vocab)
     predicted = tl.minimum(tl.min(best, 1), vocab - 1)
-    # As torch computes it, so that what rounds to equal confidences there does so here: (x - (log sum + max)).exp().
+    # This is torch's formula, so that confidences that round to equal there do so here: (x - (log sum + max)).exp().
     base = _base(largest)
     shift = tl.where(top == -float("inf"), 0.0, _base(top) - base[:, None])
     total = tl.sum(tl.load(totals + to, mask=written, other=0.0) * tl.exp(shift), 1)
