@@ -7,24 +7,23 @@ import ctypes
 import gc
 
 
-def spare_what_is_loaded() -> None:
-    """Never look again at what lives as long as the process: modules, weights, the service's own parts.
+def freeze_loaded_objects() -> None:
+    """Exempt all present objects from collection: modules, weights and the service's own parts live as long as the process.
 
-    A full collection goes through all of it (half a million objects with torch), and holds everything up for 0.2 s.
+    A full collection would visit all of them (half a million with torch), and stop the process for 0.2 s.
     """
     gc.collect()
     gc.freeze()
 
 
 M_MMAP_THRESHOLD = -3
-LARGE = 1 << 20
-"""Bytes."""
+LARGE_BYTES = 1 << 20
 
 
-def give_back_large_blocks() -> None:
-    """Let memory of large blocks go back to the system when it is freed, in this process, where the C library is glibc.
+def return_large_blocks() -> None:
+    """Make this process return blocks of `LARGE_BYTES` and more to the system when they are freed, if its C library is glibc.
 
-    By itself glibc keeps it once such blocks have come and gone, in an amount that depends on their order.
+    By default glibc keeps some of this memory once such blocks have been freed; how much depends on their order.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)

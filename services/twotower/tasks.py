@@ -12,24 +12,24 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-AGAIN_S = 0.05
+CANCEL_AGAIN_S = 0.05
 
 
 async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks until they have ended; what they ended with is dropped.
+    """Cancel tasks until they have ended; their results and errors are dropped.
 
-    Once is not enough: a library that is cancelled while it connects or waits for a lock may take that as its own
-    affair and go on, and a loop around it would then run for ever.
+    One cancellation is not enough: a library that is cancelled while it connects or waits for a lock may swallow the
+    cancellation and go on, and a loop around it would then run for ever.
     """
     while pending := [task for task in tasks if not task.done()]:
         for task in pending:
             task.cancel()
-        await asyncio.wait(pending, timeout=AGAIN_S)
+        await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
     await asyncio.gather(*tasks, return_exceptions=True)  # so that no exception is reported as never retrieved
 
 
 async def until_stopped(stop: asyncio.Event, *tasks: asyncio.Task[Any]) -> None:
-    """Wait for `stop`. A task that ends before takes the service with it: raises what it raised."""
+    """Wait for `stop`. Raises the error of a task that ends earlier, since the service cannot go on without it."""
     stopping = asyncio.create_task(stop.wait())
     try:
         done, _ = await asyncio.wait((stopping, *tasks), return_when=asyncio.FIRST_COMPLETED)
@@ -41,14 +41,17 @@ async def until_stopped(stop: asyncio.Event, *tasks: asyncio.Task[Any]) -> None:
 
 
 def end_process(why: str) -> NoReturn:
-    """End this process at once: it cannot go on, and nothing in it can be waited for. Its supervisor starts it again."""
+    """End this process at once, without waiting for anything in it. Its supervisor starts it again."""
     log.critical("%s; this process ends", why)
     logging.shutdown()
     os._exit(1)
 
 
 def delivered_to(take: Callable[[T], None]) -> Callable[[T], object]:
-    """Calls `take` in the running event loop, from any thread. What is half taken leaves the process wrong: it ends then."""
+    """Returns a function that calls `take` in the running event loop, from any thread.
+
+    An error in `take` ends the process, because results that were only partly taken leave its state inconsistent.
+    """
     loop = asyncio.get_running_loop()
 
     def taken(results: T) -> None:

@@ -35,13 +35,13 @@ async def test_every_segment_is_given_back_to_a_context_that_is_slow_to_read() -
         _send(context, 7)
         assert inbox.segment(7).numel() == 4096
         for _ in range(count):
-            inbox.give_back(7)  # more than the connection holds
-        assert inbox._unsaid
+            inbox.release(7)  # more than the connection holds
+        assert inbox._unsent
         context.setblocking(False)
         for _ in range(count):
             assert NUMBER.unpack(await asyncio.wait_for(asyncio.get_running_loop().sock_recv(context, NUMBER.size), 5)) == (7,)
-        await until(lambda: not inbox._unsaid)
-        inbox.give_back(7)
+        await until(lambda: not inbox._unsent)
+        inbox.release(7)
         assert await asyncio.get_running_loop().sock_recv(context, NUMBER.size) == NUMBER.pack(7)
     finally:
         context.close()
@@ -54,17 +54,17 @@ async def test_a_context_that_goes_takes_its_segments_with_it() -> None:
     _send(context, 7)
     inbox.segment(7)
     for _ in range(2000):
-        inbox.give_back(7)
+        inbox.release(7)
     context.close()
     await until(lambda: not inbox._connections)
-    assert not inbox._unsaid
+    assert not inbox._unsent
     assert not inbox._segments
-    inbox.give_back(7)  # nobody's
+    inbox.release(7)  # nobody's
     inbox.close()
 
 
 async def test_without_file_descriptors_it_waits_for_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inbox_module, "ACCEPT_AGAIN_S", 0.05)
+    monkeypatch.setattr(inbox_module, "ACCEPT_RETRY_S", 0.05)
     inbox = SegmentInbox()
     accept, tries = inbox._listener.accept, 0
 

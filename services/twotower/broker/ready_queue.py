@@ -27,7 +27,7 @@ CLAIM_IDLE_MS = 5_000
 """An entry that was delivered this long ago and never taken off belongs to a worker that died."""
 PUSH_WAIT_S = 15.0
 """How long a session waits for a Redis that is away: longer than it takes to start one again."""
-PUSH_AGAIN_S = 0.2
+PUSH_RETRY_S = 0.2
 FORGET_IDLE_MS = 3_600_000
 """A worker that was given nothing this long, and holds nothing, may be gone; if not, it is known again with its next entry."""
 FORGET_WORKERS = """
@@ -103,7 +103,7 @@ class ReadyQueue:
             except BrokerUnavailable:
                 if clock() >= give_up:
                     raise
-                await asyncio.sleep(PUSH_AGAIN_S)
+                await asyncio.sleep(PUSH_RETRY_S)
 
     async def pull(self, worker_id: str, count: int, wait_s: float) -> Pulled:
         """About `count` sessions, waiting up to `wait_s` seconds, in the server, for the first.

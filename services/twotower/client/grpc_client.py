@@ -1,4 +1,4 @@
-"""The client: a generation is an async iterator of typed events; errors are those the server raised."""
+"""The client: a generation is an async iterator of typed events, and raises the errors that the server raised."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ class GatewayClient:
         stream_steps: bool = False,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Event, None]:
-        """Stream a generation: Accepted, Blocks, Finished. None: the server's default.
+        """Stream a generation: Accepted, Blocks, Finished. A field that is None has the server's default.
 
-        stream_steps: between them, each block on its way, as Shown.
+        stream_steps: also yield Shown events, the steps of each block under refinement, between these.
 
         Closing the iterator cancels the generation. Raises TwoTowerError; Unavailable where no gateway answers.
         """
@@ -104,7 +104,7 @@ class GatewayClient:
             if isinstance(prompt, str):
                 request.text = prompt
             else:
-                request.token_ids.SetInParent()  # an empty list is a prompt too, to be refused as such
+                request.token_ids.SetInParent()  # an empty list is a prompt too, which the server refuses by name
                 request.token_ids.ids.extend(prompt)
         except (ValueError, TypeError) as error:  # a number beyond 64 bits, a lone surrogate
             raise InvalidArgument("request", str(error)) from None
@@ -118,7 +118,7 @@ class GatewayClient:
             call.cancel()
 
     async def model(self) -> ModelInfo:
-        """What is served, and its limits. Raises TwoTowerError."""
+        """The served model and its limits. Raises TwoTowerError."""
         try:
             answer = await self._stub.GetModel(inference_pb2.GetModelRequest())
         except grpc.aio.AioRpcError as rpc:
@@ -133,7 +133,7 @@ class GatewayClient:
         )
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Return once requests will succeed. Raises Unavailable, which says what was missing."""
+        """Return once requests will succeed. Raises Unavailable, whose message names what was missing."""
         health = health_pb2_grpc.HealthStub(self._channel)
         problem = f"no gateway answers at {self.target}"
         try:

@@ -24,7 +24,7 @@ from twotower.context.sessions import Sessions
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.pacing import ContextPacing, Outbound, Pacing
 from twotower.engine.progress import Progress
-from twotower.garbage import spare_what_is_loaded
+from twotower.garbage import freeze_loaded_objects
 from twotower.internal.v1 import context_pb2, context_pb2_grpc, scoring_pb2_grpc
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.memory import prefix_budget, state_budget
@@ -133,7 +133,7 @@ async def _serve(
     watching = sessions.watch_queue(), heartbeat(registry, describe), server.watch()
     tasks = [asyncio.create_task(work) for work in watching]
     await server.set_serving(True)
-    spare_what_is_loaded()
+    freeze_loaded_objects()
     print(f"ready grpc={server.address}", flush=True)
     drain_s = 0.0
     try:

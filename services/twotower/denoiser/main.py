@@ -18,7 +18,7 @@ from twotower.denoiser.worker import Worker
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.pacing import Pacing, SharedPacing
 from twotower.engine.progress import Progress
-from twotower.garbage import spare_what_is_loaded
+from twotower.garbage import freeze_loaded_objects
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.state import ContextState
 from twotower.model.weights import load_denoiser_tower
@@ -97,7 +97,7 @@ async def _work(
         asyncio.create_task(work) for work in (worker.pull(), worker.flush(), heartbeat(registry, describe), server.watch())
     )
     await server.set_serving(True)
-    spare_what_is_loaded()
+    freeze_loaded_objects()
     print(f"ready grpc={server.address}", flush=True)
     drain_s = 0.0
     try:

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from twotower.broker.connection import connect
 from twotower.broker.registry import Registry
-from twotower.garbage import give_back_large_blocks, spare_what_is_loaded
+from twotower.garbage import freeze_loaded_objects, return_large_blocks
 from twotower.gateway.bodies import ID_BYTES, Bodies, body_limits
 from twotower.gateway.config import GatewayConfig
 from twotower.gateway.core import Core, ServedModel
@@ -54,7 +54,7 @@ async def run(config: GatewayConfig) -> None:
     """
     stop = stop_requested()
     sys.setswitchinterval(SWITCH_S)
-    give_back_large_blocks()
+    return_large_blocks()
     allow_many_files()  # each HTTP client has a connection of its own
     service = config.service
     checkpoint = Checkpoint.open_shared(service.checkpoint, context_experts=config.context_experts, revision=service.revision)
@@ -107,7 +107,7 @@ async def serve(
         own_port = asyncio.create_task(rpc.watch())
         stack.push_async_callback(end_tasks, watch, own_port)
         if await _first(ready, stop, watch, own_port):
-            spare_what_is_loaded()
+            freeze_loaded_objects()
             announce(f"ready grpc={rpc.address} http={http.address}")
             await until_stopped(stop, watch, own_port)
         core.refuse()  # first: the watch would call a gateway ready that takes requests

@@ -1,4 +1,4 @@
-"""Which transport, and within what limits."""
+"""The choice of a transport, and its limits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class TransportKind(StrEnum):
-    """A transport."""
+    """The transports, by name."""
 
     GRPC = "grpc"
     SHM = "shm"
@@ -20,16 +20,16 @@ CHOICES = (AUTO, *(kind.value for kind in TransportKind))
 
 @dataclass(frozen=True, slots=True)
 class TransportConfig:
-    """Of one process: a context's or a worker's."""
+    """The transport settings of one process, a context or a worker."""
 
     kind: TransportKind | None = None
-    """None: the best that both ends can use."""
+    """None: the best transport that both ends support."""
     shm_bytes: int = 1 << 30
-    """Most shared memory that a context holds; what does not fit goes in frames."""
+    """The most shared memory that a context holds; transfers that do not fit go in frames."""
     timeout_s: float = 30.0
-    """How long a peer of `dist` may take to meet, or to move one state."""
+    """How long a peer of `dist` may take to join the group, or to move one state."""
 
     @classmethod
     def of(cls, choice: str) -> TransportConfig:
-        """From one of `CHOICES`."""
+        """Returns the kind that one of `CHOICES` names."""
         return cls(None if choice == AUTO else TransportKind(choice))

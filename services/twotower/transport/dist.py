@@ -1,4 +1,4 @@
-"""The `dist` transport: the bytes go by torch.distributed, from rank 0, the context, to rank 1, the worker."""
+"""The `dist` transport: torch.distributed moves the bytes from rank 0, the context, to rank 1, the worker."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class DistOutlet(Outlet):
     kind = TransportKind.DIST
 
     def __init__(self, group: Group, closed: Callable[[bool], None]) -> None:
-        """closed: called at the link's end; whether any transfer has come to its end."""
+        """closed: called at the link's end, with whether any transfer was completed."""
         self.group = group
         self._closed = closed
         self._sent = 0
 
     async def send(self, tensors: Sequence[tuple[Key, Tensor]], header: Header, write: Write) -> None:
-        """See `Outlet`. Left before its end, it ends the group: the worker may wait for what was announced."""
+        """See `Outlet`. A cancelled send closes the group, since the worker may wait for the transfer it announced."""
         layout, group, number = lay_out(tensors), self.group, self._sent
         await group.joined()
         buffer = group.buffer(layout.length)
@@ -51,7 +51,7 @@ class DistOutlet(Outlet):
 
 
 class DistInlet(Inlet):
-    """Receives into buffers of the group, which are used again."""
+    """Receives into the group's buffers, which are reused."""
 
     kind = TransportKind.DIST
 
@@ -61,7 +61,7 @@ class DistInlet(Inlet):
         self._buffers: dict[int, Tensor] = {}
 
     async def fetch(self, placed: link_pb2.Placed) -> Tensor:
-        """See `Inlet`. Left before its end, it ends the group."""
+        """See `Inlet`. A cancelled fetch closes the group."""
         if placed.place != self._received:
             raise Incompatible(f"tensors.place: transfer {placed.place} of the group, where {self._received} is due")
         group, number, length = self.group, self._received, placed.length
@@ -77,7 +77,7 @@ class DistInlet(Inlet):
         return buffer[:length]
 
     def release(self, placed: link_pb2.Placed) -> None:
-        """See `Inlet`. After the link's end there is nothing to use again."""
+        """See `Inlet`. After the link's end, no buffer is kept."""
         if (buffer := self._buffers.pop(placed.place, None)) is not None:
             self.group.recycle(buffer)
 

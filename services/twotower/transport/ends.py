@@ -1,4 +1,4 @@
-"""The two ends of all transports, one object for each process, and the choice that an attachment begins with."""
+"""The two ends of all transports, one object per process, and the choice of a transport when a worker attaches."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Chosen = tuple[Outlet, link_pb2.TransportChoice]
 
 
 class ContextTransports:
-    """A context's end: takes a worker's offer, and opens an outlet to it. Use it in the event loop only."""
+    """A context's end: chooses from a worker's offer, and opens an outlet to it. Use it in the event loop only."""
 
     def __init__(self, config: TransportConfig, host: str, device: torch.device) -> None:
-        """`host`: the address the service listens on. Raises ConfigError if this machine lacks the transport asked for."""
+        """`host`: the address the service listens on. Raises ConfigError if this machine lacks the configured transport."""
         check_possible(config, device)
         self._config = config
         self._backends = backends(device)
@@ -43,7 +43,7 @@ class ContextTransports:
         self._pairs = ContextPairs(host, device, config)
 
     def attach(self, offer: link_pb2.TransportOffer, grpc_peer: str) -> Chosen:
-        """The best transport that both can use, or the one that either insists on. Raises Incompatible, naming the field.
+        """The best transport that both support, or the one that either is set to. Raises Incompatible, naming the field.
 
         `grpc_peer`: gRPC's name for the worker's address.
         """
@@ -68,12 +68,12 @@ class ContextTransports:
         raise Incompatible("; ".join(refusals))
 
     def close(self) -> None:
-        """Give back all memory and connections."""
+        """Release all memory and connections."""
         self._segments.close()
         self._pairs.close()
 
     def _try(self, kind: TransportKind, backend: str, offer: link_pb2.TransportOffer, grpc_peer: str) -> Chosen | str:
-        """An outlet, or why there can be none: what differs, by its field."""
+        """An outlet, or the reason why there is none, which begins with the field that differs."""
         if kind is TransportKind.GRPC:
             return FrameOutlet(), link_pb2.TransportChoice(kind=link_pb2.TRANSPORT_GRPC)
         if kind is TransportKind.SHM:
@@ -88,8 +88,8 @@ class ContextTransports:
                 return f"transport.shm_socket: the worker's socket {offer.shm_socket!r} cannot be reached"
             return ShmOutlet(segments), link_pb2.TransportChoice(kind=link_pb2.TRANSPORT_SHM)
         if backend not in self._backends or backend not in offer.backends:
-            theirs, ours = ", ".join(offer.backends), ", ".join(self._backends)
-            return f"transport.backends: {backend} is not on both sides (worker: {theirs}; context: {ours})"
+            offered, supported = ", ".join(offer.backends), ", ".join(self._backends)
+            return f"transport.backends: {backend} is not on both sides (worker: {offered}; context: {supported})"
         if backend == NCCL and offer.gpu == self._gpu:
             return f"transport.gpu: both towers are on {self._gpu}; nccl needs two GPUs"
         if self._config.kind is None and self._pairs.failed(offer.peer, backend):
@@ -98,10 +98,10 @@ class ContextTransports:
 
 
 class WorkerTransports:
-    """A worker's end: makes offers, and opens an inlet for what was chosen. Make it in a running event loop."""
+    """A worker's end: makes offers, and opens an inlet for the chosen transport. Make it in a running event loop."""
 
     def __init__(self, config: TransportConfig, device: torch.device) -> None:
-        """Raises ConfigError if this machine lacks the transport asked for."""
+        """Raises ConfigError if this machine lacks the configured transport."""
         check_possible(config, device)
         kinds = [kind for kind in TransportKind if config.kind in (None, kind) and _possible(kind, device)]
         self._inbox = SegmentInbox() if TransportKind.SHM in kinds else None
@@ -114,7 +114,7 @@ class WorkerTransports:
             backends=backends(device) if TransportKind.DIST in kinds else [],
             gpu=gpu_of(device),
         )
-        """For `Hello`."""
+        """The offer that `Hello` carries."""
 
     def attach(self, choice: link_pb2.TransportChoice, context_address: str) -> Inlet:
         """The inlet for the transport that the context at `context_address` chose. Raises Incompatible."""
@@ -127,31 +127,31 @@ class WorkerTransports:
         return FrameInlet()
 
     def close(self) -> None:
-        """Give back all memory and connections."""
+        """Release all memory and connections."""
         if self._inbox is not None:
             self._inbox.close()
 
 
 def check_possible(config: TransportConfig, device: torch.device) -> None:
-    """Raise ConfigError if a transport is asked for that this process cannot do."""
+    """Raise ConfigError if this process cannot use the configured transport."""
     if config.kind is not None and not _possible(config.kind, device):
         raise ConfigError(f"transport: {config.kind} is not available on this system")
 
 
 def shm_possible() -> bool:
-    """Whether the system has memory files (Linux)."""
+    """Whether the system has memory files (memfd, on Linux)."""
     return hasattr(os, "memfd_create")
 
 
 @cache
 def host_token() -> str:
-    """Equal in two processes if an abstract unix socket of one can be reached by the other: machine and network namespace."""
+    """Names the machine and network namespace: equal in two processes that can reach each other's abstract unix sockets."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
 
 
 def gpu_of(device: torch.device) -> str:
-    """The identity of a CUDA device, empty for others."""
+    """The identity of a CUDA device; empty for other devices."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 

@@ -1,4 +1,4 @@
-"""The `grpc` transport: everything in frames on the link's stream. It works everywhere, and stands in for the others."""
+"""The `grpc` transport: all tensors go in frames on the link's stream. It works everywhere, and is the others' fallback."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class FrameOutlet(Outlet):
 
 
 class FrameInlet(Inlet):
-    """Takes frames only."""
+    """Accepts frames only."""
 
     kind = TransportKind.GRPC
 

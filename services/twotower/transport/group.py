@@ -1,4 +1,4 @@
-"""A process group of two: one context, one worker. Blocking calls run on a thread of the group's own."""
+"""A process group of one context and one worker. Blocking calls run on the group's own thread."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONTEXT_RANK, WORKER_RANK = 0, 1
 
 
 def backends(device: torch.device) -> list[str]:
-    """Backends of torch.distributed that can serve a tower on `device`, the best first."""
+    """The torch.distributed backends that support a tower on `device`, the best first."""
     if not dist.is_available():
         return []
     nccl = [NCCL] if device.type == "cuda" and dist.is_nccl_available() else []
@@ -36,7 +36,7 @@ def backends(device: torch.device) -> list[str]:
 
 
 def local_address(peer: str) -> str:
-    """Our own IP address on the way to host `peer`: what gloo binds to, whatever the machine's name resolves to."""
+    """Our own IP address on the route to host `peer`. gloo binds to it, whatever the machine's name resolves to."""
     family, _, _, _, address = socket.getaddrinfo(peer, 1, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)  # sends nothing
@@ -44,7 +44,7 @@ def local_address(peer: str) -> str:
 
 
 class Channel(Protocol):
-    """What is used of torch's process groups."""
+    """The part of torch's process groups that we use."""
 
     def send(self, tensors: list[Tensor], rank: int, tag: int, /) -> dist.Work:
         """Send one tensor to `rank`."""
@@ -55,13 +55,13 @@ class Channel(Protocol):
         ...
 
     def abort(self) -> None:
-        """Give up what is under way."""
+        """Abort the transfers under way."""
         ...
 
 
 def store_at(host: str, port: int, timeout_s: float, listener: socket.socket | None = None) -> Store:
     """A connection to the key-value store at `host:port`; with a listening socket, the store itself."""
-    store: Store = dist.TCPStore(  # type: ignore[attr-defined]  # there, though torch does not say so
+    store: Store = dist.TCPStore(  # type: ignore[attr-defined]  # it exists, but torch does not declare it
         host,
         port,
         is_master=listener is not None,
@@ -78,47 +78,48 @@ class Meeting:
 
     host: str
     port: int
-    """Of the key-value store. Each group has its own connection: a wait blocks all that share one."""
+    """The port of the key-value store. Each group has its own connection, since a wait blocks all users of one."""
     name: str
-    """Of the group, unique in the store."""
+    """The group's name, unique in the store."""
     rank: int
     backend: str
     address: str
-    """Our own, as the peer reaches it."""
+    """Our own address, as the peer reaches it."""
     device: torch.device
     timeout_s: float
 
 
 class Group:
-    """Moves bytes between the two, one transfer at a time and in order. Any failure ends the group."""
+    """Moves bytes between the two processes, one transfer at a time and in order. Any failure closes the group."""
 
     def __init__(self, meeting: Meeting) -> None:
         self.name = meeting.name
         self.device = meeting.device if meeting.backend == NCCL else torch.device("cpu")
-        """Where its buffers lie."""
+        """The device of its buffers."""
         self.broken = False
         self.failed = False
-        """Whether it broke by itself, rather than being closed."""
+        """Whether it broke, rather than being closed."""
         self._timeout = timedelta(seconds=meeting.timeout_s)
         self._thread = ThreadPoolExecutor(1, f"group-{meeting.name}")
         self._spare: list[Tensor] = []
         self._channel: Channel | None = None
         self._joined = asyncio.ensure_future(self._on_thread(lambda: self._join(meeting)))
-        self._joined.add_done_callback(lambda task: None if task.cancelled() else task.exception())  # told by who awaits it
+        # Retrieved, so that asyncio does not report it; `joined` raises it.
+        self._joined.add_done_callback(lambda task: None if task.cancelled() else task.exception())
 
     async def joined(self) -> None:
-        """Wait until both processes are there. Raises Unavailable."""
+        """Wait until both processes have joined. Raises Unavailable."""
         await asyncio.shield(self._joined)
         if self.broken:
             raise Unavailable(f"process group {self.name} broke")
 
     async def run(self, move: Callable[[Channel], dist.Work]) -> None:
-        """Do one `move` and wait for its end. It is never left half done: cancelled, it goes on. Raises Unavailable."""
+        """Run one `move` and wait for its end. The move itself goes on if the caller is cancelled. Raises Unavailable."""
         await self.joined()
         await asyncio.shield(self._on_thread(lambda: self._wait(move)))
 
     def buffer(self, size: int) -> Tensor:
-        """At least `size` bytes, uint8; memory that was used before is cheaper than new."""
+        """A buffer of at least `size` bytes, uint8; a reused one is preferred, since it is cheaper than new memory."""
         for i, spare in enumerate(self._spare):
             if spare.numel() >= size:
                 return self._spare.pop(i)
@@ -126,11 +127,11 @@ class Group:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def recycle(self, buffer: Tensor) -> None:
-        """Keep a buffer for the next transfer."""
+        """Keep a buffer for a later transfer."""
         self._spare.append(buffer)
 
     def close(self) -> None:
-        """Leave. A transfer under way fails at the other end, and here."""
+        """Leave the group. A transfer under way fails at both ends."""
         self.broken = True
         self._spare.clear()
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -141,7 +142,7 @@ class Group:
     async def _on_thread(self, work: Callable[[], T]) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        except RuntimeError as error:  # of torch: a timeout, a connection that broke; of the executor: it is closed
+        except RuntimeError as error:  # from torch: a timeout or a broken connection; from the executor: it is closed
             self.failed = self.failed or not self.broken
             self.close()
             reason = str(error).partition("\n")[0]
@@ -160,7 +161,7 @@ class Group:
             gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=meeting.address)]
             gloo._timeout = self._timeout
             self._channel = cast(Channel, dist.ProcessGroupGloo(store, meeting.rank, 2, gloo))
-        if self.broken:  # closed while the two met
+        if self.broken:  # closed while the two processes joined
             self.close()
             raise RuntimeError("it is closed")
 

@@ -1,4 +1,4 @@
-"""Shared memory without names, the worker's part: it takes segments from contexts (see `segments`)."""
+"""The worker's side of shared memory without names: it receives segments from contexts (see `segments`)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from twotower.transport.segments import NUMBER, map_segment, peer_uid
 log = logging.getLogger(__name__)
 
 BACKLOG = 128
-ACCEPT_AGAIN_S = 0.5
+ACCEPT_RETRY_S = 0.5
 
 
 class SegmentInbox:
-    """A listening socket, and the segments that came in. Make it in a running event loop, and use it there only."""
+    """A listening socket, and the segments received on it. Make it in a running event loop, and use it there only."""
 
     def __init__(self) -> None:
         self.address = f"twotower-{secrets.token_hex(16)}"
-        """Of the abstract unix socket."""
+        """The address of the abstract unix socket."""
         self._loop = asyncio.get_running_loop()
         self._segments: dict[int, tuple[socket.socket, Tensor]] = {}
         self._connections: set[socket.socket] = set()
-        self._unsaid: dict[socket.socket, deque[int]] = {}
-        """Numbers to give back, where a context has not read for hundreds of them."""
+        self._unsent: dict[socket.socket, deque[int]] = {}
+        """Segment numbers that could not be sent back yet, because the context has not read hundreds of earlier ones."""
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.setblocking(False)
         self._listener.bind("\0" + self.address)
@@ -39,7 +39,7 @@ class SegmentInbox:
 
     def segment(self, number: int) -> Tensor:
         """A segment's memory, (size,) uint8. Raises Incompatible."""
-        if number not in self._segments:  # sent before the message that led us here, but perhaps not looked at
+        if number not in self._segments:  # sent before the message that names it, but perhaps not read yet
             self._accept()
             for connection in list(self._connections):
                 self._read(connection)
@@ -47,33 +47,33 @@ class SegmentInbox:
             raise Incompatible(f"tensors.place: no segment {number} has come from a context")
         return self._segments[number][1]
 
-    def give_back(self, number: int) -> None:
-        """The segment has been read."""
+    def release(self, number: int) -> None:
+        """Report to the context that the segment has been read."""
         connection, _ = self._segments.get(number, (None, None))
         if connection is None:
             return
-        unsaid = self._unsaid.setdefault(connection, deque())
-        unsaid.append(number)
-        if len(unsaid) == 1:
-            self._say(connection)
+        unsent = self._unsent.setdefault(connection, deque())
+        unsent.append(number)
+        if len(unsent) == 1:
+            self._send_waiting(connection)
 
-    def _say(self, connection: socket.socket) -> None:
-        """Send numbers as far as the connection takes them; the rest when it can."""
-        unsaid = self._unsaid[connection]
-        while unsaid:
+    def _send_waiting(self, connection: socket.socket) -> None:
+        """Send numbers as far as the connection takes them now, and the rest later."""
+        unsent = self._unsent[connection]
+        while unsent:
             try:
-                connection.send(NUMBER.pack(unsaid[0]))
+                connection.send(NUMBER.pack(unsent[0]))
             except BlockingIOError:
-                self._loop.add_writer(connection, self._say, connection)
+                self._loop.add_writer(connection, self._send_waiting, connection)
                 return
             except OSError:  # the context has gone, which `_read` sees at the connection's end
                 break
-            unsaid.popleft()
-        del self._unsaid[connection]
+            unsent.popleft()
+        del self._unsent[connection]
         self._loop.remove_writer(connection)
 
     def close(self) -> None:
-        """Give everything back. Memory that is still being read stays mapped until that is over."""
+        """Release everything. Memory that is still being read stays mapped until that is over."""
         for connection in list(self._connections):
             self._leave(connection)
         if self._listener.fileno() >= 0:  # closing twice is no error
@@ -90,10 +90,10 @@ class SegmentInbox:
                 connection, _ = self._listener.accept()
             except BlockingIOError:  # no more
                 return
-            except OSError as error:  # no file descriptors are left: some may be later
+            except OSError as error:  # no file descriptors are left now, but some may be freed later
                 log.warning("a context's shared memory cannot be taken now: %s", error)
                 self._loop.remove_reader(self._listener)
-                self._loop.call_later(ACCEPT_AGAIN_S, self._listen)
+                self._loop.call_later(ACCEPT_RETRY_S, self._listen)
                 return
             if peer_uid(connection) != os.geteuid():
                 connection.close()
@@ -103,7 +103,7 @@ class SegmentInbox:
             self._loop.add_reader(connection, self._read, connection)
 
     def _read(self, connection: socket.socket) -> None:
-        """Take all messages that are there: a number with a descriptor is a new segment, without one it is to be forgotten."""
+        """Read all waiting messages: a number with a descriptor is a new segment, a number alone is one to forget."""
         while connection in self._connections:
             try:
                 message, fds, _, _ = socket.recv_fds(connection, NUMBER.size, 1)
@@ -126,7 +126,7 @@ class SegmentInbox:
     def _leave(self, connection: socket.socket) -> None:
         self._loop.remove_reader(connection)
         self._loop.remove_writer(connection)
-        self._unsaid.pop(connection, None)
+        self._unsent.pop(connection, None)
         self._connections.discard(connection)
         connection.close()
         for number in [number for number, (owner, _) in self._segments.items() if owner is connection]:

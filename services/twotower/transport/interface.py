@@ -1,4 +1,4 @@
-"""What every transport offers: a context's end that sends, and a worker's end that receives, one of each for a link."""
+"""The interface of every transport: a context's end that sends and a worker's end that receives, one of each per link."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from twotower.transport.layout import check_placed, layout_of, off_loop, unpack
 from twotower.wire.frames import FrameAssembler, Key, Spec
 
 Header = Callable[[link_pb2.Placed | None], link_pb2.ContextMessage]
-"""Makes the message that tensors belong to, from where they lie; None: in the frames behind it."""
+"""Makes the message that announces tensors, from their place; None: they follow in frames."""
 Write = Callable[[link_pb2.ContextMessage], Awaitable[None]]
 """Writes to the link's stream."""
 ReadFrames = Callable[[], Awaitable[link_pb2.ContextMessage | None]]
@@ -32,23 +32,23 @@ class Outlet(ABC):
     async def send(self, tensors: Sequence[tuple[Key, Tensor]], header: Header, write: Write) -> None:
         """Write the header, and send the tensors behind or beside it.
 
-        The tensors must not change meanwhile. Raises Unavailable when the worker cannot be reached any more.
+        The tensors must not change meanwhile. Raises Unavailable when the worker can no longer be reached.
         """
 
     @abstractmethod
     async def close(self) -> None:
-        """The link is over. What the worker may still be reading is never written again."""
+        """End this side of the link. Memory that the worker may still be reading is never written again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """One transfer's tensors, good until they are released."""
+    """One transfer's tensors, valid until they are released."""
 
     tensors: Mapping[Key, Tensor]
     size: int
     """Bytes of all tensors."""
     release: Callable[[], None]
-    """Call it once, in the event loop, when nobody reads the tensors any more."""
+    """Call it once, in the event loop, when nothing reads the tensors any more."""
 
 
 class Inlet(ABC):
@@ -58,7 +58,7 @@ class Inlet(ABC):
 
     @abstractmethod
     async def fetch(self, placed: link_pb2.Placed) -> Tensor:
-        """The bytes at that place, (length,) uint8. Raises Incompatible, Unavailable."""
+        """The bytes at `placed`, (length,) uint8. Raises Incompatible, Unavailable."""
 
     @abstractmethod
     def release(self, placed: link_pb2.Placed) -> None:
@@ -66,15 +66,15 @@ class Inlet(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """The link is over."""
+        """End this side of the link."""
 
     async def receive(
         self, placed: link_pb2.Placed | None, expected: Mapping[Key, Spec], device: torch.device, read: ReadFrames
     ) -> Received:
-        """The tensors that a header announced, on `device`; on the CPU they are views of what came.
+        """The tensors that a header announced, on `device`; on the CPU they are views of the received bytes.
 
-        placed: where they lie; None: in frames, which `read` gets. Raises Incompatible, naming what does not fit, and
-        Unavailable when the other end has gone.
+        placed: where they lie; None: in frames, which `read` returns. Raises Incompatible, naming the tensor that does not
+        fit, and Unavailable when the other end has gone.
         """
         layout = layout_of(tuple(expected.items()))
         if placed is None:

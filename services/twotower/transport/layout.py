@@ -1,4 +1,4 @@
-"""Many tensors in one buffer: where each lies, and the check that they are what the model's config expects."""
+"""Many tensors in one buffer: where each lies, and the check that they match the model's config."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from twotower.wire.frames import DTYPE_TO_PB, Key, Spec, check_frame, describe, 
 T = TypeVar("T")
 
 ALIGNMENT = 64
-"""Bytes; every tensor begins at a multiple."""
+"""Bytes; every tensor begins at a multiple of this."""
 
 INLINE_BYTES = 1024 * 1024
-"""Copying less than this within a CPU's memory takes no longer than handing it to a thread."""
+"""Copying fewer bytes than this within a CPU's memory takes no longer than handing the copy to a thread."""
 
 
 class Part(NamedTuple):
@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
 
 class Layout:
-    """Places for a set of tensors, and the message that describes them: made once, and used for every block."""
+    """The places of a set of tensors, and the message that describes them: made once, and used for every block."""
 
     def __init__(self, specs: Sequence[tuple[Key, Spec]]) -> None:
         parts, offset = [], 0
@@ -40,11 +40,11 @@ class Layout:
             parts.append(Part(key, spec, offset))
             offset += _padded(num_bytes(spec))
         self.parts: Sequence[Part] = parts
-        """In the order given."""
+        """In the order of the tensors."""
         self.length = offset
-        """Bytes of the buffer."""
+        """The buffer's bytes."""
         self.size = sum(num_bytes(spec) for _, spec in specs)
-        """Bytes of all tensors."""
+        """The tensors' bytes, without padding."""
         self._placed = link_pb2.Placed(
             length=offset,
             tensors=[
@@ -54,27 +54,27 @@ class Layout:
         )
 
     def placed(self, place: int) -> link_pb2.Placed:
-        """The tensors at `place`, for the worker."""
+        """The message that tells the worker of tensors at `place`."""
         placed = link_pb2.Placed()
         placed.CopyFrom(self._placed)
         placed.place = place
         return placed
 
-    def is_that_of(self, placed: link_pb2.Placed) -> bool:
-        """Whether `placed` says just this."""
+    def describes(self, placed: link_pb2.Placed) -> bool:
+        """Whether `placed` describes exactly this layout."""
         return bool(placed.length == self.length and placed.tensors == self._placed.tensors)
 
 
 layout_of = lru_cache(maxsize=64)(Layout)
-"""`Layout`, of a tuple: the few that are in use are kept."""
+"""Makes a `Layout` from a tuple, and keeps the few that are in use."""
 
 
 async def off_loop(size: int, device: torch.device, work: Callable[[], T]) -> T:
-    """Do `work`, which copies `size` bytes from or to `device`, where it does not hold up the event loop.
+    """Run `work`, which copies `size` bytes from or to `device`, where it does not hold up the event loop.
 
-    It is over when this returns, cancelled or not: what it reads and writes may then be given to others.
+    The copy has ended when this returns, cancelled or not: its memory may then be reused.
     """
-    if size < (INLINE_BYTES if device.type == "cpu" else 1):  # any other copy waits for what its device computes
+    if size < (INLINE_BYTES if device.type == "cpu" else 1):  # a copy from or to another device waits for its computations
         return work()
     task = asyncio.ensure_future(asyncio.to_thread(work))
     cancelled: asyncio.CancelledError | None = None
@@ -89,17 +89,17 @@ async def off_loop(size: int, device: torch.device, work: Callable[[], T]) -> T:
 
 
 def device_of(tensors: Sequence[tuple[Key, Tensor]]) -> torch.device:
-    """Where they are, all of them."""
+    """The device that holds all of the tensors."""
     return tensors[0][1].device if tensors else torch.device("cpu")
 
 
 def lay_out(tensors: Sequence[tuple[Key, Tensor]]) -> Layout:
-    """A place for each tensor, in order."""
+    """The layout of these tensors, in order."""
     return layout_of(tuple((key, Spec(tensor.dtype, tuple(tensor.shape))) for key, tensor in tensors))
 
 
 def pack(tensors: Sequence[tuple[Key, Tensor]], parts: Sequence[Part], buffer: Tensor) -> None:
-    """Copy tensors to their places in `buffer` (bytes,) uint8, each once; from another device, all at once."""
+    """Copy tensors to their places in `buffer` (bytes,) uint8; from another device, all in one copy."""
     source = device_of(tensors) if tensors else buffer.device
     there = buffer if source == buffer.device else torch.empty_like(buffer, device=source)
     for (_, tensor), part in zip(tensors, parts, strict=True):
@@ -114,8 +114,8 @@ def unpack(parts: Sequence[Part], buffer: Tensor) -> dict[Key, Tensor]:
 
 
 def check_placed(placed: link_pb2.Placed, expected: Mapping[Key, Spec], usual: Layout) -> Sequence[Part]:
-    """The places of exactly the expected tensors, as a rule in the `usual` layout. Raises Incompatible, naming what differs."""
-    if usual.is_that_of(placed):
+    """The places of exactly the expected tensors, normally the `usual` layout's. Raises Incompatible, naming the difference."""
+    if usual.describes(placed):
         return usual.parts
     most = sum(_padded(num_bytes(spec)) for spec in expected.values())
     if not 0 <= placed.length <= most:

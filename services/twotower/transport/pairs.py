@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 MAX_FAILED = 256
-"""Pairs that are remembered as failing. A worker's process has a name of its own, so that there is no end of names."""
+"""The most failed pairs that are remembered. Every worker process has a new name, so that their number has no bound."""
 
 
 class ContextPairs:
-    """A context's open groups, one for each link, and the store where the two ends of each meet."""
+    """A context's open groups, one for each link, and the store through which the two ends of each find each other."""
 
     def __init__(self, host: str, device: torch.device, config: TransportConfig) -> None:
         """host: the address to listen on, for the store."""
@@ -37,15 +37,15 @@ class ContextPairs:
 
     @property
     def open(self) -> int:
-        """Groups that links use."""
+        """The number of groups in use."""
         return len(self._groups)
 
     def failed(self, peer: str, backend: str) -> bool:
-        """Whether a group with that worker broke before anything went through."""
+        """Whether a group with that worker broke before any transfer was completed."""
         return (peer, backend) in self._failed
 
     def attach(self, peer: str, backend: str, grpc_peer: str) -> tuple[DistOutlet, link_pb2.TransportChoice]:
-        """An outlet to the worker process `peer`, which called from `grpc_peer`, and what it must know to join."""
+        """An outlet to the worker process `peer`, which called from `grpc_peer`, and the message from which it can join."""
         group = Group(self._meeting(backend, _host_of(grpc_peer)))
         self._groups.add(group)
 
@@ -62,7 +62,7 @@ class ContextPairs:
         return DistOutlet(group, closed), choice
 
     def close(self) -> None:
-        """Drop all groups."""
+        """Close all groups."""
         for group in self._groups:
             group.close()
         self._groups.clear()
@@ -74,7 +74,7 @@ class ContextPairs:
         return Meeting(self._store_host, self._store_port, name, CONTEXT_RANK, backend, address, self._device, timeout_s)
 
     def _listen(self) -> None:
-        """Open the store, which is there from the first group on."""
+        """Open the store, unless an earlier group did."""
         if self._store is None:
             listener = listening_socket(self._host, 0, "--host")
             address, self._store_port = listener.getsockname()[:2]

@@ -1,10 +1,10 @@
-"""Shared memory without names, the context's part: it makes segments, hands them to workers, and uses them again.
+"""The context's side of shared memory without names: it makes segments, hands them to workers, and reuses them.
 
 A segment is a memfd. It reaches the worker's process over an abstract unix socket, so there is nothing in /dev/shm, nothing
-to unlink, and no limit of a container's /dev/shm: when the last of the two processes ends, however it ends, the kernel
+to unlink, and no limit of a container's /dev/shm: when the last of the two processes ends, in whatever way, the kernel
 frees the memory. On the connection, the context sends a segment's number with its file descriptor (take this) or
-without (forget this), and the worker sends numbers back (I have read this). An end of the connection is the end of
-either process.
+without (forget this), and the worker sends numbers back (I have read this). The end of the connection means that
+either process has ended.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SMALLEST = 1 << 20
 
 
 def map_segment(fd: int, size: int) -> Tensor:
-    """The memory behind `fd`, (size,) uint8. It stays mapped as long as a view of it lives."""
+    """The memory of `fd`, (size,) uint8. It stays mapped as long as a view of it exists."""
     return torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
 
 
@@ -41,7 +41,7 @@ def peer_uid(connection: socket.socket) -> int:
 
 
 class Segment:
-    """A piece of shared memory; its pages are taken when they are first written."""
+    """A piece of shared memory; the system allocates its pages when they are first written."""
 
     def __init__(self, size: int) -> None:
         self.number = secrets.randbits(64)
@@ -56,7 +56,7 @@ class Segment:
 
 
 class SegmentPool:
-    """All segments of a context, for all its workers, at most `limit` bytes of them. Use it in the event loop only."""
+    """All segments of a context, for all its workers, at most `limit` bytes. Use it in the event loop only."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -64,11 +64,11 @@ class SegmentPool:
 
     @property
     def used(self) -> int:
-        """Bytes of all segments."""
+        """The bytes of all segments."""
         return sum(peer.used for peer in self._peers.values())
 
     def connect(self, address: str) -> PeerSegments | None:
-        """What the worker that listens at abstract unix socket `address` has; None if it is not to be reached from here."""
+        """The segments of the worker that listens at abstract unix socket `address`; None if it cannot be reached from here."""
         known = self._peers.get(address)
         if known is not None and not known.closed:
             return known
@@ -85,24 +85,24 @@ class SegmentPool:
         return peer
 
     def make_room(self, size: int) -> bool:
-        """Drop segments that no one reads until `size` bytes fit; False if they cannot."""
+        """Drop segments that no worker reads until `size` bytes fit; returns False if they cannot."""
         for peer in list(self._peers.values()):
             while self.used + size > self._limit and peer.drop_free():
                 pass
         return self.used + size <= self._limit
 
     def forget(self, address: str) -> None:
-        """The worker has gone."""
+        """Forget the segments of a worker that has gone."""
         self._peers.pop(address, None)
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release all segments."""
         for peer in list(self._peers.values()):
             peer.close()
 
 
 class PeerSegments:
-    """The segments that one worker's process holds, too."""
+    """The segments that are shared with one worker process."""
 
     def __init__(self, pool: SegmentPool, address: str, connection: socket.socket) -> None:
         self._pool = pool
@@ -116,14 +116,14 @@ class PeerSegments:
 
     @property
     def used(self) -> int:
-        """Bytes of all its segments."""
+        """The bytes of all its segments."""
         leased = sum(segment.size for segment, _ in self._leased.values())
         return leased + sum(segment.size for segment in self._free.values())
 
     def lease(self, size: int, owner: object) -> Segment | None:
-        """A segment of at least `size` bytes that no one reads, until the worker has read it.
+        """A segment of at least `size` bytes that the worker does not read, leased until the worker has read it.
 
-        None if that were too much memory. Raises Unavailable when the worker has gone.
+        Returns None if that would take too much memory. Raises Unavailable when the worker has gone.
         """
         self._read()  # what the worker has given back by now
         if self.closed:
@@ -139,12 +139,13 @@ class PeerSegments:
             try:
                 self._send(segment.number, segment.fd)
             finally:
-                os.close(segment.fd)  # the worker has its own, and we the mapping
+                os.close(segment.fd)  # the worker has its own descriptor, and we keep the mapping
         self._leased[segment.number] = segment, owner
         return segment
 
     def drop(self, owner: object) -> None:
-        """Forget what `owner` leased and the worker has not given back: it may read on, and no one will write there again."""
+        """Forget the segments that `owner` leased and the worker has not returned: it may still read them, so they are
+        never written again."""
         self._read()
         for number in [number for number, (_, who) in self._leased.items() if who is owner]:
             self._leased.pop(number, None)
@@ -152,7 +153,7 @@ class PeerSegments:
                 self._send(number)
 
     def drop_free(self) -> bool:
-        """Forget one segment that no one reads; False if there is none."""
+        """Forget one segment that the worker does not read; returns False if there is none."""
         self._read()  # what the worker has given back by now
         if not self._free:
             return False
@@ -162,7 +163,7 @@ class PeerSegments:
         return True
 
     def close(self) -> None:
-        """Forget all segments; the worker learns of it. What is still being written stays mapped until that is over."""
+        """Forget all segments, and let the worker know. Memory that is still being written stays mapped until that is over."""
         if not self.closed:
             self.closed = True
             self._loop.remove_reader(self._connection)
@@ -176,12 +177,12 @@ class PeerSegments:
             return
         try:
             socket.send_fds(self._connection, [NUMBER.pack(number)], fds)
-        except OSError as error:  # it has gone, or has not read for hundreds of messages
+        except OSError as error:  # the worker has gone, or has hundreds of unread messages
             self.close()
             raise Unavailable(f"the worker cannot be reached by shared memory: {error}") from None
 
     def _read(self) -> None:
-        """Take all messages that are there: numbers of segments that have been read."""
+        """Read all waiting messages: numbers of segments that the worker has read."""
         while not self.closed:
             try:
                 message = self._connection.recv(NUMBER.size)

@@ -1,4 +1,4 @@
-"""The `shm` transport: tensors are written once into memory that the worker reads in place."""
+"""The `shm` transport: the context writes tensors once into memory that the worker reads in place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from twotower.wire.frames import Key
 
 
 class ShmOutlet(Outlet):
-    """Leases a segment for every transfer, until the worker has read it; without room for one, it sends frames."""
+    """Leases a segment for every transfer until the worker has read it; where there is no room for one, it sends frames."""
 
     kind = TransportKind.SHM
 
@@ -43,7 +43,7 @@ class ShmOutlet(Outlet):
 
 
 class ShmInlet(Inlet):
-    """Reads segments where they are."""
+    """Reads segments in place."""
 
     kind = TransportKind.SHM
 
@@ -51,7 +51,7 @@ class ShmInlet(Inlet):
         self._inbox = inbox
 
     async def fetch(self, placed: link_pb2.Placed) -> Tensor:
-        """See `Inlet`. No byte is moved."""
+        """See `Inlet`. No byte is copied."""
         segment = self._inbox.segment(placed.place)
         if placed.length > segment.numel():
             raise Incompatible(f"tensors.length: {placed.length} in a segment of {segment.numel()} bytes")
@@ -59,7 +59,7 @@ class ShmInlet(Inlet):
 
     def release(self, placed: link_pb2.Placed) -> None:
         """See `Inlet`."""
-        self._inbox.give_back(placed.place)
+        self._inbox.release(placed.place)
 
     async def close(self) -> None:
-        """Segments belong to the process, not to the link."""
+        """Does nothing: segments belong to the process, not to the link."""

@@ -1,1 +1,1 @@
-"""Between our nouns and the messages of proto/: frames for tensors, parameters. No sockets, no sessions."""
+"""Conversion between our types and the messages of proto/: tensors as frames, parameters. No sockets, no sessions."""

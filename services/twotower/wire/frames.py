@@ -1,4 +1,4 @@
-"""Tensors as frames: cut into pieces of a gRPC message, put together again, checked against what is expected."""
+"""Tensors as frames: cut into pieces that fit gRPC messages, reassembled, and checked against their specs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from twotower.errors import Incompatible
 from twotower.internal.v1 import tensor_pb2
 
 MESSAGE_BYTES = 2 * 1024 * 1024
-"""Payload of one message. gRPC was seen fastest at this size."""
+"""Payload of one message. gRPC was the fastest at this size."""
 
 DTYPE_TO_PB = {torch.float32: tensor_pb2.DTYPE_FLOAT32, torch.bfloat16: tensor_pb2.DTYPE_BFLOAT16}
 
 
 class Key(NamedTuple):
-    """Which tensor: its name in the layer, and the layer."""
+    """Identifies a tensor by its name in the layer, and the layer."""
 
     name: str
     layer: int
 
 
 class Spec(NamedTuple):
-    """What a tensor must be."""
+    """The dtype and shape that a tensor must have."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ def to_frames(tensors: Iterable[tuple[Key, Tensor]]) -> Iterator[tensor_pb2.Fram
 
 
 class FrameAssembler:
-    """Collects the frames of an expected set of tensors; refuses what does not fit, naming it."""
+    """Collects the frames of an expected set of tensors; refuses a frame that does not fit, naming its tensor."""
 
     def __init__(self, expected: Mapping[Key, Spec]) -> None:
         self._expected = expected
@@ -62,11 +62,11 @@ class FrameAssembler:
 
     @property
     def complete(self) -> bool:
-        """Whether all tensors are here, to the last byte."""
+        """Whether all tensors have arrived, to the last byte."""
         return self._missing == 0
 
     def add(self, batch: tensor_pb2.FrameBatch) -> None:
-        """Take a message. Raises Incompatible."""
+        """Add a message's frames. Raises Incompatible."""
         for frame in batch.frames:
             key = Key(frame.name, frame.layer)
             spec = check_frame(frame, self._expected)
@@ -103,7 +103,7 @@ class FrameAssembler:
 
 
 def check_frame(frame: tensor_pb2.Frame, expected: Mapping[Key, Spec]) -> Spec:
-    """What the frame's tensor must be, if its header says just that. Raises Incompatible, naming what differs."""
+    """The spec of the frame's tensor, if the frame's header matches it. Raises Incompatible, naming the difference."""
     key = Key(frame.name, frame.layer)
     spec = expected.get(key)
     if spec is None:
@@ -116,10 +116,10 @@ def check_frame(frame: tensor_pb2.Frame, expected: Mapping[Key, Spec]) -> Spec:
 
 
 def describe(key: Key) -> str:
-    """For messages."""
+    """The tensor's name in error messages."""
     return f"frame {key.name!r} of layer {key.layer}"
 
 
 def num_bytes(spec: Spec) -> int:
-    """Of the tensor's elements."""
+    """The bytes of the tensor's elements."""
     return math.prod(spec.shape) * spec.dtype.itemsize

@@ -1,4 +1,4 @@
-"""The handshake between a context and a worker: an incompatible pair refuses each other instead of computing nonsense."""
+"""The handshake between a context and a worker, which refuses an incompatible pair before it computes nonsense."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def make_hello(
     worker_id: str,
     transport: link_pb2.TransportOffer | None = None,
 ) -> link_pb2.Hello:
-    """A worker's first message. Without a transport, tensors come by gRPC."""
+    """A worker's first message. Without a transport offer, tensors come by gRPC."""
     return link_pb2.Hello(
         schema_version=SCHEMA_VERSION,
         checkpoint_id=identity,
@@ -30,10 +30,10 @@ def make_hello(
 
 def check_hello(hello: link_pb2.Hello, identity: str, dtype: torch.dtype) -> None:
     """Raise Incompatible, naming the field, if this worker cannot work with this context."""
-    for field, theirs, ours in (
+    for field, offered, expected in (
         ("schema_version", hello.schema_version, SCHEMA_VERSION),
         ("checkpoint_id", hello.checkpoint_id, identity),
         ("dtype", hello.dtype, DTYPE_TO_PB[dtype]),
     ):
-        if theirs != ours:
-            raise Incompatible(f"{field}: the worker has {theirs!r}, the context {ours!r}")
+        if offered != expected:
+            raise Incompatible(f"{field}: the worker has {offered!r}, the context {expected!r}")

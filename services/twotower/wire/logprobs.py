@@ -1,4 +1,4 @@
-"""Log probabilities as messages, and back. fp32 on both sides, so that the wire changes no bit of them."""
+"""Log probabilities to messages and back. They are fp32 on both sides, so that the wire changes no bit."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from twotower.v1 import inference_pb2
 
 
 def logprobs_to_pb(logprobs: Iterable[TokenLogprob]) -> list[inference_pb2.TokenLogprobs]:
-    """For the wire."""
+    """Convert log probabilities to messages."""
     return [
         inference_pb2.TokenLogprobs(
-            logprob=told.logprob,
-            step=told.step,
-            top=[inference_pb2.TopLogprob(token_id=token, logprob=logprob) for token, logprob in told.top],
+            logprob=entry.logprob,
+            step=entry.step,
+            top=[inference_pb2.TopLogprob(token_id=token, logprob=logprob) for token, logprob in entry.top],
         )
-        for told in logprobs
+        for entry in logprobs
     ]
 
 
 def logprobs_from_pb(messages: Iterable[inference_pb2.TokenLogprobs]) -> tuple[TokenLogprob, ...]:
-    """From the wire; unchecked (see `check_logprobs`)."""
+    """Convert messages to log probabilities, unchecked (see `check_logprobs`)."""
     return tuple(
         TokenLogprob(message.logprob, tuple((top.token_id, top.logprob) for top in message.top), message.step or 1)
         for message in messages
@@ -31,14 +31,14 @@ def logprobs_from_pb(messages: Iterable[inference_pb2.TokenLogprobs]) -> tuple[T
 
 
 def check_logprobs(logprobs: Sequence[TokenLogprob], tokens: int, top: int | None, vocab_size: int) -> None:
-    """Raise Incompatible unless these are the logprobs of so many tokens, each with `top` others; none, if that is None."""
+    """Raise Incompatible unless these are the logprobs of `tokens` tokens, each with `top` alternatives; with None, of none."""
     wanted = 0 if top is None else tokens
     if len(logprobs) != wanted:
         raise Incompatible(f"done.logprobs: {len(logprobs)}, where {wanted} are due")
-    for told in logprobs:
-        if len(told.top) != top:
-            raise Incompatible(f"done.logprobs.top: {len(told.top)} tokens at a place, where {top} are due")
-        if not all(math.isfinite(logprob) for logprob in (told.logprob, *(logprob for _, logprob in told.top))):
+    for entry in logprobs:
+        if len(entry.top) != top:
+            raise Incompatible(f"done.logprobs.top: {len(entry.top)} tokens at a place, where {top} are due")
+        if not all(math.isfinite(logprob) for logprob in (entry.logprob, *(logprob for _, logprob in entry.top))):
             raise Incompatible("done.logprobs: one is not finite")
-        if any(not 0 <= token < vocab_size for token, _ in told.top):
+        if any(not 0 <= token < vocab_size for token, _ in entry.top):
             raise Incompatible(f"done.logprobs.top: a token is outside the vocabulary [0, {vocab_size})")

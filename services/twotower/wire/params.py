@@ -1,4 +1,4 @@
-"""Generation parameters as messages, and back."""
+"""Generation parameters to messages and back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NO_LOGPROBS = -1
 
 
 def params_to_pb(params: GenerationParams) -> link_pb2.Params:
-    """For the wire. Mock-AR never leaves a process."""
+    """Convert parameters to a message. Mock-AR has none, since it never leaves a process."""
     return link_pb2.Params(
         mode=MODE_TO_PB[params.mode],
         max_tokens=params.max_tokens,
@@ -47,7 +47,7 @@ def params_to_pb(params: GenerationParams) -> link_pb2.Params:
 
 
 def params_from_pb(message: link_pb2.Params) -> GenerationParams:
-    """From the wire; unchecked (see `check_request`)."""
+    """Convert a message to parameters, unchecked (see `check_request`)."""
     return GenerationParams(
         mode=MODE_FROM_PB.get(message.mode, Mode.DIFFUSION),
         max_tokens=message.max_tokens,
@@ -65,12 +65,12 @@ def params_from_pb(message: link_pb2.Params) -> GenerationParams:
 
 
 def draft_use_to_pb(use: DraftUse) -> inference_pb2.DraftUse | None:
-    """For the wire; None, an absent field, where nothing is counted."""
+    """Convert counts to a message; None, an absent field, where nothing was counted."""
     if use == DraftUse():
         return None
     return inference_pb2.DraftUse(drafted=use.drafted, accepted=use.accepted, context_forwards=use.context_forwards)
 
 
 def draft_use_from_pb(message: inference_pb2.DraftUse) -> DraftUse:
-    """From the wire."""
+    """Convert a message to counts."""
     return DraftUse(message.drafted, message.accepted, message.context_forwards)

@@ -1,6 +1,6 @@
-"""A session's state and its deltas as named tensors: what a worker receives, and how it becomes a state again.
+"""A session's state and its deltas as named tensors, and the way back to a state on the worker.
 
-Of a conv tail only the K - 1 columns travel that the next position reads; the oldest is zero on the worker.
+Only the K - 1 columns of a conv tail that the next position reads are sent; the oldest is zero on the worker.
 State, per layer: Mamba ``conv ssm`` and ``a`` (the context tower's decay rates, needed to apply deltas),
 attention ``k v``. Deltas of a commit, per layer, with the rows' axis in front: Mamba ``x b dt conv``, attention ``k v`` of the
 committed tokens.
@@ -36,7 +36,7 @@ def state_tensors(state: ContextState, decay_rates: Mapping[int, Tensor]) -> Ite
 
 @lru_cache(maxsize=64)
 def state_spec(config: ModelConfig, dtype: torch.dtype, length: int) -> Mapping[Key, Spec]:
-    """What a state of `length` tokens consists of."""
+    """The tensors of a state of `length` tokens."""
     spec: dict[Key, Spec] = {}
     for i in config.layers_of(MAMBA):
         spec[Key("conv", i)] = Spec(dtype, (config.conv_dim, config.conv_kernel - 1))
@@ -46,7 +46,7 @@ def state_spec(config: ModelConfig, dtype: torch.dtype, length: int) -> Mapping[
 
 
 def fill_state(state: ContextState, tensors: Mapping[Key, Tensor], length: int) -> dict[int, Tensor]:
-    """Put tensors that fit `state_spec` into `state`; returns the context's decay rates."""
+    """Copy tensors that match `state_spec` into `state`; returns the context's decay rates."""
     for i, mamba in state.mamba.items():
         mamba.conv.copy_(_whole_tail(tensors[Key("conv", i)]))
         mamba.ssm.copy_(tensors[Key("ssm", i)])
@@ -71,7 +71,7 @@ def delta_tensors(deltas: DeltaBatch) -> list[tuple[Key, Tensor]]:
 
 @lru_cache(maxsize=256)
 def delta_spec(config: ModelConfig, dtype: torch.dtype, rows: int, length: int) -> Mapping[Key, Spec]:
-    """What the deltas of `rows` sessions consist of, `length` tokens each."""
+    """The tensors of the deltas of `rows` sessions, `length` tokens each."""
     spec: dict[Key, Spec] = {}
     for i in config.layers_of(MAMBA):
         spec[Key("x", i)] = Spec(dtype, (rows, length, config.mamba_num_heads, config.mamba_head_dim))
@@ -83,7 +83,7 @@ def delta_spec(config: ModelConfig, dtype: torch.dtype, rows: int, length: int) 
 
 
 def delta_from(tensors: Mapping[Key, Tensor], config: ModelConfig, length: int) -> DeltaBatch:
-    """The deltas, from tensors that fit `delta_spec`."""
+    """The deltas, from tensors that match `delta_spec`."""
     layers: dict[int, ScanFactors | KVDelta] = {
         i: ScanFactors(
             x=tensors[Key("x", i)],

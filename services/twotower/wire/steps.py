@@ -1,4 +1,4 @@
-"""Blocks on their way as messages, and back."""
+"""The steps of blocks under refinement to messages and back."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from twotower.v1 import inference_pb2
 
 
 def step_to_pb(step: BlockStep, block: int = 0) -> inference_pb2.Step:
-    """For the wire."""
+    """Convert a step to a message."""
     return inference_pb2.Step(
         block=block, number=step.number, token_ids=step.token_ids, committed=step.committed, confidence=step.confidence
     )
 
 
 def step_from_pb(message: inference_pb2.Step) -> BlockStep:
-    """From the wire; unchecked."""
+    """Convert a message to a step, unchecked."""
     return BlockStep(message.number, tuple(message.token_ids), tuple(message.committed), tuple(message.confidence))
 
 
 def step_fits(message: inference_pb2.Step, block_size: int, vocab_size: int) -> bool:
-    """Whether the message holds a block of that size."""
+    """Whether the message holds a block of `block_size` tokens of the vocabulary."""
     sizes = {len(message.token_ids), len(message.committed), len(message.confidence)}
     return sizes == {block_size} and all(0 <= token < vocab_size for token in message.token_ids)
