@@ -1,1 +1,1 @@
-"""The prefix cache: states after prompt prefixes that repeat, so that a prompt is read from where it is new."""
+"""The prefix cache: states after prompt prefixes that repeat, so that the prefill of a prompt starts where it is new."""

@@ -1,8 +1,8 @@
-"""Which prefixes repeat: the links that were met, without their states. No torch here.
+"""Which prefixes repeat: the links that prompts had, without their states. No torch here.
 
-A state is worth keeping where prompts part: behind a system prompt, not inside it. Nobody knows that place when
-the first such prompt comes, and a state at every border would cost far more than the tokens it saves. So the links
-of all prompts are remembered, 16 bytes each, and the second prompt shows where it parts from the first.
+A state is worth keeping where prompts diverge: after a system prompt, not inside it. That place is unknown when the
+first such prompt comes, and a state at every border would cost far more than the tokens it saves. So the links of
+all prompts are remembered, 16 bytes each, and the second prompt shows where it diverges from the first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 
 class Borders:
-    """The links met last, at most `limit` of them."""
+    """The most recently seen links, at most `limit` of them."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -22,16 +22,16 @@ class Borders:
         return len(self._met)
 
     def meet(self, chain: Sequence[bytes]) -> int:
-        """Remember a prompt's chain; returns how many of its chunks, from the start, an earlier one had too.
+        """Remember a prompt's chain; returns how many of its chunks, from the start, an earlier prompt had too.
 
-        Where that is more than the cache holds a state for, that border is the one to keep a state of.
+        If that is more than the cache holds a state for, the state at that border is the one to keep.
         """
         repeated = 0
         for link in chain:
             if link not in self._met:
                 break
             repeated += 1
-        # The first link is renewed last: a chain that is forgotten piece by piece loses its end first.
+        # The first link is renewed last, so that a chain loses its end first when it is forgotten piece by piece.
         for link in reversed(chain):
             self._met[link] = None
             self._met.move_to_end(link)

@@ -1,7 +1,7 @@
 """The name of a prompt's prefix: a hash over its chunks, each chained to the one before. No torch here.
 
-Two prompts share a link exactly as far as they share whole chunks of tokens, and their states are of the same
-checkpoint, dtype and chunk size. Only whole chunks have a link: what is left at the end is always read anew.
+Two prompts share links exactly as far as they share whole chunks of tokens, if their states have the same
+checkpoint, dtype and chunk size. Only whole chunks have a link: the tokens after the last one are always read again.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from itertools import islice
 
 LINK_BYTES = 16
 SHORT_BYTES = 8
-"""Of a link, in announcements: there a collision costs a detour, never a wrong state."""
+"""Bytes of a link in announcements, where a collision costs a detour, but never gives a wrong state."""
 
 MAX_ANNOUNCED = 256
-"""Links in an announcement, which is read once a second by each gateway: 4 KB."""
+"""The most links in an announcement, which each gateway reads once a second: 4 KB."""
 
 _PERSON = b"twotower.prefix1"
-"""Keeps these hashes apart from all others; its last letter is the version of what is hashed."""
+"""Keeps these hashes apart from all others; its last character is the version of the hashed content."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChainSpec:
-    """What a chain depends on besides the tokens."""
+    """Everything besides the tokens that a chain depends on."""
 
     identity: str
-    """Of the checkpoint."""
+    """The checkpoint's identity."""
     dtype: str
-    """Of weights, conv tails and KV: float32 or bfloat16."""
+    """The dtype of weights, conv tails and KV: float32 or bfloat16."""
     chunk_tokens: int
     """Tokens of a chunk, at least 1."""
 
     @property
     def root(self) -> bytes:
-        """What the first chunk is chained to."""
+        """The link to which the first chunk is chained."""
         # As JSON, no two specs have the same bytes.
-        told = json.dumps([self.identity, self.dtype, self.chunk_tokens]).encode()
-        return hashlib.blake2b(told, digest_size=LINK_BYTES, person=_PERSON).digest()
+        spec = json.dumps([self.identity, self.dtype, self.chunk_tokens]).encode()
+        return hashlib.blake2b(spec, digest_size=LINK_BYTES, person=_PERSON).digest()
 
     def chain(self, tokens: Sequence[int]) -> list[bytes]:
         """One link (16 bytes) for each whole chunk of `tokens`: the i-th names the first (i + 1) chunks.
@@ -58,7 +58,7 @@ class ChainSpec:
 
 
 def short(link: bytes) -> bytes:
-    """A link as it is announced."""
+    """The short form of a link, for announcements."""
     return link[:SHORT_BYTES]
 
 
@@ -68,7 +68,7 @@ def pack_links(links: Iterable[bytes]) -> str:
 
 
 def unpack_links(packed: str) -> frozenset[bytes]:
-    """The short forms in an announcement; none if it is no such announcement."""
+    """The short forms in an announcement; an empty set if `packed` is no such announcement."""
     try:
         raw = bytes.fromhex(packed)
     except ValueError:

@@ -1,9 +1,9 @@
-"""Which prefixes a tier holds, and which of them go when room is needed: a segmented LRU. No torch, no Redis.
+"""Which prefixes a tier holds, and which of them are evicted when it is full: a segmented LRU. No torch, no Redis.
 
-An entry begins on *probation*. When its prefix is met again it becomes *protected*. Room is made on probation first,
-so that prompts which come once, however many, never push out one that repeats. Protected entries may fill all but
-`probation_share` of the bytes; beyond that the one unused for longest goes back on probation, where it has a last
-chance. What they leave free is probation's.
+An entry begins on *probation*, and becomes *protected* when its prefix is seen again. Entries on probation are evicted
+first, so that prompts which come once, however many, never evict one that repeats. Protected entries may fill all but
+`probation_share` of the bytes; beyond that, the least recently used one goes back on probation, where it has a last
+chance. Entries on probation may use all bytes that protected ones leave free.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ V = TypeVar("V")
 
 
 class LruSegment(StrEnum):
-    """Where an entry stands."""
+    """The segment of an entry."""
 
     PROBATION = "probation"
     PROTECTED = "protected"
@@ -28,18 +28,18 @@ class LruSegment(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class IndexEntry(Generic[V]):
-    """A prefix that is held. Only its index changes it."""
+    """A held prefix. Only its index changes it."""
 
     link: bytes
     value: V
     num_bytes: int
     segment: LruSegment
     pins: int = 0
-    """How many use it now; while any does, it stays."""
+    """The number of its present users; it is not evicted while there is one."""
 
 
 class IndexMatch(NamedTuple, Generic[V]):
-    """The longest prefix found."""
+    """The longest prefix that was found."""
 
     chunks: int
     entry: IndexEntry[V]
@@ -48,13 +48,13 @@ class IndexMatch(NamedTuple, Generic[V]):
 @dataclass(slots=True)
 class _LruSegment(Generic[V]):
     idle: OrderedDict[bytes, IndexEntry[V]] = field(default_factory=OrderedDict)
-    """The one unused for longest first."""
+    """Entries without users, the least recently used first."""
     pinned: OrderedDict[bytes, IndexEntry[V]] = field(default_factory=OrderedDict)
     held_bytes: int = 0
     idle_bytes: int = 0
 
     def add(self, entry: IndexEntry[V]) -> None:
-        """As the one used last."""
+        """Add an entry as the most recently used."""
         (self.pinned if entry.pins else self.idle)[entry.link] = entry
         self.held_bytes += entry.num_bytes
         self.idle_bytes += 0 if entry.pins else entry.num_bytes
@@ -65,7 +65,7 @@ class _LruSegment(Generic[V]):
         self.idle_bytes -= 0 if entry.pins else entry.num_bytes
 
     def oldest(self) -> IndexEntry[V] | None:
-        """Of those that nobody uses."""
+        """The least recently used entry without users."""
         return next(iter(self.idle.values()), None)
 
     def newest_first(self) -> Iterator[IndexEntry[V]]:
@@ -74,7 +74,7 @@ class _LruSegment(Generic[V]):
 
 
 class PrefixIndex(Generic[V]):
-    """Entries by link, `capacity` bytes at most. For one thread."""
+    """Entries by link, at most `capacity` bytes. Use it on one thread only."""
 
     def __init__(
         self,
@@ -85,9 +85,9 @@ class PrefixIndex(Generic[V]):
         probation_share: float = 0.2,
         stats: TierStats | None = None,
     ) -> None:
-        """`on_evict` is told of each entry that made room, after it has left; it must not call the index.
+        """`on_evict` is called with each evicted entry, after its removal; it must not call the index.
 
-        `probation_share`: of the bytes, in (0, 1], what protected entries never take from those on probation.
+        `probation_share`: the share of the bytes, in (0, 1], that protected entries leave to those on probation.
         """
         self.capacity = capacity
         self.stats = TierStats() if stats is None else stats
@@ -105,15 +105,15 @@ class PrefixIndex(Generic[V]):
 
     @property
     def held_bytes(self) -> int:
-        """Of all entries."""
+        """The bytes of all entries."""
         return sum(segment.held_bytes for segment in self._segments.values())
 
     def get(self, link: bytes) -> IndexEntry[V] | None:
-        """An entry, which does not count as its use."""
+        """An entry, without counting this as a use of it."""
         return self._entries.get(link)
 
     def longest(self, chain: Sequence[bytes]) -> IndexMatch[V] | None:
-        """The entry that covers most chunks of a prompt, which is protected from now on. Counts a hit or a miss."""
+        """The entry that covers most chunks of a prompt, which becomes protected. Counts a hit or a miss."""
         for chunks in range(len(chain), 0, -1):
             entry = self._entries.get(chain[chunks - 1])
             if entry is not None:
@@ -125,11 +125,11 @@ class PrefixIndex(Generic[V]):
         return None
 
     def put(self, link: bytes, value: V, num_bytes: int, *, protected: bool = False) -> bool:
-        """Hold `value` under `link`; False if it is not taken.
+        """Hold `value` under `link`; returns False if it is not taken.
 
-        That is where room could only be had from entries that are in use or, unless the new one is to be
-        `protected` (its prefix is known to repeat), protected; and where the link is there already, which
-        counts as meeting its prefix again.
+        It is not taken if that would evict entries that are in use or, unless the new one is itself to be `protected`
+        (its prefix is known to repeat), protected ones; nor if the link is there already, which counts as seeing
+        its prefix again.
         """
         if (known := self._entries.get(link)) is not None:
             self._use(known, LruSegment.PROTECTED)
@@ -146,13 +146,13 @@ class PrefixIndex(Generic[V]):
         return True
 
     def pin(self, entry: IndexEntry[V]) -> None:
-        """It is in use, and stays until `unpin` was called as often."""
+        """Add a user of the entry, which is not evicted until `unpin` has been called as often as `pin`."""
         self._segments[entry.segment].remove(entry)
         entry.pins += 1
         self._segments[entry.segment].add(entry)
 
     def unpin(self, entry: IndexEntry[V]) -> None:
-        """One use is over; after the last one, the entry is the one used last."""
+        """Remove a user of the entry; after the last one, the entry counts as the most recently used."""
         if entry.pins < 1:
             raise ValueError("the entry is not pinned")
         self._segments[entry.segment].remove(entry)
@@ -161,11 +161,11 @@ class PrefixIndex(Generic[V]):
         self._settle()
 
     def free(self, num_bytes: int) -> int:
-        """Evict until so many bytes are free that were not, protected entries last; returns how many it were."""
+        """Evict entries of at least `num_bytes` in all, protected ones last; returns the bytes that were freed."""
         return self._evict(num_bytes, tuple(LruSegment))
 
     def newest(self, limit: int) -> list[bytes]:
-        """Links to tell others of: protected entries, then those on probation, each the one used last first."""
+        """Up to `limit` links to announce: protected entries, then those on probation, each the most recently used first."""
         links: list[bytes] = []
         for segment in (LruSegment.PROTECTED, LruSegment.PROBATION):
             for entry in self._segments[segment].newest_first():
@@ -182,7 +182,7 @@ class PrefixIndex(Generic[V]):
         self._settle()
 
     def _settle(self) -> None:
-        """Send back on probation what protected entries have too much, and tell the bytes."""
+        """Move entries back on probation while protected ones hold too many bytes, and update the statistics."""
         protected = self._segments[LruSegment.PROTECTED]
         while protected.held_bytes > self._protected_limit and (entry := protected.oldest()) is not None:
             protected.remove(entry)

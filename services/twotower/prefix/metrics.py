@@ -1,4 +1,4 @@
-"""The prefix cache's counters for Prometheus, read when they are asked for."""
+"""The prefix cache's counters for Prometheus, collected on each scrape."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from twotower.prefix.stats import PrefixStats
 
 
 class PrefixMetrics(Collector):
-    """Tells `stats` to whoever scrapes `registry`."""
+    """Reports `stats` to whoever scrapes `registry`."""
 
     def __init__(self, stats: PrefixStats, registry: CollectorRegistry) -> None:
         self._stats = stats
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        """One sample a tier of each."""
+        """The metrics, with one sample of each per tier."""
         lookups = CounterMetricFamily("twotower_prefix_lookups", "Prefixes looked for", labels=("tier", "result"))
         tokens = CounterMetricFamily("twotower_prefix_hit_tokens", "Prompt tokens that were not read again", labels=("tier",))
         held = GaugeMetricFamily("twotower_prefix_bytes", "Bytes held", labels=("tier",))

@@ -1,7 +1,7 @@
-"""A state at a chunk border as bytes: what only that border has, and the keys and values of each chunk before it.
+"""A state at a chunk border as bytes: the part that only that border has, and the keys and values of each chunk before it.
 
 The keys and values of a chunk are the same for all prefixes that share it, so they are stored once. All are frames
-(see `wire.frames`), in pieces of about 2 MiB, and are checked against what the model's config asks for.
+(see `wire.frames`), in pieces of about 2 MiB, and are checked against the model's config.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from twotower.wire.frames import FrameAssembler, Key, Spec, to_frames
 from twotower.wire.state import state_spec
 
 PAYLOAD_VERSION = 1
-"""Names and layout of frames; part of every key, so that versions never meet."""
+"""The version of the frames' names and layout. It is part of every key, so that versions never mix."""
 
 CPU = torch.device("cpu")
 
 
 class PrefixPayload:
-    """Cuts states of one model into payloads, and puts them together. No Redis here."""
+    """Cuts states of one model into payloads, and reassembles them. No Redis here."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, chunk_tokens: int) -> None:
         self._config = config
@@ -35,7 +35,7 @@ class PrefixPayload:
         self._of_chunk = _kv(state_spec(config, dtype, chunk_tokens))
 
     def size(self, chunks: int) -> int:
-        """Bytes of tensors in a whole state of so many chunks."""
+        """Bytes of the tensors of a whole state of `chunks` chunks."""
         specs = (*self._border.values(), *_kv(state_spec(self._config, self._dtype, chunks * self._chunk)).values())
         return sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in specs)
 
@@ -44,8 +44,8 @@ class PrefixPayload:
         for key, spec in (self._border | _kv(state_spec(self._config, self._dtype, chunks * self._chunk))).items():
             found = tensors.get(key)
             if found is None or Spec(found.dtype, tuple(found.shape)) != spec:
-                told = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
-                raise Incompatible(f"{key.name!r} of layer {key.layer}: {told}, expected {spec.dtype} {list(spec.shape)}")
+                problem = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+                raise Incompatible(f"{key.name!r} of layer {key.layer}: {problem}, expected {spec.dtype} {list(spec.shape)}")
 
     def pack_border(self, tensors: Mapping[Key, Tensor]) -> list[bytes]:
         """Conv tails (conv_dim, K - 1) and S (heads, head_dim, state) of a state that was checked."""
@@ -68,7 +68,7 @@ def _kv(spec: Mapping[Key, Spec]) -> dict[Key, Spec]:
 
 
 def _pack(tensors: Iterable[tuple[Key, Tensor]]) -> list[bytes]:
-    # Never nothing: without attention a chunk has no tensors, but must be there all the same.
+    # Never empty: in a model without attention a chunk has no tensors, but its item must exist all the same.
     return [batch.SerializeToString() for batch in to_frames(tensors)] or [b""]
 
 

@@ -1,8 +1,8 @@
-"""Byte items in Redis, bounded together: the least recently used go first, and all go some time after their last use.
+"""Byte items in Redis with a common bound: the least recently used go first, and every item expires after its last use.
 
-An item is a list of pieces under a key of its own. It is written under another key and becomes an item in one step,
-together with what keeps it within the bounds; so a reader finds all of it or nothing, and of a writer that dies
-nothing is left. Beyond the bound there are only the items that are being written.
+An item is a list of pieces under its own key. It is written under another key and becomes an item in one atomic step,
+which also enforces the bound. So a reader finds all of an item or nothing, and a writer that dies leaves nothing
+behind. Only items that are still being written come on top of the bound.
 
 Beside the items lie two keys: a sorted set, name -> time of last use, and a hash, name -> bytes, with their sum.
 """
@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from twotower.broker.connection import broker_errors
 
 WRITE_MS = 60_000
-"""How long a writer has a name for itself, and how long what it wrote outlives it."""
+"""How long a writer holds the claim to a name, and how long an unfinished item outlives its writer."""
 
 USE = """
 -- ARGV: bytes at most; how long an item lives, ms; what item keys begin with; then for each item that is used, the
@@ -68,19 +68,19 @@ return {evicted, tonumber(redis.call('HGET', sizes, 'total') or 0)}
 
 
 class Usage(NamedTuple):
-    """What came of a use."""
+    """The outcome of a use."""
 
     evicted: int
-    """Items that had to go."""
+    """Items that were evicted."""
     held_bytes: int
-    """Of all items there are."""
+    """The bytes of all items."""
 
 
 class RedisItems:
     """Items under names. Methods raise BrokerUnavailable; `redis` must not decode what it reads."""
 
     def __init__(self, redis: Redis, prefix: str, *, max_bytes: int, ttl_s: float) -> None:
-        """`prefix`: what all keys begin with. `ttl_s`: how long an item lives after its last use."""
+        """`prefix`: the beginning of all keys. `ttl_s`: how long an item lives after its last use."""
         self._redis = redis
         self._prefix = prefix
         self._index = (prefix + "uses", prefix + "sizes")
@@ -88,7 +88,7 @@ class RedisItems:
         self._ttl_ms = round(ttl_s * 1000)
 
     async def present(self, names: Sequence[str]) -> list[bool]:
-        """Which of them are there. Not a use; one command."""
+        """Whether each item exists. This does not count as a use; it takes one command."""
         if not names:
             return []
         with broker_errors():
@@ -96,9 +96,9 @@ class RedisItems:
         return [score is not None for score in scores]
 
     async def read(self, names: Sequence[str]) -> list[list[bytes]]:
-        """Use them: the pieces of each, none of one that is not there. One round trip.
+        """The pieces of each item, none for one that does not exist. This counts as a use; it takes one round trip.
 
-        `names`: the one to live longest first.
+        `names`: the item that is to live longest comes first.
         """
         with broker_errors():
             async with self._redis.pipeline(transaction=False) as pipe:
@@ -109,21 +109,21 @@ class RedisItems:
         return list(answers[1:])
 
     async def claim(self, name: str) -> bool:
-        """Whether no one else is writing what goes by this name; if so, no one will for `WRITE_MS`."""
+        """Claim the writing of an item for `WRITE_MS`; returns False if another writer holds the claim."""
         with broker_errors():
             return bool(await self._redis.set(f"{self._prefix}claim:{name}", 1, nx=True, px=WRITE_MS))
 
     async def write(self, names: Sequence[str], contents: Mapping[str, Iterable[bytes]]) -> Usage:
-        """Use `names`, the one to live longest first, after those in `contents` were written, piece by piece.
+        """Write the items in `contents`, piece by piece, then use `names`, of which the one to live longest comes first.
 
-        What exists by then is not replaced.
+        An item that exists by then is not replaced.
         """
         writer = uuid.uuid4().hex
         written: dict[str, tuple[str, int] | None] = dict.fromkeys(names)
         with broker_errors():
             for name, pieces in contents.items():
                 key, num_bytes = f"{self._prefix}writing:{writer}:{name}", 0
-                for piece in pieces:  # a round trip each: others of the server's clients are let in between
+                for piece in pieces:  # a round trip each, so that the server can serve other clients in between
                     async with self._redis.pipeline(transaction=False) as pipe:
                         pipe.rpush(key, piece)
                         pipe.pexpire(key, WRITE_MS)
@@ -133,10 +133,10 @@ class RedisItems:
             return await self._use(written)
 
     async def drop(self, names: Sequence[str]) -> Usage:
-        """Remove them."""
+        """Remove items."""
         with broker_errors():
             await self._redis.unlink(*map(self._item, names))
-            return await self._use(dict.fromkeys(names))  # which finds that they are gone
+            return await self._use(dict.fromkeys(names))  # which notices that they are gone
 
     async def _use(self, written: Mapping[str, tuple[str, int] | None]) -> Usage:
         answer: Any = await self._redis.eval(USE, 2, *self._index, *self._arguments(written))

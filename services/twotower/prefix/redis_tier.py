@@ -1,7 +1,7 @@
 """The tier that replicas share: states at borders that repeat, in Redis. It never fails a request, and never holds one up.
 
-Whatever goes wrong is a miss: Redis does not answer, or is slow, or gives what does not fit the model. It is then left
-alone for a while, and then tried by one request alone.
+Every problem counts as a miss, whether Redis does not answer, is slow, or returns data that does not fit the model. Redis
+is then not asked for a while, after which a single request tries it again.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RedisTierConfig:
-    """Bounds of the tier."""
+    """The tier's bounds."""
 
     max_bytes: int = 4 * 1024**3
-    """Of all items of one checkpoint, written by whichever replica."""
+    """The most bytes of all items of one checkpoint, whichever replica wrote them."""
     ttl_s: float = 3600.0
     """How long an item lives after its last use."""
     lookup_s: float = 0.25
-    """How long a request waits to hear what is there,"""
+    """How long a request waits for a lookup."""
     load_s: float = 2.0
-    """and for the state itself."""
+    """How long a request waits for the state itself."""
     store_s: float = 30.0
-    """How long a write may take, which nobody waits for."""
+    """How long a write, for which no request waits, may take."""
     delay_s: float = 0.5
-    """How long a write waits first: the request that showed its worth is being served, and should not share its cores."""
+    """How long a write is delayed, so that it does not share cores with the prefill of the request that caused it."""
     max_stores: int = 2
-    """Writes under way, or about to be; one more is left out. Each holds a whole state in memory."""
+    """The most writes that are under way or delayed; one more is skipped. Each holds a whole state in memory."""
     away_s: float = 5.0
     """How long Redis is not asked after it failed to answer."""
 
 
 class RedisTier:
-    """States by chain and number of chunks. No method raises BrokerUnavailable."""
+    """Holds states by chain and number of chunks. No method raises BrokerUnavailable."""
 
     def __init__(
         self, redis: Redis, spec: ChainSpec, model: ModelConfig, dtype: torch.dtype, config: RedisTierConfig, stats: TierStats
     ) -> None:
-        """`redis` must not decode what it reads (see `broker.connection.connect`). `spec`: of the chains it is given."""
+        """`redis` must not decode what it reads (see `broker.connection.connect`). `spec`: that of the chains it is given."""
         prefix = prefix_items(spec.identity, PAYLOAD_VERSION)
         self._items = RedisItems(redis, prefix, max_bytes=config.max_bytes, ttl_s=config.ttl_s)
         self._payload = PrefixPayload(model, dtype, spec.chunk_tokens)
@@ -71,7 +71,7 @@ class RedisTier:
         self.stats = stats
 
     async def longest(self, chain: Sequence[bytes]) -> int:
-        """How many chunks, from the start, there is a state for, with all it needs; 0 if none. One round trip."""
+        """The number of chunks, from the start, for which there is a complete state; 0 if none. It takes one round trip."""
         names = [*map(_chunk, chain), *map(_border, chain)]
         there = await self._ask(lambda: self._items.present(names), self._config.lookup_s)
         found = 0
@@ -84,7 +84,7 @@ class RedisTier:
         return found
 
     async def load(self, chain: Sequence[bytes], chunks: int) -> dict[Key, Tensor] | None:
-        """The state after `chunks` chunks, as `wire.state.state_tensors` names it but for ``a``; None: a miss.
+        """The state after `chunks` chunks, with the names of `wire.state.state_tensors` but without ``a``; None: a miss.
 
         On the CPU: conv (conv_dim, K - 1), ssm (heads, head_dim, state) fp32, k and v (kv_heads, tokens, head_dim).
         """
@@ -106,9 +106,9 @@ class RedisTier:
         return state
 
     def store_later(self, chain: Sequence[bytes], chunks: int, tensors: Mapping[Key, Tensor]) -> bool:
-        """`store` in the background; False if too many are under way.
+        """Run `store` in the background; returns False if too many writes are under way.
 
-        `tensors` must not change any more: of a session that goes on, give copies, since its own are its slot.
+        `tensors` must not change any more: pass copies of a running session's tensors, since these lie in its slot.
         """
         if len(self._stores) >= self._config.max_stores:
             return False
@@ -118,9 +118,9 @@ class RedisTier:
         return True
 
     async def store(self, chain: Sequence[bytes], chunks: int, tensors: Mapping[Key, Tensor]) -> bool:
-        """Write the state after `chunks` chunks (see `load`), less what is there already; whether it was written here.
+        """Write the parts of the state after `chunks` chunks (see `load`) that are missing; returns whether any were written.
 
-        Raises Incompatible if it is no such state.
+        Raises Incompatible if the tensors are no such state.
         """
         self._payload.check(tensors, chunks)
         if self._payload.size(chunks) > self._config.max_bytes:
@@ -134,7 +134,7 @@ class RedisTier:
         return True
 
     async def close(self) -> None:
-        """End what is being written."""
+        """Cancel the writes under way."""
         await end_tasks(*self._stores)
 
     async def _store_soon(self, chain: Sequence[bytes], chunks: int, tensors: Mapping[Key, Tensor]) -> bool:
@@ -142,7 +142,7 @@ class RedisTier:
         return await self.store(chain, chunks, tensors)
 
     async def _store(self, chain: Sequence[bytes], chunks: int, tensors: Mapping[Key, Tensor]) -> Usage | None:
-        """None: it is there, or another replica is at it."""
+        """As `store`; None: the state is there, or another replica is writing it."""
         names = _names(chain, chunks)
         there = await self._items.present(names)
         if there[-1] or not await self._items.claim(names[-1]):
@@ -153,12 +153,12 @@ class RedisTier:
         return await self._items.write(names, contents)
 
     async def _ask(self, question: Callable[[], Awaitable[T]], limit_s: float) -> T | None:
-        """The answer; None if there is none in time, which is logged once until there is one again."""
+        """The answer; None if there is none in time, which is logged once until Redis answers again."""
         clock = asyncio.get_running_loop().time
         if self._away_until is not None:
             if clock() < self._away_until:
                 return None
-            self._away_until = clock() + self._config.away_s  # one request tries; the others need not wait with it
+            self._away_until = clock() + self._config.away_s  # only this request tries; the others do not wait with it
         try:
             async with asyncio.timeout(limit_s):
                 answer = await question()
@@ -188,5 +188,5 @@ def _border(link: bytes) -> str:
 
 
 def _names(chain: Sequence[bytes], chunks: int) -> list[str]:
-    """What a state is made of. Without an early chunk the later ones are worth nothing, so it lives longer."""
+    """The items of a state, the one to live longest first: without an early chunk the later ones are useless."""
     return [*map(_chunk, chain[:chunks]), _border(chain[chunks - 1])]

@@ -1,4 +1,4 @@
-"""What the prefix cache counts, tier by tier. No torch here."""
+"""The prefix cache's statistics, tier by tier. No torch here."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class TierStats:
-    """One tier, since its process started."""
+    """The counts of one tier since its process started."""
 
     hits: int = 0
     """Lookups that found a prefix."""
     misses: int = 0
     hit_tokens: int = 0
-    """Tokens that need not be read again."""
+    """Tokens that were not read again."""
     bytes: int = 0
-    """Held now."""
+    """Bytes held now."""
     evictions: Counter[str] = field(default_factory=Counter)
-    """Entries that made room for others, by segment."""
+    """Evicted entries, by segment."""
     failures: int = 0
-    """Times the tier could not be used, or held what it should not."""
+    """Times the tier could not be used, or held data that does not fit."""
 
     @property
     def hit_ratio(self) -> float:
@@ -31,11 +31,11 @@ class TierStats:
 
 @dataclass(frozen=True, slots=True)
 class PrefixStats:
-    """All tiers of one context replica, by name."""
+    """The counts of all tiers of one context replica, by name."""
 
     tiers: Mapping[str, TierStats]
 
     @classmethod
     def of(cls, *names: str) -> PrefixStats:
-        """Tiers that have counted nothing yet."""
+        """Tiers of these names, with all counts at 0."""
         return cls({name: TierStats() for name in names})

@@ -1,1 +1,1 @@
-"""How services listen, dial and stop: one gRPC server and channel setup, and errors across the wire. No model, no Redis."""
+"""How services listen, dial and stop: the setup of gRPC servers and channels, and errors on the wire. No model, no Redis."""

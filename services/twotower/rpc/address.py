@@ -1,4 +1,4 @@
-"""Addresses to listen on: written the way gRPC reads them, and checked with the operating system's own words."""
+"""Addresses to listen on: written as gRPC reads them, and checked before use, with the operating system's own messages."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def listening_socket(host: str, port: int, option: str) -> socket.socket:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         sock = socket.socket(family, kind, proto)
         try:
-            # A port that only waits out an earlier connection is free; one that somebody listens on is not.
+            # A port in TIME_WAIT after an earlier connection is free; one that a process listens on is not.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
-            sock.listen()  # two may bind a port; the second that listens is refused
+            sock.listen()  # two sockets may bind a port, but the second to listen is refused
         except OSError:
             sock.close()
             raise

@@ -1,9 +1,9 @@
-"""grpc.aio's server, with its accept loop out of reach of what a client sends.
+"""grpc.aio's server, with an accept loop that no client's data can end.
 
 Since grpcio 1.84 that loop itself decodes the path of every call whose method is not registered, so that a path that is not
 UTF-8 ends the loop, and with it the port, for good. Here calls of unknown methods are answered beside the loop, which
-never sees them. This reaches into grpcio's own parts; where they are not as expected (before 1.84, where the path is
-decoded call by call, nothing is wrong), grpcio's server is used as it is. `self_check.py` stands behind both.
+never sees them. This relies on grpcio's internals; where they differ (before 1.84, which decodes each path within its
+own call and needs no guard), grpcio's server is used as it is. `self_check.py` watches over both.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def make_server(
     interceptors: Sequence[grpc.aio.ServerInterceptor],  # type: ignore[type-arg]  # generic in the stubs only
     options: ChannelOptions,
 ) -> grpc.aio.Server:
-    """As `grpc.aio.server`. Services must register their methods, as generated code does; generic handlers are not asked."""
+    """As `grpc.aio.server`. Services must register their methods, as generated code does; generic handlers are ignored."""
     if not GUARDED:
         return grpc.aio.server(interceptors=interceptors, options=options)
     return cast(grpc.aio.Server, _GuardedServer(interceptors, options))
 
 
 class _GuardedServer(aio.Server):
-    """grpc.aio.Server over a core of ours."""
+    """grpc.aio.Server over our own core."""
 
     def __init__(self, interceptors: Sequence[Any], options: ChannelOptions) -> None:
         self._loop = cygrpc.get_working_loop()
@@ -45,7 +45,7 @@ class _GuardedServer(aio.Server):
 
 
 class _NoMethods:
-    """Knows no method."""
+    """A handler that knows no method."""
 
     def resolve_handler(self, details: Any) -> None:
         return None
@@ -61,7 +61,7 @@ class _GuardedCore(cygrpc.AioServer):  # type: ignore[misc]
         return asyncio.get_running_loop().create_task(self._refuse_unknown())
 
     async def _refuse_unknown(self) -> None:
-        """Answer UNIMPLEMENTED to each, until the server stops; ends as grpcio's own wait for a call does."""
+        """Answer each with UNIMPLEMENTED until the server stops; ends like grpcio's own wait for a call."""
         refusals: set[asyncio.Task[None]] = set()
         while True:
             refusal = asyncio.create_task(_refuse(await self._request_call()))
@@ -74,5 +74,5 @@ async def _refuse(call: Any) -> None:
     try:
         answer = cygrpc._handle_rpc(name, _NoMethods(), (), call, loop, False)
         await cygrpc._schedule_rpc_coro(answer, call, loop, name)
-    except Exception as error:  # the call is dropped, which cancels it
+    except Exception as error:  # dropping the call cancels it
         log.debug("a call of an unknown method could not be answered: %r", error)

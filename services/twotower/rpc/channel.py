@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
-"""Fits frame batches of 2 MiB, and a prompt of 262,144 ids, with room to spare."""
+"""Enough for frame batches of 2 MiB, and for a prompt of 262,144 ids, with room to spare."""
 
 KEEPALIVE_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 10_000
@@ -23,12 +23,12 @@ CHANNEL_OPTIONS: ChannelOptions = (
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     ("grpc.http2.max_pings_without_data", 0),
-    # A restarted peer should be found again within about a second, not after gRPC's default of up to two minutes.
+    # A restarted peer is to be found again within about a second, not after gRPC's default of up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    # Addresses are of our own services: never through a proxy that the environment names, never shared with
-    # the backoff of another channel.
+    # Addresses are those of our own services, so no proxy of the environment is used, and channels share no
+    # subchannels, whose backoff would be shared too.
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
 )

@@ -1,4 +1,4 @@
-"""Errors across the wire: TwoTowerError to a gRPC status, and back to the same class on the other side."""
+"""Errors on the wire: TwoTowerError to a gRPC status, and back to the same class on the other side."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from twotower.errors import (
 from twotower.status import STATUS
 
 ERROR_KEY = "twotower-error"
-"""Trailing metadata that names the class, as several classes share a status code."""
+"""Trailing metadata that names the class, since several classes share a status code."""
 
 RETRY_KEY = "retry-after-s"
-"""Trailing metadata of a refusal that is worth another try: after how many seconds."""
+"""Trailing metadata of a refusal that is worth a retry: the seconds to wait before it."""
 
 MAX_DETAILS = 1000
-"""Characters of a message that are sent: headers are small."""
+"""The most characters of a message that are sent, since headers are small."""
 
 _CLASSES: dict[str, type[TwoTowerError]] = {cls.__name__: cls for cls in STATUS}
 
@@ -53,12 +53,12 @@ def error_metadata(error: TwoTowerError) -> tuple[tuple[str, str], ...]:
 
 
 def raised_by_peer(rpc: grpc.aio.AioRpcError) -> bool:
-    """Whether the other side's own code ended the call; if not, gRPC did (connection refused or lost, deadline, ...)."""
+    """Whether the other side's own code ended the call, rather than gRPC (connection refused or lost, deadline, ...)."""
     return _name_of(rpc) is not None
 
 
 def error_from_rpc(rpc: grpc.aio.AioRpcError) -> TwoTowerError:
-    """The error that the other side raised; for a status that gRPC itself made, the nearest of ours."""
+    """The error that the other side raised; for a status that gRPC itself made, our nearest error."""
     details = rpc.details() or "no details"
     name = _name_of(rpc)
     cls = _CLASSES.get(str(name)) or _BY_CODE.get(rpc.code(), TwoTowerError)
@@ -73,5 +73,5 @@ def error_from_rpc(rpc: grpc.aio.AioRpcError) -> TwoTowerError:
 
 
 def _name_of(rpc: grpc.aio.AioRpcError) -> str | None:
-    metadata: Iterable[Any] = rpc.trailing_metadata() or ()  # pairs, though the stubs do not say so
+    metadata: Iterable[Any] = rpc.trailing_metadata() or ()  # pairs, though the stubs do not declare it
     return next((value for key, value in metadata if key == ERROR_KEY), None)

@@ -1,4 +1,4 @@
-"""`grpc.health.v1`, of which watching is for a few: a watch lasts as long as its client likes, whether it reads it or not."""
+"""`grpc.health.v1` with a bound on watches, since a watch lasts as long as its client likes, whether it is read or not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_WATCHES = 100
 
 
 class HealthServicer(health.HealthServicer):  # type: ignore[misc]
-    """The library's, with bounded watches."""
+    """The library's servicer, with bounded watches."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What every call passes through: a message that is no protobuf, and what a servicer raises, as statuses."""
+"""What every call passes through: it turns malformed messages, and the errors of servicers, into statuses."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ Behavior = Callable[[Any, Any], Any]
 
 
 MALFORMED = object()
-"""Stands for a message that could not be parsed, on its way to where a status can be given."""
+"""Stands for a message that could not be parsed, until the code that can return a status sees it."""
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
-    """Ends a call that raised with the status of status.py; what is not ours is logged and told as "internal error".
+    """Ends a call that raised with the status of status.py; errors that are not ours are logged, and "internal error" is sent.
 
-    A message that is no protobuf is an InvalidArgument and a line in the log. To gRPC every method's requests are a stream,
-    so that a single one, too, is read here, within the limits; on the wire there is no difference.
+    A message that is no protobuf becomes an InvalidArgument and a line in the log. gRPC is given every method's requests as a
+    stream, so that even a single request is read here, within the limits; on the wire there is no difference.
     """
 
     def __init__(self, limits: CallLimits) -> None:
         self._limits = limits
-        self._handlers: dict[str, Any] = {}  # of methods that exist: as many as there are
+        self._handlers: dict[str, Any] = {}  # only of methods that exist, so that clients cannot make it grow
 
     async def intercept_service(
         self,
@@ -68,7 +68,7 @@ _KINDS = {
 
 
 def _forgiving(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """`deserializer`, which does not raise: gRPC would answer UNKNOWN, and log a traceback."""
+    """`deserializer` in a form that does not raise, for which gRPC would answer UNKNOWN and log a traceback."""
 
     def parse(message: bytes) -> Any:
         try:
@@ -85,7 +85,7 @@ class _Messages:
 
     def __init__(self, requests: AsyncIterable[Any]) -> None:
         self._requests = requests
-        self._iterator: AsyncIterator[Any] | None = None  # made when first asked: one that is never used warns
+        self._iterator: AsyncIterator[Any] | None = None  # made on first use: an iterator that is never used warns
 
     def __aiter__(self) -> _Messages:
         return self
@@ -100,12 +100,12 @@ class _Messages:
 
 
 def _wrap(behavior: Behavior, method: str, request_streaming: bool, limits: CallLimits) -> Behavior:
-    """`behavior`, an async function or async generator: given valid messages only, and its errors turned into statuses."""
-    # Whoever asks how this process is gets an answer, however much it has to do.
+    """Wrap `behavior`, an async function or generator: it is given valid messages only, and its errors become statuses."""
+    # Health checks get an answer, however busy this process is.
     call = contextlib.nullcontext if method == CHECK else limits.call
 
     async def given(requests: Any) -> Any:
-        """What `behavior` is called with."""
+        """The argument for `behavior`."""
         messages = _Messages(requests)
         return messages if request_streaming else await limits.first_message(messages)
 
@@ -123,7 +123,7 @@ def _wrap(behavior: Behavior, method: str, request_streaming: bool, limits: Call
                 await _abort(error, context, method)
             finally:
                 if responses is not None:
-                    await responses.aclose()  # a cancelled call ends its generator now, not when it is collected
+                    await responses.aclose()  # a cancelled call ends its generator now, not at garbage collection
 
         return generate
     assert inspect.iscoroutinefunction(behavior), f"{method} is not async"

@@ -1,4 +1,4 @@
-"""What one gRPC port takes at once, and how long it waits for a client that has begun a call."""
+"""How many calls one gRPC port takes at once, and how long it waits for the message of a call that has begun."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from twotower.errors import DeadlineExceeded, InvalidArgument, Overloaded
 
 MESSAGE_S = 10.0
-"""For the first message of a call, from its beginning."""
+"""How long the first message of a call may take, from the call's beginning."""
 YIELD_S = 0.5
-"""A call whose message has not come for this long gives way to others when there is no room."""
+"""A call that has waited this long for its message makes room for others when there are too many."""
 MAX_BEGINNING = 64
-"""Calls whose first message has not come yet, before the oldest gives way. What they take of the memory is bounded by this
-and the largest message."""
+"""The most calls that wait for their first message before the oldest makes room. This and the largest message bound the
+memory that they take."""
 
 
 class CallLimits:
@@ -24,11 +24,11 @@ class CallLimits:
     def __init__(self, max_calls: int) -> None:
         self._max_calls = max_calls
         self.calls = 0
-        self._beginning: dict[asyncio.Timeout, float] = {}  # when each began, the oldest first
+        self._beginning: dict[asyncio.Timeout, float] = {}  # the time each began, the oldest first
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """One call that has begun, for as long as the context lasts. Raises Overloaded."""
+        """Count one call for as long as the context lasts. Raises Overloaded."""
         if self.calls >= self._max_calls:
             raise Overloaded(f"{self.calls} calls are open, and {self._max_calls} is the most; try again")
         self.calls += 1
@@ -58,6 +58,6 @@ class CallLimits:
         if len(self._beginning) < MAX_BEGINNING:
             return
         oldest = next(iter(self._beginning))
-        if now - self._beginning[oldest] >= YIELD_S:  # else many begin at once, which is no fault
+        if now - self._beginning[oldest] >= YIELD_S:  # otherwise many calls just began at once, which is normal
             del self._beginning[oldest]
             oldest.reschedule(now)

@@ -1,4 +1,4 @@
-"""A server that dials its own port: a process whose port does not answer must not go on as if it served."""
+"""A server's check of its own port: a process whose port does not answer must not go on as if it served."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ log = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
 TIMEOUT_S = 2.0
-"""Of one try. A process that was stopped for a while loses one try, and not its life."""
+"""The limit of one try. A process that was suspended for a while fails one try only."""
 TRIES = 3
-"""That fail in a row: then the port is given up. A refused connection fails at once, so that this takes some 3 s."""
+"""Failed tries in a row after which the port is given up. A refused connection fails at once, so that this takes about 3 s."""
 
 END_S = 10.0
-"""How long a process whose port was given up may take to end in order. What is left of a gRPC server may hold it up."""
+"""How long a process whose port was given up may take for an orderly end, which remains of a gRPC server may hold up."""
 
 ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 
@@ -31,7 +31,7 @@ NO_ANSWER = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXC
 
 
 async def answers(host: str, port: int) -> bool:
-    """Whether a new connection to the server that listens on `host:port` gets an answer, whatever it is."""
+    """Whether a new connection to the server that listens on `host:port` gets any answer."""
     async with open_channel(join_address(ANY_HOST.get(host, host), port)) as channel:
         try:
             await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
@@ -55,7 +55,7 @@ async def watch_port(host: str, port: int) -> None:
 
 
 def end_soon() -> None:
-    """End this process with status 1 in `END_S` if it has not ended by then, whatever it waits for."""
+    """End this process with status 1 after `END_S`, unless it has ended by then."""
     ending = threading.Timer(END_S, os._exit, (1,))
     ending.daemon = True
     ending.start()

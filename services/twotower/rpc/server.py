@@ -1,4 +1,4 @@
-"""The gRPC server every service runs: health, reflection, limits, and our errors as statuses."""
+"""The gRPC server that every service runs: health, reflection, limits, and our errors as statuses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from twotower.rpc.self_check import end_soon, watch_port
 
 SERVER_OPTIONS: ChannelOptions = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),  # two services on one port must be an error, not a lottery
+    ("grpc.so_reuseport", 0),  # two services on one port must be an error, not share its connections
     # Peers ping every few seconds while a call is open (see channel.py); that is no abuse.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
@@ -32,9 +32,9 @@ SERVER_OPTIONS: ChannelOptions = (
 class RpcServer:
     """A gRPC server on one address. Add servicers to `.server`, then `start`.
 
-    `option`: the setting that names the port, for the error when it is taken.
-    `max_calls`: that are open at once; one more is refused as overloaded. `max_streams`: calls of one connection; the
-    client's library holds back what is more. `max_message_bytes`: of one that is received.
+    `option`: the setting that names the port, for the error when the port is taken.
+    `max_calls`: the most open calls; one more is refused as overloaded. `max_streams`: the most calls of one connection;
+    the client's library holds back further ones. `max_message_bytes`: the largest message that is received.
     Must be made inside a running event loop.
     """
 
@@ -56,13 +56,13 @@ class RpcServer:
         self._option = option
         self._services: tuple[str, ...] = ()
         self._dead = False
-        """The port was given up (see `watch`)."""
+        """Whether the port was given up (see `watch`)."""
         self._health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
 
     @property
     def address(self) -> str:
-        """`host:port` that is listened on; the port is the real one once started."""
+        """The `host:port` it listens on; once started, with the real port."""
         return join_address(self._host, self._port)
 
     async def start(self, service_names: Sequence[str]) -> None:
@@ -73,7 +73,7 @@ class RpcServer:
             self.server,
         )
         await self.set_serving(False)
-        check_port(self._host, self._port, self._option)  # gRPC's own message does not say why
+        check_port(self._host, self._port, self._option)  # gRPC's own message does not give the reason
         try:
             self._port = self.server.add_insecure_port(self.address)
         except RuntimeError:
@@ -81,15 +81,15 @@ class RpcServer:
         await self.server.start()
 
     async def set_serving(self, serving: bool) -> None:
-        """What `grpc.health.v1` answers, for the server as a whole and for each service."""
+        """Set the answer of `grpc.health.v1`, for the server as a whole and for each service."""
         statuses = health_pb2.HealthCheckResponse
         status = statuses.SERVING if serving else statuses.NOT_SERVING
         for name in ("", *self._services):
             await self._health.set(name, status)
 
     async def watch(self) -> None:
-        """Dial the own port every second, until cancelled. When it no longer answers, raise ServiceFailed: the process must
-        end, for its supervisor to start it again, and does so within seconds, whatever holds it up."""
+        """Dial the server's own port every second, until cancelled. Raises ServiceFailed when it no longer answers: the process
+        must then end, so that its supervisor can restart it, and does so within seconds, whatever it waits for."""
         try:
             await watch_port(self._host, self._port)
         except ServiceFailed:
@@ -100,5 +100,5 @@ class RpcServer:
     async def stop(self, grace_s: float) -> None:
         """Take no new calls, wait for running ones up to `grace_s`, cancel the rest."""
         await self.set_serving(False)
-        if not self._dead:  # what is left of a server whose loop died crashes when it is stopped
+        if not self._dead:  # stopping a server whose loop died would crash
             await self.server.stop(grace_s)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as an event that a service waits for."""
+"""SIGTERM and SIGINT as an event that a service can wait for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 def stop_requested() -> asyncio.Event:
     """An event that SIGTERM or SIGINT sets. Call it in the main thread, inside the running loop.
 
-    A second signal changes nothing: a drain that has begun goes on (SIGKILL ends it).
+    A second signal changes nothing: a drain that has begun continues (SIGKILL ends it).
     """
     event = asyncio.Event()
     loop = asyncio.get_running_loop()
