@@ -1,1 +1,1 @@
-"""What the services share through Redis: the queue of ready sessions, and who is alive. No model, no gRPC."""
+"""What the services share through Redis: the queue of ready sessions, and the registry of replicas. No model, no gRPC."""

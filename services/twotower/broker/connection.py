@@ -1,4 +1,4 @@
-"""One Redis client per process, checked when it is made, and its errors as ours."""
+"""One Redis client per process, checked when it is made, with its errors turned into ours."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MIN_MAJOR = 7
 async def connect(url: str, *, decode: bool = True) -> Redis:
     """A client of the Redis (>= 7) or Valkey at `url`, which has answered. `decode`: values are text, not bytes.
 
-    Close it with `await client.aclose()`. Raises ConfigError for a URL that is none, BrokerUnavailable.
+    Close it with `await client.aclose()`. Raises ConfigError for an invalid URL, BrokerUnavailable.
     """
     try:
         pool = BlockingConnectionPool.from_url(
@@ -35,17 +35,17 @@ async def connect(url: str, *, decode: bool = True) -> Redis:
             decode_responses=decode,
             socket_connect_timeout=CONNECT_TIMEOUT_S,
             socket_timeout=ANSWER_TIMEOUT_S,
-            # A second try at once, for a connection that went stale; what is longer is the caller's decision.
+            # One immediate retry, for a connection that went stale; longer retries are the caller's decision.
             retry=Retry(NoBackoff(), 1),
         )
-    except ValueError:  # its message may hold a piece of the password
+    except ValueError:  # its message may contain a part of the password
         raise ConfigError(
             f"redis: {shown_url(url)!r} is no Redis URL; give redis://HOST:PORT, rediss://HOST:PORT or unix:///PATH"
         ) from None
     client = Redis.from_pool(pool)
     try:
         with broker_errors(url):
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):  # a server that is there answers at once
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):  # a running server answers at once
                 info = await client.info("server")
             version = str(info.get("valkey_version") or info.get("redis_version") or "")
             if int((re.match(r"\d+", version) or ["0"])[0]) < MIN_MAJOR:
@@ -66,7 +66,7 @@ def shown_url(url: str) -> str:
 
 @contextlib.contextmanager
 def broker_errors(url: str | None = None) -> Iterator[None]:
-    """Turn what the client raises into BrokerUnavailable."""
+    """Turn the client's errors into BrokerUnavailable."""
     try:
         yield
     except (RedisError, OSError) as error:

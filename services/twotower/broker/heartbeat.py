@@ -15,7 +15,7 @@ INTERVAL_S = 1.0
 
 
 async def heartbeat(registry: Registry, describe: Callable[[], Replica]) -> None:
-    """Announce `describe()` once a second, until cancelled. A Redis that is away is logged once, and tried again."""
+    """Announce `describe()` once a second, until cancelled. If Redis is away, this is logged once, and tried again."""
     away = False
     while True:
         try:

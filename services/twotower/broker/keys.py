@@ -1,4 +1,4 @@
-"""Names in Redis. Everything of one checkpoint lies under its identity, so that several can share a server."""
+"""Names of keys in Redis. Those of one checkpoint contain its identity, so that several checkpoints can share a server."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ PREFIX = "twotower"
 
 
 def ready_stream(identity: str, priority: Priority) -> str:
-    """Stream of sessions of one priority that wait for a denoiser."""
+    """The stream of sessions of one priority that wait for a denoiser."""
     return f"{PREFIX}:{identity}:ready:{priority.name.lower()}"
 
 
 def replicas(identity: str, kind: str) -> str:
-    """Set of the names of replicas, of which some may have died."""
+    """The set of the names of replicas, some of which may have died."""
     return f"{PREFIX}:{identity}:replicas:{kind}"
 
 
 def replica(identity: str, kind: str, name: str) -> str:
-    """One replica's announcement; it expires unless renewed."""
+    """One replica's announcement, which expires unless it is renewed."""
     return f"{PREFIX}:{identity}:replica:{kind}:{name}"
 
 
 def prefix_items(identity: str, version: int) -> str:
-    """What the names of all keys of the prefix cache begin with; `version`: of their payloads."""
+    """The prefix of all keys of the prefix cache; `version`: that of their payloads."""
     return f"{PREFIX}:{identity}:prefix:{version}:"

@@ -1,7 +1,7 @@
 """The queue of sessions that are ready to denoise: a Redis stream for each priority; workers pull from all as one group.
 
-An entry only says where a session waits; the session itself, and the right to work on it, are the context's to
-give. So an entry that is delivered twice, or too late, does no harm: the context refuses its lease.
+An entry only names where a session waits; the context hands out the session itself, and the right to work on it.
+So an entry that is delivered twice, or too late, does no harm: the context refuses its lease.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 GROUP = "denoisers"
 CLAIM_IDLE_MS = 5_000
-"""An entry that was delivered this long ago and never taken off belongs to a worker that died."""
+"""An entry that was delivered this long ago and not removed since belongs to a worker that died."""
 PUSH_WAIT_S = 15.0
-"""How long a session waits for a Redis that is away: longer than it takes to start one again."""
+"""How long a session waits for a Redis that is away: longer than a restart of Redis takes."""
 PUSH_RETRY_S = 0.2
 FORGET_IDLE_MS = 3_600_000
-"""A worker that was given nothing this long, and holds nothing, may be gone; if not, it is known again with its next entry."""
+"""A worker that got no entry for this long, and holds none, is forgotten; if it lives, its next entry registers it again."""
 FORGET_WORKERS = """
 for _, stream in ipairs(KEYS) do
     for _, worker in ipairs(redis.call('XINFO', 'CONSUMERS', stream, ARGV[1])) do
@@ -41,11 +41,11 @@ for _, stream in ipairs(KEYS) do
     end
 end
 """
-"""In the server, so that no entry is delivered in between: it would be lost with its worker."""
+"""Runs in the server, so that no entry is delivered in between, which would be lost with its worker."""
 
 
 class EntryId(NamedTuple):
-    """An entry of the queue."""
+    """Identifies an entry of the queue."""
 
     priority: Priority
     number: str
@@ -53,14 +53,14 @@ class EntryId(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ReadySession:
-    """Where a session waits."""
+    """An entry's content: where a session waits."""
 
     session_id: str
     lease: int
-    """Counts how often the session was queued; only the newest entry is good."""
+    """How many times the session was queued; only the newest entry is valid."""
     context_address: str
     tokens: int
-    """What its state must have room for."""
+    """The tokens that its state must have room for."""
 
 
 Pulled = list[tuple[EntryId, ReadySession]]
@@ -71,7 +71,7 @@ PRIORITIES = tuple(sorted(Priority, reverse=True))
 class ReadyQueue:
     """The streams of one checkpoint, and their consumer group. All methods raise BrokerUnavailable.
 
-    A session costs two round trips: its push, and the pull that delivers it, which also takes off what is done.
+    A session costs two round trips: its push, and the pull that delivers it, which also removes entries that are done.
     """
 
     def __init__(self, redis: Redis, identity: str, claim_idle_ms: int = CLAIM_IDLE_MS) -> None:
@@ -84,9 +84,9 @@ class ReadyQueue:
         self._pulling = False
 
     async def push(self, entry: ReadySession, priority: Priority = Priority.NORMAL, *, wait_s: float = PUSH_WAIT_S) -> EntryId:
-        """Queue a session; returns the entry's id. While Redis is away, it is tried again for up to `wait_s` seconds.
+        """Queue a session; returns the entry's id. While Redis is away, this retries for up to `wait_s` seconds.
 
-        If only Redis' answer was lost, the session is queued twice, which does no harm.
+        If only Redis's answer was lost, the session is queued twice, which does no harm.
         """
         fields: dict[Any, Any] = {
             "session": entry.session_id,
@@ -106,11 +106,11 @@ class ReadyQueue:
                 await asyncio.sleep(PUSH_RETRY_S)
 
     async def pull(self, worker_id: str, count: int, wait_s: float) -> Pulled:
-        """About `count` sessions, waiting up to `wait_s` seconds, in the server, for the first.
+        """Returns about `count` sessions, and waits in the server, up to `wait_s` seconds, for the first.
 
-        The server counts for each priority apart, so that for a `count` below 3 up to 3 can come, the most
-        urgent first. Every entry must be given back by `done_soon` or `done`, whatever came of it. Entries of
-        workers that died are taken over.
+        The server applies the count to each priority separately, so that for a `count` below 3 up to 3 can come, the most
+        urgent first. Every entry must be passed to `done_soon` or `done`, whatever its outcome. Entries of workers that
+        died are taken over.
         """
         self._pulling = True
         try:
@@ -126,35 +126,35 @@ class ReadyQueue:
                 except ResponseError as error:
                     if not str(error).startswith(("NOGROUP", "UNBLOCKED", "ERR no such key")):
                         raise
-                    await self._make_groups()  # the first worker ever, or Redis lost them, maybe while we waited
+                    await self._make_groups()  # this is the first worker, or Redis lost the groups, perhaps while we waited
                     return []
         finally:
             self._pulling = False
 
     async def done(self, *entries: EntryId) -> None:
-        """Take entries off, delivered or not. One round trip."""
+        """Remove entries, delivered or not. It takes one round trip."""
         with broker_errors():
             async with self._redis.pipeline(transaction=False) as pipe:
                 self._take_off(pipe, entries)
                 await pipe.execute()
 
     def done_soon(self, entry: EntryId) -> None:
-        """Take an entry off together with the next pull."""
+        """Remove an entry with the next pull."""
         self._done.append(entry)
 
     async def flush(self) -> None:
-        """Take off what waits for the next pull, unless one is under way: for a worker that is full."""
+        """Remove the entries that wait for the next pull, unless one is under way: for a full worker, which does not pull."""
         if self._done and not self._pulling:
             done, self._done = self._done, []
             await self.done(*done)
 
     async def contains(self, entry: EntryId) -> bool:
-        """Whether an entry is still there, delivered or not."""
+        """Whether an entry is still in the queue, delivered or not."""
         with broker_errors():
             return bool(await self._redis.xrange(self._streams[entry.priority], entry.number, entry.number))
 
     async def depth(self) -> int:
-        """Entries that are there, delivered or not."""
+        """The number of entries, delivered or not."""
         with broker_errors():
             async with self._redis.pipeline(transaction=False) as pipe:
                 for stream in self._streams.values():
@@ -162,7 +162,7 @@ class ReadyQueue:
                 return sum(await pipe.execute())
 
     async def _read(self, worker_id: str, count: int, wait_s: float) -> Pulled:
-        """Take off what is done, and wait for new entries, in one round trip."""
+        """Remove entries that are done, and wait for new ones, in one round trip."""
         done, self._done = self._done, []
         streams: dict[Any, Any] = dict.fromkeys(self._streams.values(), ">")
         each = max(1, count // len(PRIORITIES))
@@ -195,7 +195,7 @@ class ReadyQueue:
         return await self._parsed(found)
 
     async def _parsed(self, entries: Iterable[tuple[Priority, Any]]) -> Pulled:
-        """What is none of ours is taken off, so that no worker meets it again."""
+        """Parse entries; those that are not ours are removed, so that no worker gets them again."""
         out: Pulled = []
         for priority, (number, fields) in entries:
             entry = EntryId(priority, number)

@@ -1,4 +1,4 @@
-"""Who is alive: each replica announces itself once a second, under a key that expires."""
+"""The replicas that are alive: each announces itself once a second, under a key that expires."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ class Replica:
     address: str
     """Where its gRPC server is reached."""
     identity: str
-    """Of the checkpoint it serves."""
+    """The identity of the checkpoint that it serves."""
     load: int
-    """Sessions it holds."""
+    """The sessions it holds."""
     capacity: int
-    """Sessions it takes; 0 while it drains."""
+    """The most sessions it takes; 0 while it drains."""
     dtype: str = ""
-    """Of what it computes: float32 or bfloat16."""
+    """The dtype it computes in: float32 or bfloat16."""
     chunk_tokens: int = 0
-    """Tokens of a chunk of its prefix cache; 0: it keeps none."""
+    """Tokens of a chunk of its prefix cache; 0: it has no prefix cache."""
     prefixes: str = ""
-    """Which prefixes it holds states of (see `prefix.chain.pack_links`), those that repeat first."""
+    """The prefixes whose states it holds (see `prefix.chain.pack_links`), those that repeat first."""
 
 
 class Registry:
-    """Replicas of one checkpoint. All methods raise BrokerUnavailable."""
+    """The replicas of one checkpoint. All methods raise BrokerUnavailable."""
 
     def __init__(self, redis: Redis, identity: str) -> None:
         self._redis = redis
         self._identity = identity
 
     async def announce(self, replica: Replica) -> None:
-        """Say that `replica` lives, for the next `TTL_MS`."""
+        """Announce `replica` as alive for the next `TTL_MS`."""
         names = keys.replicas(self._identity, replica.kind)
         with broker_errors():
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.set(self._key(replica), json.dumps(dataclasses.asdict(replica)), px=TTL_MS)
                 pipe.sadd(names, replica.name)
-                pipe.pexpire(names, TTL_MS)  # with the last replica goes all
+                pipe.pexpire(names, TTL_MS)  # the set expires with the last replica
                 await pipe.execute()
 
     async def withdraw(self, replica: Replica) -> None:
-        """It takes no more work."""
+        """Remove the announcement of a replica that takes no more work."""
         with broker_errors():
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.delete(self._key(replica))
@@ -65,14 +65,14 @@ class Registry:
                 await pipe.execute()
 
     async def replicas(self, kind: ReplicaKind) -> list[Replica]:
-        """All that live, by name. The cost grows with their number, not with what else the server holds."""
+        """All live replicas, sorted by name. The cost grows with their number only, not with the server's other content."""
         index = keys.replicas(self._identity, kind)
         with broker_errors():
             members: Any = await self._redis.smembers(index)
             names = sorted(members)
             values = await self._redis.mget([keys.replica(self._identity, kind, name) for name in names]) if names else []
             if dead := [name for name, value in zip(names, values, strict=True) if value is None]:
-                await self._redis.srem(index, *dead)  # one that lives after all is back within a second
+                await self._redis.srem(index, *dead)  # a replica that lives after all announces itself again within a second
         return [replica for value in values if value is not None and (replica := _parse(value)) is not None]
 
     def _key(self, replica: Replica) -> str:
@@ -80,7 +80,7 @@ class Registry:
 
 
 def _parse(value: str | bytes) -> Replica | None:
-    """A replica as announced, also by another version that says more, or less; None if it is none of ours."""
+    """A replica from its announcement, even by a version with more or fewer fields; None if it is not ours."""
     try:
         said = json.loads(value)
         return Replica(**{field.name: said[field.name] for field in dataclasses.fields(Replica) if field.name in said})

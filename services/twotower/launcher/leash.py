@@ -1,7 +1,7 @@
-"""Becomes another program that is sent SIGNAL when its parent dies: ``python leash.py PARENT_PID SIGNAL PROGRAM ARGS...``
+"""Replaces itself by a program that gets SIGNAL when its parent dies: ``python leash.py PARENT_PID SIGNAL PROGRAM ARGS...``
 
-A script of its own, run between fork and exec, because the parent may not run Python there: its other threads
-(gRPC's, torch's) may hold locks at that moment, which the child would wait for in vain.
+This is a separate script, started in place of the program, because the parent cannot safely run Python between fork and
+exec: its other threads (gRPC's, torch's) may hold locks at that moment, for which the child would wait for ever.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Bind this process to its parent, then become the program."""
+    """Bind this process to its parent, then execute the program."""
     parent, number, program = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
-        if os.getppid() != parent:  # it died before it could be told
+        if os.getppid() != parent:  # the parent died before the signal was set
             sys.exit(1)
     try:
         os.execv(program[0], program)

@@ -1,4 +1,4 @@
-"""One service as a child process: started, known to be ready, relayed, stopped. It never outlives its parent."""
+"""One service as a child process: its start, ready line, output and stop. It never outlives its parent."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from twotower.tasks import end_tasks
 
 LINE_BYTES = 1 << 20
 SPINS = "100000"
-"""How long a thread of a parallel operation watches for the next one, before it leaves its core to others: some 0.2 ms."""
+"""How long a thread of a parallel operation spins for the next one before it yields its core: about 0.2 ms."""
 KEEP_HEAP = ":".join(
     f"glibc.malloc.{name}={value}"
     for name, value in (("mmap_threshold", 32 << 20), ("trim_threshold", 1 << 30), ("top_pad", 64 << 20))
 )
-"""What a forward frees stays with its process: given back, the next forward takes it from the system anew, page by page."""
+"""Keeps memory that a forward frees in the process; otherwise the next forward would fault it in again, page by page."""
 TAIL = 20
-"""Lines of stderr that are kept to explain a death."""
+"""Lines of stderr that are kept to explain an end."""
 
 CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
-"""Signals that a process gets for what it did itself."""
+"""Signals that a process causes itself."""
 
 Say = Callable[[str], None]
 
 
 class ServiceProcess:
-    """A child, and the last it said. `start` may be called again after it ended."""
+    """A child process and the end of its output. `start` may be called again after it has ended."""
 
     def __init__(
         self,
@@ -44,10 +44,10 @@ class ServiceProcess:
         env: Mapping[str, str] | None = None,
         parent_death: signal.Signals = signal.SIGKILL,
     ) -> None:
-        """`say` is given each line of its stderr, after its name. `env`: what its environment has beyond ours, from its next
-        start on. Our own settings are not handed on, since they may mean another thing to it.
+        """`say` is called with each line of the child's stderr, after its name. `env`: variables added to ours from its next
+        start on. Our own settings are not passed on, since they may mean something else to the child.
 
-        Secrets belong in `env`: every user of the machine can read a command line. `parent_death`: what it is sent when
+        Secrets belong in `env`: every user of the machine can read a command line. `parent_death`: the signal it gets when
         this process dies, however that is.
         """
         self.name = name
@@ -57,7 +57,7 @@ class ServiceProcess:
         self._say = say
         self._process: Process | None = None
         self.addresses: dict[str, str] = {}
-        """Of its last ready line."""
+        """The addresses of the last ready line."""
         self._tail: list[str] = []
         self._starting = False
         self._relay: asyncio.Task[None] | None = None
@@ -65,11 +65,11 @@ class ServiceProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the running child."""
+        """The running child's process id."""
         return self._process.pid if self._process is not None and self._process.returncode is None else None
 
     async def start(self) -> None:
-        """Spawn it. Raises ServiceFailed."""
+        """Start the child. Raises ServiceFailed."""
         self._tail, self._starting = [], True
         try:
             self._process = await asyncio.create_subprocess_exec(
@@ -78,7 +78,7 @@ class ServiceProcess:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
                 limit=LINE_BYTES,
-                # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which drains in order.
+                # With its own session, Ctrl-C in the terminal reaches only the launcher, which drains in order.
                 start_new_session=True,
                 env={"GOMP_SPINCOUNT": SPINS, "GLIBC_TUNABLES": KEEP_HEAP, **_not_ours(os.environ), **self.env},
             )
@@ -87,7 +87,7 @@ class ServiceProcess:
         self._relay = asyncio.create_task(self._relay_stderr(self._process))
 
     async def wait_ready(self, timeout_s: float) -> dict[str, str]:
-        """The addresses of its ready line, e.g. ``{"grpc": "127.0.0.1:50051"}``. Raises ServiceFailed."""
+        """Wait for the ready line; returns its addresses, e.g. ``{"grpc": "127.0.0.1:50051"}``. Raises ServiceFailed."""
         process = self._running()
         assert process.stdout is not None
         try:
@@ -105,7 +105,7 @@ class ServiceProcess:
         raise ServiceFailed(self.explain())
 
     async def wait(self) -> int:
-        """Its exit status, once it ended and all it said is relayed."""
+        """Wait until the child has ended and all its output is relayed; returns its exit status."""
         code = await self._running().wait()
         if self._relay is not None:
             with contextlib.suppress(TimeoutError):
@@ -113,21 +113,21 @@ class ServiceProcess:
         return code
 
     def explain(self) -> str:
-        """Why it ended, in its own words if it had any."""
+        """Why the child ended, in the words of its last output if there was any."""
         for line in reversed(self._tail):
             if line.startswith("error: "):
                 return f"{self.name}: {line.removeprefix('error: ')}"
         code = self._process.returncode if self._process is not None else None
         if code is not None and code < 0:
             how = f"was killed by signal {-code}"
-            if -code not in CRASHES:  # somebody else did, and what it said last was no reason
+            if -code not in CRASHES:  # another process sent the signal, and the last output is not the reason
                 return f"{self.name} {how}"
         else:
             how = f"ended with status {code}"
         return f"{self.name} {how}" + (f": {self._tail[-1]}" if self._tail else "")
 
     async def stop(self, grace_s: float, hurry: asyncio.Event | None = None) -> None:
-        """SIGTERM, and after `grace_s`, or when `hurry` is set, SIGKILL. Nothing is left running."""
+        """Send SIGTERM, and SIGKILL after `grace_s` or when `hurry` is set; returns when the child has ended."""
         if (process := self._process) is None:
             return
         if process.returncode is None:
@@ -145,7 +145,7 @@ class ServiceProcess:
         await self.kill()
 
     async def kill(self) -> None:
-        """SIGKILL, which a stopped process obeys too, and wait until it has ended."""
+        """Send SIGKILL, which ends a suspended process too, and wait for the end."""
         if (process := self._process) is None:
             return
         if process.returncode is None:
@@ -163,13 +163,13 @@ class ServiceProcess:
         while line := await _readline(process.stderr):
             text = line.decode(errors="replace").rstrip()
             self._tail = [*self._tail[-TAIL + 1 :], text]
-            # Why it did not start is for whoever started it to say (`explain`), once.
+            # The caller of `start` reports once why it did not start (`explain`).
             if not (self._starting and text.startswith("error: ")):
                 self._say(f"[{self.name}] {text}")
 
 
 async def _readline(stream: asyncio.StreamReader) -> bytes:
-    """A line; an endless one in pieces."""
+    """A line; an endless line comes in pieces."""
     try:
         return await stream.readline()
     except ValueError:  # longer than LINE_BYTES, and dropped by the reader
@@ -177,7 +177,7 @@ async def _readline(stream: asyncio.StreamReader) -> bytes:
 
 
 async def _discard(stream: asyncio.StreamReader) -> None:
-    """Read what no one wants, so that the pipe never fills."""
+    """Read and drop output, so that the pipe never fills."""
     while await stream.read(4096):
         pass
 
@@ -187,5 +187,5 @@ def _not_ours(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _leashed(argv: Sequence[str], parent_death: signal.Signals) -> list[str]:
-    """`argv` such that it cannot outlive this process. -I -S: the leash needs nothing, and starts in milliseconds."""
+    """`argv` behind a leash, so that it cannot outlive this process. With -I -S the leash starts in milliseconds."""
     return [sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), str(int(parent_death)), *argv]

@@ -30,14 +30,14 @@ from twotower.tasks import end_tasks
 T = TypeVar("T", ContextConfig, DenoiserConfig)
 
 KILL_AFTER_S = 5.0
-"""Beyond the drain."""
+"""Seconds after the drain's limit."""
 
 
 class Stack:
     """The processes of one stack. Use `stack()`."""
 
     def __init__(self, config: UpConfig, say: Say, hurry: asyncio.Event) -> None:
-        """`hurry`, once set, ends a drain at once."""
+        """`hurry`: an event that ends a drain at once."""
         self._config = config
         self._say = say
         self._hurry = hurry
@@ -45,7 +45,7 @@ class Stack:
         self._supervisors: list[asyncio.Task[None]] = []
         self._revision = config.gateway.service.revision
         self._turns_file = os.memfd_create("twotower-turns", os.MFD_CLOEXEC) if config.turns else None
-        """Open to the towers as long as this process lives; nothing is left of it."""
+        """The towers can open it as long as this process lives; the system then removes it."""
         self.towers: list[ServiceProcess] = []
         self.gateway: ServiceProcess | None = None
         self.redis_url = config.redis_url or ""
@@ -53,7 +53,7 @@ class Stack:
         self.http_address = ""
 
     async def start(self) -> None:
-        """Check what can be checked, start everything, wait until requests succeed. Raises TwoTowerError: one, and first."""
+        """Check ports first, start all services, wait until requests succeed. Raises TwoTowerError: the first error only."""
         config = self._config
         path, host = config.gateway.service.checkpoint, config.gateway.service.host
         checkpoint = Checkpoint.open(
@@ -68,7 +68,7 @@ class Stack:
                     "stack's alone; name its --revision to share and to keep them"
                 )
         for port, option in ((config.gateway.grpc_port, "--grpc-port"), (config.gateway.http_port, "--http-port")):
-            check_port(host, port, option)  # 0, any free port, tells whether the host is ours
+            check_port(host, port, option)  # port 0, any free port, shows whether the host is ours
         if config.redis_url is None:
             self._redis = EmbeddedRedis(self._say)
             await self._redis.start()
@@ -87,7 +87,7 @@ class Stack:
         finally:
             await end_tasks(*starting)
         self.grpc_address, self.http_address = addresses["grpc"], addresses["http"]
-        # Restarted, the gateway must be where its clients know it to be.
+        # A restarted gateway must keep the addresses that its clients know.
         gateway = replace(gateway, grpc_port=_port(self.grpc_address), http_port=_port(self.http_address))
         self.gateway.env = self._environment(gateway)
         supervised = [self._supervised(service) for service in (*self.towers, self.gateway)]
@@ -98,13 +98,13 @@ class Stack:
         ]
 
     async def serve(self) -> None:
-        """Serve until cancelled. Services that end, or no longer answer, are started again, for as long as it takes."""
+        """Serve until cancelled. Services that end or no longer answer are restarted, however often that is needed."""
         await asyncio.gather(*self._supervisors)
 
     async def stop(self) -> None:
-        """Drain: first the gateway, which stops taking requests and sees its own through, then the towers, then Redis."""
+        """Drain: first the gateway, which refuses new requests and finishes its own, then the towers, then Redis."""
         await end_tasks(*self._supervisors)
-        # Before the start is over there is nothing to drain, only towers that may load for a long time yet.
+        # Before the start is complete there is nothing to drain, only towers that may go on loading for long.
         grace = KILL_AFTER_S + (self._config.gateway.service.drain_s if self.grpc_address else 0)
         if self.gateway is not None:
             await self.gateway.stop(grace, self._hurry)
@@ -126,7 +126,7 @@ class Stack:
         return ServiceProcess(name, argv, self._say, env=self._environment(config))
 
     def _environment(self, config: object) -> dict[str, str]:
-        """Settings travel by environment: a command line, and the passwords on it, is for every user of the machine to read."""
+        """A service's settings as variables: every user of the machine can read a command line, and passwords on it."""
         return {**environment(config), **({DEBUG_VARIABLE: "true"} if self._config.debug else {})}
 
     async def _start(self, service: ServiceProcess) -> dict[str, str]:
@@ -143,9 +143,9 @@ def _port(address: str) -> int:
 
 @asynccontextmanager
 async def stack(config: UpConfig, say: Say, hurry: asyncio.Event | None = None) -> AsyncIterator[Stack]:
-    """A stack that serves; leaving the context drains it, at once if `hurry` is set by then, or later.
+    """A stack that serves; the end of the context drains it. `hurry` ends the drain at once, whenever it is set.
 
-    Raises TwoTowerError if it does not start; nothing is left then.
+    Raises TwoTowerError if the stack does not start; no process is left then.
     """
     running = Stack(config, say, hurry or asyncio.Event())
     try:

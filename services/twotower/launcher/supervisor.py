@@ -1,4 +1,4 @@
-"""Keeps one service running: started again when it ends, and killed first when it no longer answers."""
+"""Keeps one service running: restarts it when it ends, and kills it first when it no longer answers."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from twotower.launcher.process import Say, ServiceProcess
 from twotower.tasks import end_tasks
 
 CHECKS = 5
-"""Failed checks in a row after which a service is killed. They are counted, and not timed, so that a launcher that was
-stopped itself does not blame its children."""
+"""Failed checks in a row after which a service is killed. They are counted rather than timed, so that a launcher that was
+itself suspended does not kill its children."""
 
 
 @dataclass(slots=True)
 class Supervised:
-    """A service, and how it is started and asked. `start` and `answers` belong to the process that runs at the time."""
+    """A service, and how to start and check it. `start` and `answers` act on its present process."""
 
     process: ServiceProcess
     start: Callable[[], Awaitable[object]]
-    """Start it, and wait until it is ready. Raises ServiceFailed."""
+    """Starts it, and waits until it is ready. Raises ServiceFailed."""
     answers: Callable[[float], Awaitable[bool]]
-    """Whether it answers within so many seconds."""
+    """Whether it answers within a number of seconds."""
     backoff: Backoff = field(default_factory=Backoff)
 
 
 async def supervise(service: Supervised, unhealthy_after_s: float, say: Say) -> None:
-    """Until cancelled, from when `service` is ready: start it again whenever it ends, however often that is.
+    """Restart `service`, which is ready, whenever it ends, until cancelled.
 
-    unhealthy_after_s: how long it may not answer before it is killed; 0: as long as it likes.
+    unhealthy_after_s: how long it may not answer before it is killed; 0: it is never killed.
     """
     clock = asyncio.get_running_loop().time
     while True:
@@ -46,7 +46,7 @@ async def supervise(service: Supervised, unhealthy_after_s: float, say: Say) -> 
                 await service.start()
                 break
             except ServiceFailed as error:
-                await service.process.kill()  # it may hang
+                await service.process.kill()  # the process may hang
                 why, ready_s = str(error), 0.0
 
 
@@ -59,7 +59,7 @@ async def _until_ended(service: Supervised, unhealthy_after_s: float, say: Say) 
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         if not ended.done():
-            waits[1].result()  # raises what the check raised
+            waits[1].result()  # raises the check's error
             say(f"[up] {service.process.name} has not answered for {unhealthy_after_s:g} s: killing it")
             await service.process.kill()
     finally:

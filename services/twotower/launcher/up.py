@@ -1,4 +1,4 @@
-"""`twotower up`: a stack until SIGTERM."""
+"""`twotower up`: runs a stack until SIGTERM."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def _serve(config: UpConfig, say: Say, hurry: asyncio.Event) -> None:
 
 
 def _signals(say: Say) -> tuple[asyncio.Event, asyncio.Event]:
-    """Events that the first, and the second, SIGTERM or SIGINT sets."""
+    """The events that the first and the second SIGTERM or SIGINT set."""
     stop, hurry = asyncio.Event(), asyncio.Event()
 
     def signalled() -> None:

@@ -1,1 +1,1 @@
-"""How settings are declared, and where their values come from. What settings there are, the services say themselves."""
+"""How settings are declared, and where their values come from. The services declare the settings themselves."""

@@ -1,4 +1,4 @@
-"""A config from values of its settings, and back into the variables of a child's environment."""
+"""Builds a config from values of its settings, and turns it back into variables for a child's environment."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ C = TypeVar("C")
 
 
 def build(config: type[C], **values: Any) -> C:
-    """A config in which these fields, its own and its parts', have these values, and all others their defaults.
+    """A config in which these fields, its own or its parts', have these values, and all others their defaults.
 
-    Raises ConfigError for a name that is none, or a bad value.
+    Raises ConfigError for an unknown name or a bad value.
     """
     settings = settings_of(config)
     plain = {declared.name for declared in dataclasses.fields(config) if not declared.metadata}  # type: ignore[arg-type]
@@ -32,7 +32,7 @@ def build(config: type[C], **values: Any) -> C:
 
 
 def environment(config: object) -> dict[str, str]:
-    """Variables from which a process reads this config again. Those that a machine's users can see are none of them."""
+    """The variables from which a child process reads this config. Environments are not visible to other users."""
     values = {setting.variables[0]: setting.of(config) for setting in settings_of(type(config)).values()}
     return {variable: show(value) for variable, value in values.items() if value is not None}
 

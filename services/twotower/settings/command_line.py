@@ -1,4 +1,4 @@
-"""Settings as options of an argparse parser, which hands them on as they were given."""
+"""Settings as options of an argparse parser, which passes their text on unparsed."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ HOW_ELSE = (
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and where to read more."""
+    """Reports an error in one line, and where to read more."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuse what is not known here, where the command is known, and not in the parser of all commands."""
+        """Refuse unknown arguments here, where the command is known, rather than in the parser of all commands."""
         known, others = super().parse_known_args(args, namespace)
         if others:
             self.error(f"unrecognized arguments: {' '.join(others)}")
         return known, others
 
     def error(self, message: str) -> NoReturn:
-        """End with status 2."""
+        """Print the error, and end with status 2."""
         if "are required" in message:
             self.print_usage(sys.stderr)
         self.exit(2, f"error: {message} (see `{self.prog} --help`)\n")
 
 
 def add_config(parser: argparse.ArgumentParser, config: type) -> None:
-    """An option for each setting of a config class, and ``--settings``."""
+    """Add an option for each setting of a config class, and ``--settings``."""
     titles = {name: inside.title for name, inside in parts_of(config).items() if inside.title}
     groups: dict[str, argparse._ArgumentGroup] = {}
     for setting in settings_of(config).values():
         tops = {path[0] for path in setting.paths}
-        # Parts that share a setting have it from the whole.
+        # A setting that parts share is an option of the whole.
         title = titles.get(next(iter(tops)), "") if len(tops) == 1 else ""
         if title and title not in groups:
             groups[title] = parser.add_argument_group(title)
@@ -55,21 +55,21 @@ def add_config(parser: argparse.ArgumentParser, config: type) -> None:
 
 
 def given(args: argparse.Namespace, config: type) -> Sources:
-    """What the command line, the environment and a settings file say about a config class."""
+    """The sources of a config class's values: the command line, the environment, and a settings file if one is named."""
     values = {setting.name: getattr(args, setting.name, None) for setting in settings_of(config).values()}
-    words = {name: show(value) for name, value in values.items() if value is not None}  # several of one option as one
+    words = {name: show(value) for name, value in values.items() if value is not None}  # a repeated option's values as one text
     return Sources(words, os.environ, args.settings)
 
 
 def add_settings(parser: argparse.ArgumentParser, config: type, names: Iterable[str], **changes: Any) -> None:
-    """Options for some settings of a config class, in a command that has no config: it reads their values from its arguments.
+    """Add options for some settings of a config class to a command without a config, which reads their values itself.
 
-    `changes` are of ``add_argument``: another help, say, or default.
+    `changes` are arguments of ``add_argument``, such as another help or default.
     """
     for name in names:
         setting = settings_of(config)[name]
         found = from_environment(setting, os.environ) if "default" not in changes else None
-        default = setting.default if found is None else found[0]  # words are read like an option's, where they are used
+        default = setting.default if found is None else found[0]  # text is parsed like an option's, where it is used
         _add(parser, setting, **{"type": partial(_read, setting), "default": default, **changes})
 
 
@@ -93,7 +93,7 @@ def _add(parser: argparse.ArgumentParser | argparse._ArgumentGroup, setting: Set
 
 
 def describe(setting: Setting) -> str:
-    """Its help, and what happens without it."""
+    """The setting's help, and what happens without it."""
     about = setting.about
     otherwise = about.otherwise or ("" if setting.default is None else show(setting.default))
     several = "; may be given several times" if setting.kind is tuple else ""

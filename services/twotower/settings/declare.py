@@ -1,4 +1,4 @@
-"""A setting is declared once: as a field of a frozen dataclass, with all that there is to say about it.
+"""A setting is declared once: as a field of a frozen dataclass, with everything that is known about it.
 
 ```python
 @dataclass(frozen=True, slots=True)
@@ -10,8 +10,8 @@ class DenoiserConfig:
         check(self)
 ```
 
-The option (``--slots``), the variable (``TWOTOWER_SLOTS``), the key of a settings file (``slots``), what a launcher hands to a
-child, the help and the reference page all follow from the declaration.
+The option (``--slots``), the variable (``TWOTOWER_SLOTS``), the key of a settings file (``slots``), the environment of a
+launcher's child, the help and the reference page all follow from the declaration.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "TWOTOWER_"
-"""What the names of all our environment variables begin with."""
+"""The beginning of the names of all our environment variables."""
 
 KINDS = (bool, int, float, str, Path)
-"""Types that a setting may have, each also with None; or it is a ``tuple[str, ...]``, which is () by default."""
+"""The types of a setting, each also with None; the other type is ``tuple[str, ...]``, with the default ()."""
 
 
 class Secret(Enum):
@@ -38,41 +38,41 @@ class Secret(Enum):
 
     NO = "no"
     PASSWORD = "the password in it"
-    """A URL, which may hold a password: a command line may give it without one."""
+    """A URL that may contain a password; it may be given on a command line without one."""
     ALL = "all of it"
-    """No option of a command line: it comes by environment or file."""
+    """The setting has no option: it comes by environment or file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """What is said about a setting, besides its field, its type and its default."""
+    """The declaration of a setting, besides its field, type and default."""
 
     help: str
     name: str | None = None
-    """Where it is not the field's, less a unit: ``drain`` for ``drain_s``."""
+    """The setting's name, if it is not the field's without its unit: ``drain`` for ``drain_s``."""
     variables: tuple[str, ...] = ()
-    """Where they are not ``TWOTOWER_`` and the name; the first is the one that is written."""
+    """The variables, if they are not ``TWOTOWER_`` and the name; the first is the one that a launcher sets."""
     metavar: str | None = None
     unit: str = ""
-    """``s`` or ``bytes``, which are then the end of the field's name if it is a number."""
+    """``s`` or ``bytes``; the name of a numeric field ends in it."""
     least: float | None = None
     most: float | None = None
     choices: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
-    """What may stand in place of a size: ``auto``."""
+    """Words that may stand in place of a size, such as ``auto``."""
     otherwise: str = ""
-    """What happens where it is not given, if the default does not say it."""
+    """What happens if the setting is not given, where the default does not show it."""
     secret: Secret = Secret.NO
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A field that holds the settings of something else, all of them options of the whole too."""
+    """A field that holds another config, whose settings are options of the whole, too."""
 
     title: str
-    """Of its options in a help; empty: they stand among those of the whole."""
+    """The heading of its options in a help; empty: they are listed among those of the whole."""
     without: tuple[str, ...]
-    """Fields, of it or of its parts, that the whole decides."""
+    """Fields, its own or its parts', that the whole sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,35 +82,35 @@ class Setting:
     field: str
     kind: type
     optional: bool
-    """Whether it may be None."""
+    """Whether the value may be None."""
     default: Any
     about: Declaration
     paths: tuple[tuple[str, ...], ...]
-    """Where it is in the config: attributes, from the outside in. More than one where parts share it."""
+    """Where the value is in the config: attribute names, from the outside in. Several where parts share the setting."""
 
     @property
     def name(self) -> str:
-        """What users call it, in words joined by underscores."""
+        """The setting's name for users, in words joined by underscores."""
         ending = {"s": "_s", "bytes": "_bytes"}.get(self.about.unit, "") if self.kind in (int, float) else ""
         return self.about.name or self.field.removesuffix(ending)
 
     @property
     def option(self) -> str | None:
-        """As a command line gives it; None: it does not."""
+        """The option of the command line; None: there is none."""
         return None if self.about.secret is Secret.ALL else "--" + self.name.replace("_", "-")
 
     @property
     def variables(self) -> tuple[str, ...]:
-        """Environment variables that give it."""
+        """The environment variables that set it."""
         return self.about.variables or (PREFIX + self.name.upper(),)
 
     @property
     def file_variable(self) -> str | None:
-        """Environment variable that names a file with nothing else in it, as orchestrators mount secrets; None: none does."""
+        """The variable that names a file with only this value, as orchestrators mount secrets; None: there is none."""
         return None if self.about.secret is Secret.NO else self.variables[0] + "_FILE"
 
     def of(self, config: object) -> Any:
-        """Its value in a config."""
+        """The setting's value in a config."""
         return functools.reduce(getattr, self.paths[0], config)
 
 
@@ -120,19 +120,19 @@ def setting(default: Any, *, help: str, **about: Any) -> Any:
 
 
 def like(config: type, name: str, default: Any, **changes: Any) -> Any:
-    """A field that is declared as `name` of another config class is, but for its default and these changes."""
+    """A field with the declaration of `name` in another config class, except for its default and these changes."""
     return field(default=default, metadata={"about": dataclasses.replace(_fields(config)[name].metadata["about"], **changes)})
 
 
 def part(config: type, title: str = "", without: tuple[str, ...] = ()) -> Any:
-    """A field that holds another config; see `Part`. What the whole declares itself hides what a part calls the same."""
+    """A field that holds another config; see `Part`. A setting of the whole hides a part's setting of the same name."""
     return field(default_factory=config, metadata={"part": Part(title, without)})
 
 
 def settings_of(config: type) -> Mapping[str, Setting]:
     """All settings of a config class and of its parts, by their fields' names.
 
-    Raises TypeError for a declaration that makes no sense: parts that mean different things by one name.
+    Raises TypeError for contradictory declarations: parts with different settings of one name.
     """
     return _settings_of(config)
 
@@ -164,7 +164,7 @@ def _settings_of(config: Hashable) -> Mapping[str, Setting]:
 
 
 def parts_of(config: type) -> dict[str, Part]:
-    """Its fields that hold other configs."""
+    """The fields of a config class that hold other configs."""
     return {name: declared.metadata["part"] for name, declared in _fields(config).items() if "part" in declared.metadata}
 
 

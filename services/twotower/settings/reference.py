@@ -48,7 +48,7 @@ repeated, the variable has commas between them, and the file has a list.
 
 
 def reference(commands: Mapping[str, tuple[str, type]]) -> str:
-    """The page, in Markdown. `commands`: name -> (what it is, the class of its settings)."""
+    """The page, in Markdown. `commands`: name -> (description, class of its settings)."""
     return "\n".join([HEAD, *(line for name, (what, config) in commands.items() for line in _command(name, what, config))])
 
 

@@ -1,4 +1,4 @@
-"""Where the value of a setting comes from: the command line, else the environment, else a settings file, else its default."""
+"""The sources of a setting's value: the command line, else the environment, else a settings file, else its default."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from twotower.settings.values import check_secrecy, parse, show
 C = TypeVar("C")
 
 SETTINGS_VARIABLE = PREFIX + "SETTINGS"
-"""Names a settings file."""
+"""The variable that names a settings file."""
 DEBUG_VARIABLE = PREFIX + "DEBUG"
-"""Like ``twotower --debug``."""
+"""The variable that acts like ``twotower --debug``."""
 COMMON_VARIABLES = frozenset((SETTINGS_VARIABLE, DEBUG_VARIABLE))
 
 # A service "twotower-redis" of Kubernetes puts TWOTOWER_REDIS_PORT=tcp://... into the environment of every container.
@@ -28,19 +28,19 @@ _LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What was given, as it was given."""
+    """The values that were given, as unparsed text."""
 
     options: Mapping[str, str]
-    """Of the command line, by the settings' names."""
+    """Values from the command line, by the settings' names."""
     environ: Mapping[str, str]
     file: Path | None = None
-    """TOML: keys for all commands that know them, and tables with the names of commands for one of them."""
+    """A TOML file: its keys are for all commands that know them, and a table with a command's name is for that command."""
 
 
 def load(config: type[C], command: str, commands: Mapping[str, type], sources: Sources, **plain: Any) -> C:
-    """The config of `command`, which is one of `commands`. `plain`: fields of it that are no settings.
+    """The config of `command`, which is one of `commands`. `plain`: its fields that are no settings.
 
-    Names that no command knows are refused, and bad values, by where they stand. Raises ConfigError.
+    Raises ConfigError for names that no command knows and for bad values, with the place where they were given.
     """
     settings = settings_of(config)
     check_variables(sources.environ, {name for known in commands.values() for name in variables_of(known)})
@@ -55,8 +55,8 @@ def load(config: type[C], command: str, commands: Mapping[str, type], sources: S
 
 
 def from_environment(setting: Setting, environ: Mapping[str, str]) -> tuple[str, str] | None:
-    """What the environment says about a setting, and the variable that says it; None: nothing. Raises ConfigError."""
-    names = [name for name in setting.variables if environ.get(name)]  # an empty one says nothing
+    """A setting's text from the environment, and its variable; None: no variable sets it. Raises ConfigError."""
+    names = [name for name in setting.variables if environ.get(name)]  # an empty variable counts as unset
     if (variable := setting.file_variable) is not None and environ.get(variable):
         names.append(variable)
     if len(names) > 1:
@@ -72,7 +72,7 @@ def from_environment(setting: Setting, environ: Mapping[str, str]) -> tuple[str,
 
 
 def variables_of(config: type) -> Iterator[str]:
-    """All variables that say something about a config."""
+    """All variables that set a config's settings."""
     for setting in settings_of(config).values():
         yield from setting.variables
         if setting.file_variable is not None:
@@ -80,7 +80,7 @@ def variables_of(config: type) -> Iterator[str]:
 
 
 def check_variables(environ: Mapping[str, str], known: Collection[str]) -> None:
-    """Raise ConfigError for a variable of ours that nobody knows: it is a setting that its author believes to be made."""
+    """Raise ConfigError for an unknown variable with our prefix, since its author believes that it sets something."""
     for name, value in environ.items():
         if not name.startswith(PREFIX) or name in known or name in COMMON_VARIABLES:
             continue
@@ -89,7 +89,7 @@ def check_variables(environ: Mapping[str, str], known: Collection[str]) -> None:
 
 
 def _given(setting: Setting, sources: Sources, filed: Mapping[str, tuple[str, str]]) -> tuple[str, str] | None:
-    """What was said about a setting, and where."""
+    """A setting's text, and where it was given."""
     if (text := sources.options.get(setting.name)) is not None:
         check_secrecy(setting, text)
         return text, setting.name
@@ -103,7 +103,7 @@ def _given(setting: Setting, sources: Sources, filed: Mapping[str, tuple[str, st
 
 
 def _from_file(file: Path, command: str, commands: Mapping[str, type]) -> dict[str, tuple[str, str]]:
-    """What a settings file says to a command: name -> words, and where they stand."""
+    """A command's settings in a settings file: name -> text, and its place in the file."""
     import tomllib
 
     try:

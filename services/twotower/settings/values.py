@@ -1,4 +1,4 @@
-"""Between the words in which settings are given and their values, and which values are good."""
+"""Settings' values to text and back, and the check of values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 def parse(setting: Setting, text: str, label: str | None = None) -> Any:
-    """The value that `text` names. `label`: what to call the setting in an error. Raises ConfigError."""
+    """The value that `text` stands for. `label`: the setting's name in an error. Raises ConfigError."""
     label = label or setting.name
     value: Any = text
     if setting.about.unit == "bytes" and setting.kind is int:
@@ -39,7 +39,7 @@ def parse(setting: Setting, text: str, label: str | None = None) -> Any:
 
 
 def show(value: Any) -> str:
-    """A value in words from which `parse` makes it again."""
+    """A value as text from which `parse` makes it again."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, tuple | list):
@@ -72,15 +72,15 @@ def check_value(setting: Setting, value: Any, label: str | None = None) -> None:
 
 
 def check(config: object) -> None:
-    """Raise ConfigError unless each setting that a config declares itself has a good value. For ``__post_init__``."""
+    """Raise ConfigError unless each setting that a config itself declares has a valid value. For ``__post_init__``."""
     for setting in settings_of(type(config)).values():
-        if len(setting.paths[0]) == 1:  # parts have checked theirs
+        if len(setting.paths[0]) == 1:  # parts have checked their own settings
             check_value(setting, setting.of(config))
 
 
 def check_secrecy(setting: Setting, text: str) -> None:
-    """Raise ConfigError if `text` must not be on a command line. The error does not show it."""
-    # By pattern, not by parsing: a password that makes a URL invalid is one too.
+    """Raise ConfigError if `text` must not be on a command line. The error does not repeat it."""
+    # By pattern, not by parsing, since a password may make a URL invalid.
     if setting.about.secret is Secret.PASSWORD and re.search(r"//.*:.*@|password=", text):
         raise ConfigError(
             f"{setting.name}: every user of the machine can read a password on a command line; "

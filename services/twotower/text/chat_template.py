@@ -20,7 +20,7 @@ TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 MAX_PROBLEM = 300
-"""Characters of what a template says that an error repeats."""
+"""The most characters of a template's message that an error repeats."""
 
 
 class ChatTemplate:
@@ -41,7 +41,7 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, checkpoint: Path) -> ChatTemplate | None:
-        """The template of a checkpoint directory; None where it brings none. Raises CheckpointError."""
+        """The template of a checkpoint directory; None if it has none. Raises CheckpointError."""
         path, config = checkpoint / TEMPLATE_FILE, _config(checkpoint / CONFIG_FILE)
         try:
             source = path.read_text(encoding="utf-8") if path.exists() else _stored(config.get("chat_template"))
@@ -53,7 +53,7 @@ class ChatTemplate:
         return cls(source, tokens)
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """The prompt that these messages make. Raises InvalidArgument, with what the template says where it refuses them."""
+        """The prompt made of these messages. Raises InvalidArgument, with the template's message if it refuses them."""
         try:
             return self._template.render(
                 **self._special_tokens,
@@ -64,17 +64,17 @@ class ChatTemplate:
             )
         except _RefusedError as error:
             raise InvalidArgument("messages", f"the chat template refuses them: {str(error)[:MAX_PROBLEM]}") from None
-        except Exception as error:  # whatever a template's expressions can raise
+        except Exception as error:  # a template's expressions can raise anything
             problem = f"{type(error).__name__}: {error}"[:MAX_PROBLEM]
             raise InvalidArgument("messages", f"the chat template cannot render them: {problem}") from None
 
 
 class _RefusedError(jinja2.TemplateError):
-    """What a template raises itself."""
+    """An error that a template raises itself."""
 
 
 class _Generation(Extension):
-    """``{% generation %}``, with which templates mark what a model wrote, for training: here, its content."""
+    """``{% generation %}``, with which templates mark a model's text for training; it renders as its content."""
 
     tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
 
@@ -99,7 +99,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Without the escapes for HTML that Jinja's own filter makes."""
+    """JSON without the HTML escapes that Jinja's own filter makes."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -116,7 +116,7 @@ def _config(path: Path) -> Mapping[str, Any]:
 
 
 def _stored(template: Any) -> str | None:
-    """A template, or the one called "default" of several."""
+    """The template, or of several the one called "default"."""
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")

@@ -1,4 +1,4 @@
-"""Tokens to text while they arrive: no half characters, and nothing beyond a stop string."""
+"""Tokens to text as they arrive, without partial characters, and with nothing beyond a stop string."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from twotower.text.tokenizer import Tokenizer
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 MAX_UNFINISHED = 3
-"""A UTF-8 character has at most 4 bytes, so what may still become one shows as at most 3 replacement characters
-(one for each byte, with decoders that count so; else one)."""
+"""A UTF-8 character has at most 4 bytes, so bytes that may still become one decode to at most 3 replacement characters
+(some decoders make one for each byte, others a single one)."""
 
 WINDOW = 48
 CONTEXT = 8
-"""Once more than WINDOW tokens are held, the last CONTEXT or so are kept: decoders look at a token's neighbours."""
+"""Of more than WINDOW tokens about the last CONTEXT are kept, since decoders look at a token's neighbours."""
 
 
 class Detokenizer:
@@ -27,12 +27,12 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._hidden = frozenset(hidden_ids) | tokenizer.special_ids
         self._window: list[int] = []
-        self._told = 0  # characters of the window's text that were returned
+        self._returned = 0  # characters of the window's text that were returned
         self._held = 0
 
     @property
     def unfinished(self) -> int:
-        """Characters that the tokens so far would add if they were the last: replacements for what is held back."""
+        """Replacement characters that would be added for the bytes held back if no more tokens came."""
         return self._held
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -40,37 +40,37 @@ class Detokenizer:
         self._window += [i for i in token_ids if i not in self._hidden]
         text = self._tokenizer.decode(self._window)
         certain = len(text)
-        while certain > self._told and len(text) - certain < MAX_UNFINISHED and text[certain - 1] == REPLACEMENT:
+        while certain > self._returned and len(text) - certain < MAX_UNFINISHED and text[certain - 1] == REPLACEMENT:
             certain -= 1
-        new = text[self._told : certain]
-        self._told = max(self._told, certain)
+        new = text[self._returned : certain]
+        self._returned = max(self._returned, certain)
         self._held = len(text) - certain
         if certain == len(text) and len(self._window) > WINDOW:
             self._shorten(text)
         return new
 
     def finish(self) -> str:
-        """The rest, with replacement characters for what stayed unfinished."""
+        """The rest, with replacement characters for bytes that stayed unfinished."""
         text = self._tokenizer.decode(self._window)
-        new = text[self._told :]
-        self._told, self._held = len(text), 0
+        new = text[self._returned :]
+        self._returned, self._held = len(text), 0
         return new
 
     def _shorten(self, text: str) -> None:
-        """Forget the window's first tokens, at a place that is no middle of a character."""
+        """Drop the window's first tokens, at a character boundary."""
         for keep in range(CONTEXT, 2 * CONTEXT):
             tail = self._tokenizer.decode(self._window[-keep:])
             if text.endswith(tail) and not tail.startswith(REPLACEMENT):
                 self._window = self._window[-keep:]
-                self._told = len(tail)
+                self._returned = len(tail)
                 return
 
 
 class TextStream:
     """Text of a generation, cut before the first stop string.
 
-    What may begin a stop string is held back until it is known. The result does not depend on how the
-    tokens are divided into pushes: the stop string that is complete first counts.
+    Text that may begin a stop string is held back until that is decided. The result does not depend on how the
+    tokens are divided into pushes: the stop string that is completed first counts.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), hidden_ids: Collection[int] = ()) -> None:
@@ -106,7 +106,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`, without being all of it."""
+    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

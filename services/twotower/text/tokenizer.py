@@ -14,14 +14,14 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from twotower.errors import CheckpointError, InvalidArgument
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts are encoded one by one: its threads would only be in the way
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts are encoded one by one, so threads would only add overhead
 
 PIECE = 32 * 1024
-"""Characters after which a long text is asked whether it still fits."""
+"""Characters after which a long text is checked for whether it still fits."""
 
 DOUBT = 1.25
-"""A text is told to be too long by the sum of its pieces only when that is this much more than what fits: where a text
-is cut, its tokens differ a little from those of the whole."""
+"""A text is refused by the sum of its pieces' tokens only if that exceeds the limit by this factor, since the tokens at
+the cuts differ a little from those of the whole."""
 
 
 class Tokenizer:
@@ -32,12 +32,12 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in inner.get_added_tokens_decoder().items() if token.special)
         """Ids that never show in text."""
         self._names: dict[int, str] = {}
-        # A prompt is never cut or filled up unasked, whatever the file says.
+        # Prompts are never truncated or padded, whatever the file says.
         inner.no_truncation()
         inner.no_padding()
         spec = json.loads(inner.to_str())
         self.max_token_bytes = _max_token_bytes(spec)
-        """Bytes of text that one token can stand for at most; None: not known of this tokenizer."""
+        """The most bytes of text that one token can stand for; None: unknown for this tokenizer."""
         decoders = {step["type"] for step in _steps(spec["decoder"], "decoders")}
         self._letters = {letter: byte for byte, letter in _byte_alphabet().items()} if "ByteLevel" in decoders else {}
         """How a byte-level tokenizer writes each byte."""
@@ -53,31 +53,31 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids are below this."""
+        """The number of ids; all ids are below it."""
         return self._inner.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, most: int | None = None, *, special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with what the tokenizer itself adds to a text (such as a first token).
+        """Token ids of `text`, with the tokens that the tokenizer itself adds to a text (such as a first token).
 
-        `special_tokens`: whether it adds that; a chat template has written it already.
-        `most`: the tokens that there is room for; a text that cannot fit is refused as soon as that is known, and a
+        `special_tokens`: whether it adds them; a chat template has written them already.
+        `most`: the tokens that there is room for. A text that cannot fit is refused as soon as that is known, but a
         result may still be longer. Other threads run meanwhile. Raises InvalidArgument for such a text, and for a string
         that is no Unicode text (a lone surrogate).
         """
         if most is not None and self.max_token_bytes is not None and len(text) > most * self.max_token_bytes:
-            raise _no_room(text, most)  # a character has a byte or more
+            raise _no_room(text, most)  # a character has at least one byte
         try:
             size = len(text.encode())
         except UnicodeEncodeError as error:
             raise InvalidArgument("prompt", f"is not valid Unicode: {error.reason} at position {error.start}") from None
-        if most is not None and size > most:  # else a byte or more each, it fits
+        if most is not None and size > most:  # otherwise it fits, since each token has at least one byte
             self._check_room(text, size, most)
         return self._ids(text, special_tokens)
 
     def _check_room(self, text: str, size: int, most: int) -> None:
         if self.max_token_bytes is not None and size > most * self.max_token_bytes:
             raise _no_room(text, most)
-        if len(text) <= PIECE:  # it is little work to find out
+        if len(text) <= PIECE:  # encoding it is little work
             return
         tokens = 0
         for start in range(0, len(text), PIECE):
@@ -95,10 +95,10 @@ class Tokenizer:
         return self._inner.decode(list(ids), skip_special_tokens=True)
 
     def name(self, token_id: int) -> str:
-        """What a token is called where it stands alone: its text.
+        """The name of a token that is shown alone: its text.
 
-        A part of a character is called by its bytes, as OpenAI does it: ``bytes:\\xe6``. What has no text, as a special token,
-        has its name in the vocabulary; an id beyond the vocabulary is called by its number.
+        A part of a character is named by its bytes, as OpenAI does: ``bytes:\\xe6``. A token without text, such as a special
+        token, has its name in the vocabulary, and an id beyond the vocabulary its number.
         """
         if token_id not in self._names:
             alone = self.decode([token_id])
@@ -110,12 +110,12 @@ class Tokenizer:
         return self._names[token_id]
 
     def bytes_of(self, token_id: int) -> bytes:
-        """The bytes of text that a token stands for; of one that has no text, those of its name."""
+        """The bytes of text that a token stands for; for a token without text, those of its name."""
         raw = self._raw(token_id)
         return self.name(token_id).encode(errors="replace") if raw is None else raw
 
     def _raw(self, token_id: int) -> bytes | None:
-        """What a byte-level token, or one that stands for a byte, stands for; None: it is another kind of token."""
+        """The bytes of a byte-level token, or of one that stands for a byte; None: it is another kind of token."""
         token = None if token_id in self.special_ids else self._inner.id_to_token(token_id)
         if not token:
             return None
@@ -141,7 +141,7 @@ def _no_room(text: str, most: int) -> InvalidArgument:
 
 
 def _max_token_bytes(spec: dict[str, Any]) -> int | None:
-    """Of a tokenizer that takes every byte into account: the length of its longest token. `spec`: its JSON."""
+    """The length of the longest token, if the tokenizer keeps every byte of a text; else None. `spec`: its JSON."""
     model, steps = spec["model"], _steps(spec["pre_tokenizer"], "pretokenizers")
     if model["type"] != "BPE" or spec["normalizer"] is not None:
         return None
@@ -158,7 +158,7 @@ def _max_token_bytes(spec: dict[str, Any]) -> int | None:
 
 
 def _steps(part: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
-    """A pre-tokenizer or decoder as the list of its steps; `parts`: the key of a sequence's."""
+    """A pre-tokenizer or decoder as the list of its steps; `parts`: the key under which a sequence holds them."""
     if part is None:
         return []
     if part["type"] == "Sequence":

@@ -1,1 +1,1 @@
-"""Spans of what a tower's process does, recorded to files, and the timeline drawn from them."""
+"""Spans of the work of a tower's process, recorded to files, and the timeline drawn from them."""

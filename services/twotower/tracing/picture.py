@@ -1,4 +1,4 @@
-"""The timeline as a picture: a row for each process's engine and wire, what several sessions did stacked."""
+"""The timeline as a picture: a row for each process's engine and wire, with the spans of several sessions stacked."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def draw(spans: Sequence[Span], out: Path) -> None:
 
 
 def levels(spans: Sequence[Span]) -> list[int]:
-    """A level for each span, such that those of one level do not overlap; a session keeps its level while it is here.
+    """A level for each span, such that spans of one level do not overlap; a session keeps its level while it has spans.
 
-    Spans in order of their starts.
+    The spans must be ordered by start.
     """
     ends: list[float] = []
     of_session: dict[str, int] = {}
@@ -92,7 +92,7 @@ def levels(spans: Sequence[Span]) -> list[int]:
 
 
 def _rows(spans: Sequence[Span]) -> list[tuple[tuple[str, str], list[Span]]]:
-    """By process and lane: contexts first, each one's engine before its wire; processes are numbered, not named."""
+    """Spans by process and lane: contexts first, each with its engine before its wire; processes are numbered."""
     rows: dict[tuple[str, str], list[Span]] = defaultdict(list)
     for span in spans:
         rows[span.service, span.lane].append(span)
@@ -100,6 +100,6 @@ def _rows(spans: Sequence[Span]) -> list[tuple[tuple[str, str], list[Span]]]:
     for service in sorted({service for service, _ in rows}):
         kinds[service.rpartition("-")[0]].append(service)
     names = {s: f"{kind} {i}" if len(own) > 1 else kind for kind, own in kinds.items() for i, s in enumerate(own)}
-    # A denoiser's wire between the engines, so that what passes from one to the other reads from top to bottom.
+    # A denoiser's wire is placed between the engines, so that transfers between them read from top to bottom.
     order = sorted(rows, key=lambda row: (names[row[0]], (row[1] == "wire") != names[row[0]].startswith("denoiser")))
     return [((names[service], lane), rows[service, lane]) for service, lane in order]

@@ -1,4 +1,4 @@
-"""Records a process's spans as JSON lines: one file for each process, so that none waits for another."""
+"""Records a process's spans as JSON lines, in a file for each process, so that none waits for another."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from opentelemetry.trace import NoOpTracer, Span, Tracer
 from twotower.errors import ConfigError
 
 LANE = "lane"
-"""Attribute of a span: what of the process did it. `engine`, the default: its one thread of computing. `wire`:
-transfers, each session's its own, so that those of several sessions overlap."""
+"""Attribute of a span: the part of the process that did the work. `engine`, the default, is its one computing thread;
+`wire` are transfers, of which those of several sessions may overlap."""
 
 NO_TRACER: Tracer = NoOpTracer()
-"""Records nothing."""
+"""A tracer that records nothing."""
 
 
 class FileExporter(SpanExporter):
@@ -53,14 +53,14 @@ class FileExporter(SpanExporter):
 
 
 def transfer(tracer: Tracer, name: str, session_id: str) -> Span:
-    """A span of the wire that begins now: a context, or to be ended by `.end()`. It is nobody's child or parent, as
-    tasks that overlap begin and end such spans in any order."""
+    """A span of the wire that begins now; use it as a context manager, or call `.end()`. It has no parent or child, since
+    overlapping tasks begin and end such spans in any order."""
     return tracer.start_span(name, Context(), attributes={LANE: "wire", "session": session_id})
 
 
 @contextmanager
 def recording(directory: Path | None, service: str) -> Iterator[Tracer]:
-    """A tracer that records to `directory`/`service`.jsonl until left; with None, one that records nothing.
+    """A tracer that records to `directory`/`service`.jsonl until the context ends; with None, it records nothing.
 
     Raises ConfigError if the directory cannot be written to.
     """

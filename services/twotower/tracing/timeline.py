@@ -1,4 +1,4 @@
-"""Recorded spans put side by side: how busy each lane was, and what overlapped."""
+"""Recorded spans on a common time axis: how busy each lane was, and what overlapped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Intervals = list[tuple[float, float]]
 
 
 def read_spans(directory: Path) -> list[Span]:
-    """All spans under `directory`, from their earliest start, in seconds. Raises ConfigError where there are none."""
+    """All spans under `directory`, in seconds since the earliest start. Raises ConfigError if there are none."""
     raw = []
     for path in sorted(directory.glob("*.jsonl")):
         try:
@@ -57,7 +57,7 @@ def read_spans(directory: Path) -> list[Span]:
 
 
 def within(spans: Iterable[Span], start_s: float, end_s: float) -> list[Span]:
-    """What of the spans lies between two times, cut to them."""
+    """The parts of the spans between two times."""
     return [
         Span(s.service, s.lane, s.name, max(s.start_s, start_s), min(s.end_s, end_s), s.attributes)
         for s in spans
@@ -66,16 +66,16 @@ def within(spans: Iterable[Span], start_s: float, end_s: float) -> list[Span]:
 
 
 def busiest(spans: Sequence[Span], seconds: float) -> float:
-    """When the stretch of `seconds` begins in which denoisers refined the most blocks at one time; 0 without any.
+    """The start of the interval of `seconds` in which denoisers refined the most blocks at a time; 0 without any block.
 
-    Of equals the one in the middle: what shows a run is neither its start nor its end.
+    Of equally busy intervals it is the middle one, since a run's start and end are not typical of it.
     """
     steps = [span for span in spans if span.name == "step"]
     if not steps:
         return 0.0
     starts, ends = (np.array([getattr(span, edge) for span in steps]) for edge in ("start_s", "end_s"))
     blocks = np.array([span.attributes.get("batch", 1) for span in steps], dtype=float)
-    # Block-seconds up to each edge: between edges, what is refined does not change.
+    # Block-seconds up to each edge; between edges, the number of blocks does not change.
     edges, order = np.unique(np.concatenate([starts, ends]), return_inverse=True)
     change = np.zeros(len(edges))
     np.add.at(change, order, np.concatenate([blocks, -blocks]))
@@ -86,7 +86,7 @@ def busiest(spans: Sequence[Span], seconds: float) -> float:
 
 
 def merged(spans: Iterable[Span]) -> Intervals:
-    """When any of the spans was under way, as intervals that do not touch."""
+    """The times in which any of the spans was under way, as intervals that do not touch."""
     out: Intervals = []
     for span in sorted(spans, key=lambda span: span.start_s):
         if out and span.start_s <= out[-1][1]:
@@ -97,7 +97,7 @@ def merged(spans: Iterable[Span]) -> Intervals:
 
 
 def overlap_s(a: Intervals, b: Intervals) -> float:
-    """Seconds that lie in both."""
+    """The seconds that lie in both."""
     total, i, j = 0.0, 0, 0
     while i < len(a) and j < len(b):
         total += max(0.0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
@@ -114,29 +114,29 @@ class SpanKind:
 
     count: int
     seconds: float
-    """In which any of them was under way."""
+    """The seconds in which any of them was under way."""
     mean_ms: float
     behind_steps: float
-    """Share of `seconds` in which a denoiser refined something, so that it cost no denoiser any time."""
+    """Share of `seconds` in which a denoiser refined a block, so that they cost no denoiser any time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Of a stretch of time."""
+    """The figures of an interval of time."""
 
     seconds: float
     busy: dict[str, float]
     """Share of the time that each process's engine computed."""
     kinds: dict[str, SpanKind]
-    """By name: `step`, `commit`, `send delta` ..."""
+    """The kinds by name: `step`, `commit`, `send delta` ..."""
     commits_hidden: float
-    """Share of the contexts' commit time in which a denoiser refined something."""
+    """Share of the contexts' commit time in which a denoiser refined a block."""
     transfers_hidden: float
-    """Share of the time in which states or deltas were sent in which a denoiser refined something."""
+    """Share of the sending time of states and deltas in which a denoiser refined a block."""
 
 
 def summarize(spans: Sequence[Span]) -> Summary:
-    """How busy the engines were, and what of commits and transfers cost no denoiser any time."""
+    """How busy the engines were, and which share of commits and transfers cost no denoiser any time."""
     seconds = max(s.end_s for s in spans) - min(s.start_s for s in spans)
     engines: dict[str, list[Span]] = defaultdict(list)
     names: dict[str, list[Span]] = defaultdict(list)
