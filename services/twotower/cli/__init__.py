@@ -1,1 +1,1 @@
-"""The command line: parses flags into configs, calls one function, prints. No logic of its own."""
+"""The command line: parses options into configs, calls one function, and prints. It has no other logic."""

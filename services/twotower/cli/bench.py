@@ -1,4 +1,4 @@
-"""`twotower bench`: what the parts and the whole can do, as tables for people and JSON for machines."""
+"""`twotower bench`: the speed of the parts and of the whole, as tables for people and JSON for machines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from twotower.cli.bench_output import Parts
 
 
 def add_parser(commands: Parts[argparse.ArgumentParser]) -> None:
-    """The command and its parts."""
+    """Register the command and its parts."""
     bench = commands.add_parser("bench", help="measure the engine, the services, and what travels", allow_abbrev=False)
     parts = bench.add_subparsers(title="parts", metavar="PART", required=True)
     bench_engine.add_parts(parts)

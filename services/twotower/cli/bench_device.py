@@ -1,4 +1,4 @@
-"""`twotower bench kernels` and `twotower bench towers`: what a device makes of the model's computations."""
+"""`twotower bench kernels` and `twotower bench towers`: the speed of the model's computations on a device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONTEXTS = (128, 2048, 32768)
 
 
 def add_parts(parts: Parts[argparse.ArgumentParser]) -> None:
-    """Both commands."""
+    """Register both commands."""
     kernels = parts.add_parser("kernels", help="each kernel beside its plain form and the device's limits", allow_abbrev=False)
     _add_size(kernels)
     kernels.add_argument("--only", nargs="+", metavar="NAME", help="these kernels (default: all)")
@@ -130,7 +130,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _device(args: argparse.Namespace) -> tuple[torch.device, Roofline]:
-    """The device, and its measured limits, which are reported."""
+    """The device, and its measured limits, which this prints."""
     import torch
 
     from twotower.bench.roofline import measure

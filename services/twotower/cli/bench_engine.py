@@ -11,7 +11,7 @@ from twotower.cli.options import check_at_least_one
 
 
 def add_parts(parts: Parts[argparse.ArgumentParser]) -> None:
-    """Both commands."""
+    """Register both commands."""
     checkpoint = parts.add_parser("checkpoint", help="write a middle-sized checkpoint of random weights", allow_abbrev=False)
     checkpoint.add_argument("--out", type=Path, required=True, help="directory to write (about 0.9 GB)")
     checkpoint.add_argument("--seed", type=int, default=0)

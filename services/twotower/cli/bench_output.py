@@ -1,4 +1,4 @@
-"""What the parts of `twotower bench` share: the work that is asked for, and how results are printed."""
+"""What the parts of `twotower bench` share: the options of a workload, and how results are printed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from twotower.bench.workload import Result, Workload
 
 Parts = argparse._SubParsersAction
-"""Of the parser: where a part adds its own."""
+"""The parser's group of commands, to which each part adds its own."""
 
 
 def add_work(parser: argparse.ArgumentParser) -> None:
-    """Options of a part that generates text with a checkpoint."""
+    """Add the options of a part that generates text with a checkpoint."""
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="see `twotower bench checkpoint`")
     parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="default 64")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="default 64")
@@ -31,7 +31,7 @@ def add_work(parser: argparse.ArgumentParser) -> None:
 
 
 def workload_of(args: argparse.Namespace) -> Workload:
-    """The requests that the options ask for. Raises TwoTowerError where the checkpoint cannot serve them."""
+    """The workload that the options describe. Raises TwoTowerError if the checkpoint cannot serve it."""
     from twotower.bench.workload import Workload
     from twotower.model.checkpoint import Checkpoint
     from twotower.request import check_request
@@ -43,7 +43,7 @@ def workload_of(args: argparse.Namespace) -> Workload:
 
 
 def threads_of(args: argparse.Namespace) -> int:
-    """CPU threads of the engine."""
+    """The number of CPU threads of the engine."""
     threads: int = args.threads or len(os.sched_getaffinity(0))
     return threads
 
@@ -68,11 +68,11 @@ def result_json(result: Result) -> dict[str, Any]:
 
 
 def say(args: argparse.Namespace, line: str) -> None:
-    """A line for people: on stdout, or on stderr where stdout is for machines."""
+    """Print a line for people: on stdout, or on stderr if stdout is for machines."""
     print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
 
 
 def finish(args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """The one JSON object, if it was asked for."""
+    """Print the one JSON object, if --json was given."""
     if args.json:
         print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in figures.items()}))

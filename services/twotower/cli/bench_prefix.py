@@ -1,4 +1,4 @@
-"""`twotower bench prefix`: prompts that begin alike."""
+"""`twotower bench prefix`: prompts with a shared prefix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def add_part(parts: Parts[argparse.ArgumentParser]) -> None:
-    """The command."""
+    """Register the command."""
     prefix = parts.add_parser("prefix", help="prompts that begin alike: what their beginning costs again", allow_abbrev=False)
     where = prefix.add_mutually_exclusive_group(required=True)
     where.add_argument("--checkpoint", type=Path, metavar="DIR", help="start a stack with it")
@@ -64,7 +64,7 @@ def _prefix(args: argparse.Namespace) -> None:
 
 
 async def _shared_prefix(args: argparse.Namespace) -> tuple[PrefixResult, int]:
-    """The result, and the seed of the prompts; with a stack of its own unless there is a target."""
+    """The result, and the seed of the prompts; without a target, this starts its own stack."""
     from twotower.bench.prefix import SharedPrompts, shared_prefix
     from twotower.client.grpc_client import GatewayClient
     from twotower.launcher.config import on_free_ports

@@ -13,7 +13,7 @@ from twotower.cli.options import DEFAULT_CHECKPOINT, add_kernels
 
 
 def add_part(parts: Parts[argparse.ArgumentParser]) -> None:
-    """The command."""
+    """Register the command."""
     record = parts.add_parser("record", help="the ratios this project promises, kept and plotted over time", allow_abbrev=False)
     record.add_argument("--out", type=Path, required=True, metavar="DIR", help="where records, the page and the picture go")
     record.add_argument("--plot-only", action="store_true", help="measure nothing; draw what is there")
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     from twotower.bench.history import read_records, write_history
     from twotower.bench.record import RecordConfig, measure_record, write_record
 
-    read_records(args.out)  # one that cannot be read is found now rather than in ten minutes
+    read_records(args.out)  # an unreadable record is reported now rather than in ten minutes
     if not args.plot_only:
         with tempfile.TemporaryDirectory(prefix="twotower-bench-") as scratch:
             config = RecordConfig(

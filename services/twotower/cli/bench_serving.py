@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def add_parts(parts: Parts[argparse.ArgumentParser]) -> None:
-    """Both commands."""
+    """Register both commands."""
     serving = parts.add_parser("serving", help="the whole stack against the engine", allow_abbrev=False)
     add_work(serving)
     add_stack_size(serving)
@@ -60,7 +60,7 @@ def _serving(args: argparse.Namespace) -> None:
             lambda row: say(args, f"engine, batch {row.batch:>3}: {result_line(row.result)}"),
         )
     }
-    del engine  # its memory and its threads are the services' now
+    del engine  # leaves memory and threads to the services
     results = asyncio.run(_served(args, workload))
     figures = {
         "threads": threads,
@@ -83,7 +83,7 @@ def _serving(args: argparse.Namespace) -> None:
 
 
 async def _served(args: argparse.Namespace, workload: Workload) -> dict[int, Result]:
-    """A stack, and the load; by concurrency (under a rate: by the greatest that was asked for)."""
+    """Run the load on a stack; returns results by concurrency (for a fixed rate, under the greatest one given)."""
     from twotower.bench.serving import closed_loop, open_loop
     from twotower.launcher.config import on_free_ports
     from twotower.launcher.stack import stack

@@ -12,7 +12,7 @@ from twotower.cli.options import add_checkpoint
 
 
 def add_part(parts: Parts[argparse.ArgumentParser]) -> None:
-    """The command."""
+    """Register the command."""
     stalls = parts.add_parser("stalls", help="one gateway, and clients that try to stall it", allow_abbrev=False)
     add_checkpoint(stalls)
     stalls.add_argument("--seconds", type=float, default=20.0, metavar="S", help="of calm, and of storm (default 20)")

@@ -13,7 +13,7 @@ from twotower.errors import ConfigError
 
 
 def add_part(parts: Parts[argparse.ArgumentParser]) -> None:
-    """The command."""
+    """Register the command."""
     streams = parts.add_parser("streams", help="one gateway, many streams, workers that only pretend", allow_abbrev=False)
     add_checkpoint(streams)
     streams.add_argument("--streams", type=int, default=1000, metavar="N", help="half gRPC, half HTTP (default 1000)")

@@ -13,7 +13,7 @@ from twotower.transport.config import CHOICES, TransportKind
 
 
 def add_part(parts: Parts[argparse.ArgumentParser]) -> None:
-    """The command."""
+    """Register the command."""
     transport = parts.add_parser("transport", help="what travels at the real size, and how fast", allow_abbrev=False)
     transport.add_argument("--tokens", type=int, default=1024, metavar="N", help="tokens of the snapshot (default 1024)")
     transport.add_argument("--rounds", type=int, default=20, metavar="N", help="transfers of each kind (default 20)")

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if args.target is not None:
         check_target(args.target)
     for directory in args.directories:
-        load_cases(directory)  # what cannot be read is told before anything is run
+        load_cases(directory)  # a file that cannot be read is reported before anything runs
 
     async def run_services(directory: Path) -> Tally:
         size = {"contexts": args.contexts, "denoisers": args.denoisers}

@@ -1,4 +1,4 @@
-"""`twotower demo`: the main job, start to end, on free ports: a stack, a prompt, text, nothing left behind."""
+"""`twotower demo`: starts a stack on free ports, generates text from a prompt, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> None:
-    """Show the whole way of a prompt."""
+    """Run the demo, and print each stage."""
     asyncio.run(_demo(args))
 
 

@@ -1,4 +1,4 @@
-"""`twotower eval`: quality and speed of all modes, on problems no training has seen."""
+"""`twotower eval`: quality and speed of all modes, on problems that no training has seen."""
 
 from __future__ import annotations
 

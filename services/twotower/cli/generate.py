@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     check_target(args.target)
     result = _Result(stream=not args.json)
     try:
-        if args.local:  # in no event loop, so that Ctrl-C ends it at once
+        if args.local:  # runs outside an event loop, so that Ctrl-C ends it at once
             for event in _local(args, prompt):
                 result.take(event)
         else:
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 class _Result:
-    """Collects the events of a generation, and shows text as it comes."""
+    """Collects the events of a generation, and prints text as it comes."""
 
     def __init__(self, *, stream: bool) -> None:
         self._stream = stream
@@ -137,7 +137,7 @@ class _Result:
             self._open_line = True
 
     def end_line(self) -> None:
-        """Leave the terminal at the start of a line, also when the generation broke off."""
+        """Leave the terminal at the start of a line, even if the generation broke off."""
         if self._open_line:
             print(flush=True)
 
@@ -151,7 +151,7 @@ class _Result:
             "blocks": end.blocks,
             **({"rounds": end.rounds, **dataclasses.asdict(end.use)} if end.use != NO_DRAFT else {}),
             "seconds": round(end.seconds, 6),
-            **({"logprobs": [_logprob_json(told) for told in self._logprobs]} if self._logprobs else {}),
+            **({"logprobs": [_logprob_json(entry) for entry in self._logprobs]} if self._logprobs else {}),
             **({"warnings": list(self._warnings)} if self._warnings else {}),
         }
 
@@ -166,7 +166,7 @@ class _Result:
         )
 
     def _ids(self) -> str:
-        """What is shown where no text could be."""
+        """The token ids, shown where there is no text."""
         return "" if any(self._text) else f"token ids: {' '.join(map(str, self._token_ids))}\n"
 
     def _finished(self) -> Finished:
@@ -185,9 +185,9 @@ def _speculative_summary(end: Finished) -> str:
     )
 
 
-def _logprob_json(told: TokenLogprob) -> dict[str, Any]:
-    """As gRPC's messages name it."""
-    return {"logprob": told.logprob, "top": [{"token_id": token, "logprob": logprob} for token, logprob in told.top]}
+def _logprob_json(entry: TokenLogprob) -> dict[str, Any]:
+    """A log probability with the field names of gRPC's messages."""
+    return {"logprob": entry.logprob, "top": [{"token_id": token, "logprob": logprob} for token, logprob in entry.top]}
 
 
 def _prompt(args: argparse.Namespace) -> str | tuple[int, ...]:
@@ -208,7 +208,7 @@ def _prompt(args: argparse.Namespace) -> str | tuple[int, ...]:
 
 
 async def _remote(args: argparse.Namespace, prompt: str | tuple[int, ...], result: _Result) -> None:
-    """Let `result` take the events of a gateway."""
+    """Pass the events of a gateway to `result`."""
     from twotower.client.grpc_client import GatewayClient
 
     async with GatewayClient(args.target) as client:

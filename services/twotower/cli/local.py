@@ -1,4 +1,4 @@
-"""A request to both towers in this process, as the events a gateway would send."""
+"""Runs a request with both towers in this process, and yields the events that a gateway would send."""
 
 from __future__ import annotations
 

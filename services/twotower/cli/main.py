@@ -23,7 +23,7 @@ EXIT_INTERRUPTED = 130
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All commands. Nothing heavy is imported to show help."""
+    """The parser of all commands. Help imports no heavy module."""
     parser = OneLineParser(
         prog="twotower", description="Serving system for two-tower diffusion language models.", allow_abbrev=False
     )
@@ -39,11 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     try:
         args = build_parser().parse_args(argv)
-    except TwoTowerError as error:  # of a value that the environment gives
+    except TwoTowerError as error:  # from a value in the environment
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
     args.debug = args.debug or os.environ.get(DEBUG_VARIABLE, "").lower() in YES
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC reads it when it is first used; a peer that stops is no news
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC reads it on first use; a peer that stops is not worth a line
     handler = logging.StreamHandler(sys.stderr)
     if not args.debug:
         handler.addFilter(BoundedLog())
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has gone, as in `| head`. Nothing more can be written, at exit either.
+        # The reader of our output has gone, as in `| head`, so nothing more can be written, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
     except Exception as error:

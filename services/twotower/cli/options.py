@@ -1,4 +1,4 @@
-"""Options that commands share with the services, and checks of what commands have for themselves."""
+"""Options that commands share with the services, and checks of the commands' own options."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ DEFAULT_TARGET = "127.0.0.1:50051"
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """``--checkpoint DIR``."""
+    """Add ``--checkpoint DIR``."""
     add_settings(parser, ServiceConfig, ["checkpoint"])
 
 
 def add_place(parser: argparse.ArgumentParser) -> None:
-    """``--dtype``, ``--device``, ``--kernels``."""
+    """Add ``--dtype``, ``--device``, ``--kernels``."""
     add_settings(parser, TowerConfig, ["dtype", "device", "kernels"])
 
 
 def add_kernels(parser: argparse.ArgumentParser) -> None:
-    """``--kernels K``."""
+    """Add ``--kernels K``."""
     add_settings(parser, TowerConfig, ["kernels"])
 
 
 def add_experts(parser: argparse.ArgumentParser) -> None:
-    """``--experts P``, ``--context-experts P``: the second is None where it is not given, which is as the first."""
+    """Add ``--experts P`` and ``--context-experts P``, which is None if it is not given, and then equals the first."""
     add_settings(parser, TowerConfig, ["experts"])
     add_settings(parser, UpConfig, ["context_experts"])
 
 
 def add_trace(parser: argparse.ArgumentParser) -> None:
-    """``--trace DIR``."""
+    """Add ``--trace DIR``."""
     add_settings(parser, TowerConfig, ["trace"])
 
 
 def add_stack_size(parser: argparse.ArgumentParser) -> None:
-    """``--contexts N``, ``--denoisers N``."""
+    """Add ``--contexts N``, ``--denoisers N``."""
     add_settings(parser, UpConfig, ["contexts", "denoisers"])
 
 
 def not_given(name: str) -> Any:
-    """What an option of these has where the command line does not give it. Raises ConfigError."""
+    """The value of such an option if the command line does not set it. Raises ConfigError."""
     setting = settings_of(UpConfig)[name]
     found = from_environment(setting, os.environ)
     return setting.default if found is None else found[0]
 
 
 def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
-    """Raise ConfigError unless each of these options, where given, is at least 1."""
+    """Raise ConfigError unless each of these options that was given is at least 1."""
     for name in names:
         value = getattr(args, name)
         for one in value if isinstance(value, list) else [value]:

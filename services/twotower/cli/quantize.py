@@ -1,4 +1,4 @@
-"""`twotower quantize`: a checkpoint with its routed experts in 8 or 4 bits, and what that changes."""
+"""`twotower quantize`: writes a checkpoint with its routed experts in 8 or 4 bits, and measures what that changes."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write, compare, print."""
+    """Write the checkpoint, compare, and print."""
     check_at_least_one(args, "problems", "batch", "max_tokens")
     if args.out is None and not args.report:
         raise ConfigError("out: give --out DIR, --report or both")
-    told: dict[str, Any] = {"experts": args.experts, "tower": args.tower}
+    result: dict[str, Any] = {"experts": args.experts, "tower": args.tower}
     if args.out is not None:
         from twotower.model.checkpoint import Checkpoint
         from twotower.model.quantize import quantize_checkpoint
@@ -47,15 +47,15 @@ def run(args: argparse.Namespace) -> None:
         towers = ("context", "denoiser") if args.tower == "both" else (args.tower,)
         sizes = quantize_checkpoint(Checkpoint.open(args.checkpoint), args.out, args.experts, towers)
         identity = Checkpoint.open(args.out).identity
-        told |= {"out": str(args.out), "identity": identity, **dataclasses.asdict(sizes)}
+        result |= {"out": str(args.out), "identity": identity, **dataclasses.asdict(sizes)}
         _say(args, f"{args.out}: {sizes.after / 1e6:,.1f} MB of {sizes.before / 1e6:,.1f}, identity {identity}")
     if args.report:
         report = _report(args)
-        told["report"] = report.as_json()
+        result["report"] = report.as_json()
         for line in _lines(report):
             _say(args, line)
     if args.json:
-        print(json.dumps(told))
+        print(json.dumps(result))
 
 
 def _report(args: argparse.Namespace) -> PrecisionReport:

@@ -10,7 +10,7 @@ from pathlib import Path
 from twotower.errors import ConfigError
 
 PICTURE_S = 0.4
-"""Of a run, what can be seen at a glance."""
+"""Seconds of a run that the picture shows, enough to see at a glance."""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -25,7 +25,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print, and draw if asked."""
+    """Print the summary, and draw the picture if one is asked for."""
     from twotower.tracing.timeline import busiest, read_spans, summarize, within
     from twotower.train.plot import can_plot
 

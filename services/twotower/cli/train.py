@@ -15,7 +15,7 @@ Commands = argparse._SubParsersAction
 
 
 def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
-    """The command and its parts."""
+    """Register the command and its parts."""
     train = commands.add_parser("train", help="train a checkpoint's tokenizer, context tower or denoiser", allow_abbrev=False)
     parts = train.add_subparsers(title="parts", metavar="PART", required=True)
 

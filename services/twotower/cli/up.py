@@ -25,6 +25,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _say(line: str) -> None:
-    """A stack outlives whoever read what it says."""
+    """Print a line; the stack goes on even if its reader has gone."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
