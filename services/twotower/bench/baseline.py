@@ -1,7 +1,7 @@
-"""The plain way to run the model, kept as a yardstick: what the published script does.
+"""The plain way to run the model, kept as a yardstick: it does what the published script does.
 
-torch's own products, a loop over all experts of a layer, with a sync for each to see whether it has tokens; and a copy
-of the whole state for every block. One request at a time. The tokens are the engine's, but for what rounding decides.
+It uses torch's own products, a loop over all experts of a layer with a sync for each to see whether it has tokens, and a
+copy of the whole state for every block, and serves one request at a time. Its tokens are the engine's, except for rounding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from twotower_kernels.kernels import TORCH
 
 
 class LoopedMoE(nn.Module):
-    """The layer's experts, one after the other."""
+    """A MoE layer that runs its experts one after another."""
 
     def __init__(self, moe: MoE) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class LoopedMoE(nn.Module):
 
 
 def make_plain(tower: nn.Module) -> None:
-    """From now on this tower loops over experts, and multiplies by torch alone."""
+    """Change this tower to loop over experts, and to multiply with torch alone."""
     use_kernels(tower, TORCH)
     for module in tower.modules():
         if isinstance(module, Tower):
@@ -61,7 +61,7 @@ def _loop_over_experts(tower: Tower) -> None:
 def generate_plain(
     context: ContextEngine, denoiser: DenoiserEngine, prompt: Sequence[int], params: GenerationParams
 ) -> list[int]:
-    """Continue one prompt with towers that are plain (`make_plain`)."""
+    """Generate from one prompt with plain towers (`make_plain`)."""
     session = context.open("plain", list(prompt), params)
     while session.prefill_left:
         context.prefill(session, len(prompt))

@@ -1,4 +1,4 @@
-"""A middle-sized checkpoint with random weights: big enough that computing, not Python, is what is timed."""
+"""A medium-sized checkpoint with random weights: big enough that its time goes into computing, not into Python."""
 
 from __future__ import annotations
 

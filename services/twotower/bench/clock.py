@@ -1,4 +1,4 @@
-"""How long a call takes, on a CPU or a GPU, and how much memory is left for it."""
+"""The time of a call on a CPU or a GPU, and the memory that is left for it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 
 FLUSHED_BYTES = 256 << 20
-"""Written between calls on a GPU: more than any cache there keeps, and a head start for the host's launches."""
+"""Bytes written between calls on a GPU: more than its caches hold, and enough time for the host to launch ahead."""
 
 LEAST_CALLS = 3
 MOST_CALLS = 200
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, budget_s: float, *, wall: bool = False) -> float:
-    """Median over calls for about so long, at least three, after one that is not counted.
+    """Median over the calls of about `budget_s`, at least three, after one that is not counted.
 
-    On a GPU its own clock counts, from a cold cache, and the call is replayed as a graph where it can be captured, so that
-    small launches do not wait for the host; with `wall` the host's clock does, launches and waiting included.
+    On a GPU this is its own clock's time from a cold cache, and the call is replayed as a graph where it can be captured, so
+    that small launches do not wait for the host; with `wall` it is the host's time, launches and waiting included.
     """
     call()
     _wait(device)
@@ -32,7 +32,7 @@ def seconds_of(call: Callable[[], object], device: torch.device, budget_s: float
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken there."""
+    """The memory that can still be allocated on `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
@@ -67,7 +67,7 @@ def _events(call: Callable[[], object], flushed: torch.Tensor) -> float:
 
 
 def _captured(call: Callable[[], object]) -> Callable[[], object]:
-    """The call as a graph's replay; the call itself where it waits for the device, which no graph can hold."""
+    """The call as a graph's replay, or the call itself if it waits for the device, which a graph cannot capture."""
     stream, main = torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(main)
     with torch.cuda.stream(stream):

@@ -1,6 +1,6 @@
-"""Bytes and multiplications of each kernel and each step of a tower, counted from shapes alone. No torch here.
+"""Bytes and multiplications of each kernel and each step of a tower, computed from shapes alone. No torch here.
 
-Letters: B sessions, L positions of each (a block, or one token), N tokens of context.
+Letters: B sessions, L positions of each (a block, or one token), N context tokens.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ BF16, FP32, FP64 = 2, 4, 8
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Of one model, its weights in bf16 and its routed experts at some precision."""
+    """The costs of one model, with weights in bf16 and routed experts at some precision."""
 
     config: ModelConfig
     experts_precision: str = "bf16"
     read: float | None = None
-    """Experts that a layer reads; None: as many as are expected (`distinct`)."""
+    """Experts that a layer reads; None: the expected number (`distinct`)."""
 
     def linear(self, rows: int, inputs: int, outputs: int, out_bytes: int = BF16) -> Cost:
-        """rows (rows, inputs) times a matrix."""
+        """A matrix (rows, inputs) times a weight matrix."""
         moved = BF16 * inputs * (outputs + rows) + out_bytes * rows * outputs
         return Cost(moved, 2.0 * rows * inputs * outputs)
 
     def distinct(self, rows: int) -> float:
-        """Experts that so many tokens are expected to need, if they choose at random."""
+        """The expected number of experts that `rows` tokens need, if they choose at random."""
         config = self.config
         return config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** rows)
 
     def expert_bytes(self) -> float:
-        """Both matrices of one expert, as they are stored."""
+        """Bytes of both matrices of one expert, as stored."""
         config = self.config
         hidden, width = config.hidden_size, config.moe_intermediate_size
         if self.experts_precision == "fp8":
@@ -63,35 +63,35 @@ class Costs:
         return Cost(4 * BF16 * rows * self.config.hidden_size, 8.0 * rows * self.config.hidden_size)
 
     def scan(self, batch: int, length: int, *, commit: bool) -> Cost:
-        """Between in_proj and out_proj; a commit writes the new state and the delta's factors as well."""
+        """From in_proj's output to out_proj's input; a commit writes the new state and the delta's factors as well."""
         c = self.config
         state = batch * c.d_inner * c.ssm_state_size
         tail = batch * c.conv_dim * c.conv_kernel
         projected = batch * length * (c.d_inner + c.conv_dim + c.mamba_num_heads)
         moved = BF16 * (projected + tail + batch * length * c.d_inner) + FP32 * state
         pairs = batch * c.mamba_num_heads * length * length * (c.ssm_state_size + c.mamba_head_dim)
-        flops = 2.0 * length * state + pairs  # of pairs of positions, half lie in the past
+        flops = 2.0 * length * state + pairs  # half of the pairs of positions lie in the past
         if not commit:
             return Cost(moved, flops)
         factors = batch * length * (c.d_inner + c.n_groups * c.ssm_state_size) + tail
         return Cost(moved + FP32 * state + BF16 * factors, flops + 3.0 * length * state)
 
     def apply(self, batch: int, length: int) -> Cost:
-        """A delta applied to the state: read, updated, written."""
+        """A delta applied to the state, which is read, updated and written."""
         c = self.config
         state = batch * c.d_inner * c.ssm_state_size
         factors = batch * length * (c.d_inner + c.n_groups * c.ssm_state_size)
         return Cost(2 * FP32 * state + BF16 * factors, 3.0 * length * state)
 
     def attention(self, batch: int, length: int, context: int) -> Cost:
-        """Of a block over [context, block]."""
+        """Attention of a block over [context, block]."""
         c = self.config
         queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         moved = BF16 * batch * (2 * length * queries + 2 * (context + length) * keys)
         return Cost(moved, 4.0 * batch * length * (context + length) * queries)
 
     def unmask(self, batch: int, length: int) -> Cost:
-        """Logits in fp32, read once."""
+        """Unmasking, which reads logits in fp32 once."""
         rows = batch * length
         return Cost(FP32 * rows * self.config.vocab_size, 4.0 * rows * self.config.vocab_size)
 
@@ -100,7 +100,7 @@ class Costs:
         return self.linear(rows, self.config.hidden_size, self.config.vocab_size, FP32)
 
     def denoiser_step(self, batch: int, context: int) -> Counter[tuple[str, Cost]]:
-        """One forward of the denoiser over blocks, and unmasking: operations and how often each is done."""
+        """One forward of the denoiser over blocks, and unmasking: the operations and their counts."""
         c, length = self.config, self.config.block_size
         counts = Counter(op for kind in c.hybrid_override_pattern for op in self._layer(kind, batch, length, context))
         hidden = c.hidden_size
@@ -146,10 +146,10 @@ class Costs:
 
 
 def total(counts: Counter[tuple[str, Cost]]) -> Cost:
-    """Of a step."""
+    """The cost of a step."""
     return sum((cost * times for (_, cost), times in counts.items()), Cost())
 
 
 def least_seconds(counts: Counter[tuple[str, Cost]], roofline: Roofline) -> float:
-    """Of a step whose operations wait for one another: the sum of what each takes at least."""
+    """The least time of a step whose operations wait for one another: the sum of the least times of all."""
     return sum(times * roofline.seconds(cost) for (_, cost), times in counts.items())

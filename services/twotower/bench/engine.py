@@ -1,4 +1,4 @@
-"""The engine in one process: what batching brings, and what the plain way would give."""
+"""The engine in one process: the gain of batching, and the baseline of the plain way."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from twotower.engine.local import LocalEngine
 
 @dataclass(frozen=True, slots=True)
 class EngineRow:
-    """One batch size."""
+    """The results of one batch size."""
 
     batch: int
     result: Result
 
 
 def run_batch(engine: LocalEngine, workload: Workload, requests: int, batch: int) -> Result:
-    """So many requests, at most `batch` at a time."""
+    """Run `requests` requests, at most `batch` at a time."""
     params, prompts = workload.params, workload.prompts(requests)
-    list(generate_batch(engine.context, engine.denoiser, prompts[:batch], params, batch))  # first use costs are no one's speed
+    list(generate_batch(engine.context, engine.denoiser, prompts[:batch], params, batch))  # costs of first use are not counted
     result = Result(requests)
     for done in generate_batch(engine.context, engine.denoiser, prompts, params, batch):
         result.count(len(done.token_ids))
         result.first_block_s.append(done.first_block_s)
         result.latency_s.append(done.seconds)
-    result.stop()  # requests of one length end together: there is no time when only some places are taken
+    result.stop()  # requests of one length end at once, so that no batch is partly filled
     return result
 
 
 def engine_rows(
     engine: LocalEngine, workload: Workload, batches: Sequence[int], rounds: int, report: Callable[[EngineRow], None]
 ) -> list[EngineRow]:
-    """Every batch size, over `rounds` times as many requests."""
+    """Measure every batch size, over `rounds` times as many requests."""
     rows = []
     for batch in batches:
         rows.append(EngineRow(batch, run_batch(engine, workload, rounds * batch, batch)))
@@ -47,12 +47,12 @@ def engine_rows(
 
 
 def plain_result(checkpoint: Path, workload: Workload, requests: int, *, dtype: str, device: str, threads: int) -> Result:
-    """The baseline at batch 1, on the same weights; its tokens are checked against nothing here but counted alike."""
+    """The baseline at batch 1, on the same weights; its tokens are counted alike, but not checked here."""
     return run_plain(plain_engine(checkpoint, dtype=dtype, device=device, threads=threads), workload, requests)
 
 
 def plain_engine(checkpoint: Path, *, dtype: str, device: str, threads: int) -> LocalEngine:
-    """Both towers as the baseline runs them."""
+    """An engine whose towers are the baseline's."""
     engine = LocalEngine(checkpoint, dtype=dtype, device=device, threads=threads)
     make_plain(engine.context.tower)
     make_plain(engine.denoiser.tower)
@@ -60,7 +60,7 @@ def plain_engine(checkpoint: Path, *, dtype: str, device: str, threads: int) -> 
 
 
 def run_plain(plain: LocalEngine, workload: Workload, requests: int) -> Result:
-    """So many requests, one after the other, with towers of `plain_engine`."""
+    """Run `requests` requests, one after another, on a `plain_engine`."""
     prompts = workload.prompts(requests)
     generate_plain(plain.context, plain.denoiser, prompts[0], workload.params)
     result = Result(requests)
@@ -73,7 +73,7 @@ def run_plain(plain: LocalEngine, workload: Workload, requests: int) -> Result:
 def open_engine(
     checkpoint: Path, *, dtype: str, device: str, threads: int, kernels: str = "auto", compiled: bool = False
 ) -> LocalEngine:
-    """Both towers, ready to be timed."""
+    """An engine with both towers, ready to be timed."""
     engine = LocalEngine(checkpoint, dtype=dtype, device=device, threads=threads, kernels=kernels)
     engine.context.tower.compiled = engine.denoiser.tower.compiled = compiled
     torch.set_num_threads(threads)

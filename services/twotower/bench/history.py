@@ -1,4 +1,4 @@
-"""Records of a directory as a page: a table of all of them, and a picture of each ratio over time."""
+"""The records of a directory as a page: a table of all of them, and a picture of each ratio over time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from twotower.errors import ConfigError
 PAGE, PICTURE = "README.md", "history.svg"
 
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
-"""Of machines, in the order in which they first appear; then again from the first."""
+"""Colours of machines, in the order in which they first appear; they repeat after the last."""
 
 WIDTH, HEIGHT, GAP = 380, 170, 20
 LEFT, RIGHT, TOP, BOTTOM = 60, 14, 28, 24
-"""Of a panel, in pixels: its size, the space between two, and its margins."""
+"""A panel's size, the space between two panels, and its margins, in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Shown:
     """A field of `Ratios`."""
     title: str
     form: str
-    """As for `format`."""
+    """The format spec of its values."""
 
 
 SHOWN = (
@@ -57,7 +57,7 @@ each other; a `+` behind a commit says that the source differed from it.
 
 
 def read_records(directory: Path) -> list[Record]:
-    """All records, the oldest first. Raises ConfigError, naming the file that is none."""
+    """All records, the oldest first. Raises ConfigError, naming a file that is no record."""
     records = []
     for path in sorted(directory.glob("*.json")):
         try:
@@ -148,7 +148,7 @@ def _panel(shown: Shown, records: Sequence[Record], colors: dict[str, str]) -> s
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Of an axis: all values, with some room around them."""
+    """The range of an axis: that of all values, with some room around it."""
     low, high = min(values), max(values)
     room = 0.15 * (high - low) or 0.05 * abs(high) or 1.0
     return low - room, high + room

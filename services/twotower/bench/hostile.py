@@ -1,6 +1,6 @@
 """Clients that try to stall a gateway, as a process: ``python -m twotower.bench.hostile --grpc A --http A --body N``.
 
-Every kind of them at once, again and again. What they get back is counted by kind and printed as one JSON object.
+All kinds run at once, again and again. Their outcomes are counted by kind and printed as one JSON object.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Hostile:
-    """The clients; each method is one kind of them, once."""
+    """The clients; each method runs one kind of client once."""
 
     def __init__(self, grpc_address: str, http_address: str, body_bytes: int) -> None:
-        """`body_bytes`: of the largest bodies; larger ones would be refused unread."""
+        """`body_bytes`: the size of the largest bodies; larger ones would be refused unread."""
         self._body_bytes = body_bytes
         self._grpc = grpc_address
         self._http = http_address
@@ -79,7 +79,7 @@ class Hostile:
             self._saw("stalled body", type(error).__name__)
 
     async def half_heads(self) -> None:
-        """Connections that send header after header, slowly, and never the last."""
+        """Connections that slowly send header after header, and never the last one."""
         held: list[Streams] = []
         for i in range(HEADS):
             try:
@@ -99,7 +99,7 @@ class Hostile:
             writer.transport.abort()
 
     async def endless_head(self) -> None:
-        """A head of one endless header."""
+        """A request head with one endless header."""
         try:
             reader, writer = await self._connect()
             writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: ")
@@ -112,7 +112,7 @@ class Hostile:
             self._saw("endless head", type(error).__name__)
 
     async def watches(self) -> None:
-        """Health watches that nobody reads."""
+        """Health watches that are never read."""
         channels = [self._channel() for _ in range(CONNECTIONS)]
         calls = []
         for channel in channels:
@@ -196,7 +196,7 @@ class Hostile:
 
     @property
     def kinds(self) -> list[Callable[[], Awaitable[None]]]:
-        """All of them."""
+        """All kinds of clients."""
         return [
             *(self.large_bodies, self.stalled_bodies, self.half_heads, self.endless_head, self.watches),
             *(self.large_messages, self.malformed_messages, self.half_calls, self.bad_paths),
@@ -209,7 +209,7 @@ async def _again_and_again(kind: Callable[[], Awaitable[None]]) -> None:
 
 
 async def run(grpc_address: str, http_address: str, body_bytes: int, seconds: float, only: str) -> Count:
-    """All kinds at once, for so long."""
+    """Run all kinds at once, for `seconds`."""
     allow_many_files()
     hostile = Hostile(grpc_address, http_address, body_bytes)
     print("ready", flush=True)

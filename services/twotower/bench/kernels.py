@@ -1,4 +1,4 @@
-"""Each kernel alone, beside its plain torch form, its bytes, its multiplications and the device's limits."""
+"""The time of each kernel alone, beside its plain torch form, its bytes, its multiplications and the device's limits."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ class KernelRow:
     kernel: str
     batch: int
     context: int | None
-    """Of attention; other kernels know none."""
+    """Context tokens, for attention; other kernels have none."""
     cost: Cost
     least_s: float
-    """What the roofline allows."""
+    """The least time that the roofline allows."""
     kernel_s: float | None
-    """In the device's own form, Triton or C++; None where there is none."""
+    """The time of the device's own form, Triton or C++; None if there is none."""
     plain_s: float
     experts: tuple[float, int] | None = None
-    """Of the routed experts: how many were expected to be needed, and how many were."""
+    """For the routed experts: how many were expected to be needed, and how many were."""
 
     @property
     def share(self) -> float:
-        """Of the roofline that is reached, by the kernel where there is one."""
+        """The share of the roofline that the kernel reaches, or the plain form if there is no kernel."""
         return self.least_s / (self.plain_s if self.kernel_s is None else self.kernel_s)
 
     def as_json(self) -> dict[str, Any]:
-        """For machines."""
+        """The row for JSON."""
         return {**dataclasses.asdict(self), "share": self.share}
 
 
@@ -63,7 +63,7 @@ class _Case:
 
 
 class KernelBench:
-    """Makes inputs of a model's shapes, and times what is done with them. Weights and inputs are bf16."""
+    """Makes inputs of a model's shapes, and times the kernels on them. Weights and inputs are bf16."""
 
     def __init__(self, config: ModelConfig, device: torch.device, roofline: Roofline, budget_s: float) -> None:
         self._config = config
@@ -75,7 +75,7 @@ class KernelBench:
 
     @torch.inference_mode()
     def rows(self, kernels: tuple[str, ...], batches: list[int], contexts: list[int]) -> Iterator[KernelRow]:
-        """Each kernel at each batch (attention: and context); what memory does not hold is left out."""
+        """Each kernel at each batch (and context, for attention); sizes that memory does not hold are left out."""
         for kernel in kernels:
             for batch in batches:
                 for context in contexts if kernel == "attention" else [None]:
@@ -88,7 +88,7 @@ class KernelBench:
                     yield KernelRow(kernel, batch, context, case.cost, least, kernel_s, time(case.plain), case.drawn)
 
     def _needed(self, kernel: str, batch: int, context: int) -> float:
-        """Bytes, about: inputs, and what the plain form makes of them."""
+        """The approximate bytes of a kernel's inputs and of the plain form's intermediate results."""
         costs = Costs(self._config)
         if kernel.startswith("experts"):
             return self._config.n_routed_experts * costs.expert_bytes() * (4 if kernel != "experts-bf16" else 1.5)
@@ -112,7 +112,7 @@ class KernelBench:
         return make[kernel](batch)
 
     def _both(self, name: str, *args: Any, **options: Any) -> tuple[Call, Call | None]:
-        """A computation in plain torch and in the device's own form, if it has one."""
+        """A computation in plain torch, and in the device's own form if there is one."""
         plain, own = getattr(TORCH, name), getattr(self._kernels, name)
         return partial(plain, *args, **options), None if own is plain else partial(own, *args, **options)
 
@@ -167,7 +167,7 @@ class KernelBench:
         c = self._config
         return {
             "hidden": self._normal(rows, c.hidden_size),
-            "weight": self._normal(c.n_routed_experts, c.hidden_size, std=c.hidden_size**-0.5).double(),  # as towers load it
+            "weight": self._normal(c.n_routed_experts, c.hidden_size, std=c.hidden_size**-0.5).double(),  # towers load it so
             "correction": torch.zeros(c.n_routed_experts, device=self._device),
             "top_k": c.num_experts_per_tok,
             "groups": c.n_group,
@@ -188,7 +188,7 @@ class KernelBench:
         drawn = chosen.unique().numel()
         costs = Costs(c, precision, drawn)
         counts = (costs.distinct(rows), drawn)
-        # Every expert is the first one's copy: that takes no less time to read, and less to make.
+        # Every expert is a copy of the first: reading takes as long as with others, and making them less time.
         up = self._normal(c.moe_intermediate_size, c.hidden_size, std=c.hidden_size**-0.5)
         down = self._normal(c.hidden_size, c.moe_intermediate_size, std=c.moe_intermediate_size**-0.5)
         if precision == "bf16":

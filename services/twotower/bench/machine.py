@@ -1,4 +1,4 @@
-"""Where and from what a benchmark ran: the machine, the software, the commit."""
+"""Where a benchmark ran: the machine, the software, the commit."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What decides how fast things are. Records of equal machines are comparable."""
+    """The hardware and software that decide the speed. Records of equal machines are comparable."""
 
     cpu: str
-    """Model name, as the system reports it."""
+    """The model name that the system reports."""
     cores: int
-    """CPUs that this process may use."""
+    """The number of CPUs that this process may use."""
     gpu: str | None
-    """Of torch's current CUDA device."""
+    """The name of torch's current CUDA device."""
     python: str
     torch: str
 
     @property
     def label(self) -> str:
-        """For legends: what computes, without the versions."""
+        """The hardware without the versions, for legends."""
         return f"{self.gpu or self.cpu}, {self.cores} cores"
 
 
 def this_machine() -> Machine:
-    """The one we are on."""
+    """The machine that this process runs on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return Machine(_cpu(), len(os.sched_getaffinity(0)), gpu, platform.python_version(), torch.__version__)
 
 
 def this_commit() -> str | None:
-    """Short hash of the commit of this package's source, with ``+`` if files differ from it; None outside of a repository."""
+    """Short hash of the commit of this package's source, with ``+`` if files differ from it; None outside a repository."""
     commit = _git("rev-parse", "--short=10", "HEAD")
     if commit is None:
         return None

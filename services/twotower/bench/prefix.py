@@ -1,4 +1,4 @@
-"""What a shared beginning saves: the time to the first block of prompts that begin alike, against the first of them."""
+"""What a shared prefix saves: the time to the first block of prompts with a shared prefix, against that of the first one."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from twotower.request import GenerationParams
 
 @dataclass(frozen=True, slots=True)
 class SharedPrompts:
-    """Rounds of prompts; those of a round share a random beginning that no other round has."""
+    """Rounds of prompts; those of a round share a random prefix that no other round has."""
 
     vocab_size: int
     block_size: int
     prefix_tokens: int
     tail_tokens: int
     requests: int
-    """Of a round; one after the other."""
+    """Requests of a round, sent one after another."""
     rounds: int
     steps: int
     seed: int
 
     @property
     def params(self) -> GenerationParams:
-        """One block."""
+        """Parameters for a single block."""
         return GenerationParams(max_tokens=self.block_size, steps=self.steps, block_size=self.block_size, gamma=1.0)
 
     def prompts(self) -> list[list[list[int]]]:
-        """By round and place in it. Equal for equal seeds."""
+        """The prompts by round and place in it. Equal seeds give equal prompts."""
         rng = random.Random(self.seed)
 
         def tokens(count: int) -> list[int]:
@@ -48,11 +48,11 @@ class SharedPrompts:
 
 @dataclass(frozen=True, slots=True)
 class PrefixResult:
-    """Times to the first block, s, by round and place in it."""
+    """Times to the first block in seconds, by round and place in it."""
 
     first_block_s: list[list[float]]
     alone_s: list[float]
-    """Of tails without the shared beginning: what reading a tail and refining its block take by themselves."""
+    """The times of tails without the shared prefix: the prefill of a tail and the refinement of its block alone."""
 
     @property
     def alone_ms(self) -> float:
@@ -61,12 +61,12 @@ class PrefixResult:
 
     @property
     def beginning(self) -> float:
-        """What the beginning costs the second prompt, beyond its own tail and block, as a share of the first prompt's time."""
+        """The cost of the prefix to the second prompt, beyond its own tail and block, as a share of the first prompt's time."""
         return (self.place_ms[1] - self.alone_ms) / self.first_ms
 
     @property
     def place_ms(self) -> list[float]:
-        """Median over the rounds for each place, ms. The second prompt is what shows that the first one's beginning repeats."""
+        """Median over the rounds for each place, ms. Only the second prompt shows that the first one's prefix repeats."""
         return [1e3 * statistics.median(times) for times in zip(*self.first_block_s, strict=True)]
 
     @property
@@ -89,7 +89,7 @@ async def shared_prefix(target: str, work: SharedPrompts) -> PrefixResult:
     """Send all prompts to a gateway, one at a time. Raises TwoTowerError."""
     ((warm_up,),) = dataclasses.replace(work, rounds=1, requests=1, seed=work.seed + 1).prompts()
     async with GatewayClient(target) as client:
-        await _first_block_s(client, warm_up, work.params)  # first use costs are no one's speed
+        await _first_block_s(client, warm_up, work.params)  # costs of first use are not counted
         shared, alone = [], []
         for prompts in work.prompts():
             shared.append([await _first_block_s(client, prompt, work.params) for prompt in prompts])

@@ -1,4 +1,4 @@
-"""Towers of any size with random weights made where they are used: for timing, since text depends on them and time does not."""
+"""Towers of any size with random weights, made on their device. They serve for timing, which does not depend on the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from twotower_kernels.backend import load, resolve
 from twotower_kernels.quant import Packed, quantize
 
 SHARE = 0.8
-"""Of free memory that may be taken; the rest is for activations."""
+"""The share of free memory that may be used; the rest is for activations."""
 
 T = TypeVar("T", bound=ContextTower | DenoiserTower)
 
@@ -31,10 +31,10 @@ T = TypeVar("T", bound=ContextTower | DenoiserTower)
 def random_tower(
     kind: type[T], config: ModelConfig, dtype: torch.dtype, device: torch.device, experts: str = "bf16"
 ) -> tuple[T, bool]:
-    """A tower, and whether layers of one kind share their weights, as they do where memory does not hold all.
+    """A tower, and whether layers of one kind share their weights, which they do if memory cannot hold all of them.
 
-    A layer at the real size is larger than any cache of a GPU, so that shared or not, each reads its weights from memory.
-    experts: bf16, or fp8 or fp4 where a kernel reads them packed. Raises ConfigError: too large, or no such kernel.
+    A layer at the real size is larger than any GPU's cache, so that each reads its weights from memory, shared or not.
+    experts: bf16, or fp8 or fp4 if a kernel reads them packed. Raises ConfigError if it is too large or has no such kernel.
     """
     with torch.device("meta"):
         tower = kind(config)
@@ -61,7 +61,7 @@ def random_tower(
 def random_states(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, batch: int, context: int
 ) -> list[ContextState] | None:
-    """States of so many sessions after so many tokens, with room for a block; None where memory does not hold them."""
+    """States of `batch` sessions after `context` tokens, with room for a block; None if memory cannot hold them."""
     room = context + config.block_size
     size = PoolSize(batch, batch * pages_for(room))
     pool_bytes = _pool_bytes(config, dtype, size)
@@ -96,15 +96,15 @@ def _bytes(tower: nn.Module, dtype: torch.dtype) -> int:
 
 
 def _random(name: str, like: Tensor, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
-    """Values that keep activations near 1."""
+    """Random values that keep activations near 1."""
     if name.endswith(("norm.weight", "norm_f.weight", ".D")):
         return torch.ones(like.shape, dtype=dtype, device=device)
-    if name.startswith("scale_shift_tables"):  # a conditioning that does nothing: a random one would make all tokens alike
+    if name.startswith("scale_shift_tables"):  # a conditioning without effect, since a random one would make all tokens alike
         return torch.tensor([0.0, 0.0, 1.0], dtype=dtype, device=device).unsqueeze(1).expand(like.shape).contiguous()
     if name.endswith(("bias", "A_log")) or name.startswith("t_block"):
         return torch.zeros(like.shape, dtype=dtype, device=device)
     if like.dim() == 3 and "experts" in name:
-        # Every expert is the first one's copy: drawing billions of numbers would take longer than what is timed.
+        # Every expert is a copy of the first: drawing billions of numbers would take longer than the timed steps.
         one = torch.empty(like.shape[1:], device=device).normal_(std=like.shape[-1] ** -0.5, generator=generator)
         return one.to(dtype).expand(like.shape).contiguous()
     return torch.empty(like.shape, device=device).normal_(std=like.shape[-1] ** -0.5, generator=generator).to(dtype)

@@ -1,7 +1,7 @@
 """The ratios that this project promises, measured on one machine and kept as one JSON object.
 
-Machines are noisy, and two figures are comparable only if they were taken side by side. So the two sides of a ratio are
-measured in turns, several times, and the median of the ratios is kept.
+Machines are noisy, and two figures are comparable only if they were measured side by side. So the two sides of a ratio
+are measured in turns, several times, and the median of the ratios is kept.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Ratios:
-    """What is compared over time."""
+    """The ratios that are compared over time."""
 
     engine_over_plain: float
     """Tokens a second of one request: our engine over the plain way to run the model."""
@@ -45,7 +45,7 @@ class Ratios:
     batch_gain: float
     """Tokens a second of the engine: a full batch over one request."""
     bytes_a_block: int
-    """What a worker is sent after each block of 16 tokens at the published model's size."""
+    """Bytes sent to a worker after each block of 16 tokens at the published model's size."""
     speedup: float
     """Tokens a second on the built-in problems, one at a time: diffusion over AR."""
     retention: float
@@ -54,7 +54,7 @@ class Ratios:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One run."""
+    """The results of one run."""
 
     date: datetime
     """UTC."""
@@ -64,7 +64,7 @@ class Record:
     ratios: Ratios
 
     def as_json(self) -> dict[str, Any]:
-        """As `from_json` reads it."""
+        """The record as JSON, in the form that `from_json` reads."""
         return {
             "schema": SCHEMA,
             "date": self.date.isoformat(timespec="seconds"),
@@ -76,7 +76,7 @@ class Record:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> Record:
-        """Raises ConfigError, naming what is missing or wrong."""
+        """A record from JSON. Raises ConfigError, naming a field that is missing or wrong."""
         try:
             if raw["schema"] != SCHEMA:
                 raise ConfigError(f"schema: must be {SCHEMA}, not {raw['schema']!r}")
@@ -87,31 +87,31 @@ class Record:
 
     @property
     def file_name(self) -> str:
-        """Sorts by date."""
+        """The record's file name, which sorts by date."""
         return f"{self.date:%Y%m%dT%H%M%SZ}-{(self.commit or 'unknown').rstrip('+')}.json"
 
 
 @dataclass(frozen=True, slots=True)
 class RecordConfig:
-    """How much is measured."""
+    """The extent of a measurement."""
 
     checkpoint: Path
-    """Of random weights, big enough that computing is what is timed: for everything but speed-up and retention."""
+    """A checkpoint with random weights, big enough that its time goes into computing; for all but speed-up and retention."""
     trained: Path
-    """That solves the built-in problems: for speed-up and retention."""
+    """A checkpoint that solves the built-in problems; for speed-up and retention."""
     threads: int
     """CPU threads of the engine."""
     batch: int = 16
-    """Requests at a time where a batch is full."""
+    """Requests at a time in a full batch."""
     rounds: int = 3
     """Requests for each place in the batch."""
     repeats: int = 3
-    """Times that the two sides of a ratio are measured."""
+    """How many times the two sides of a ratio are measured."""
     max_tokens: int = 64
-    """Of each request."""
+    """Tokens of each request."""
     problems: int = 100
     seed: int = 13
-    """Of the problems."""
+    """The seed of the problems."""
     kernels: str = "auto"
     device: str = "auto"
 
@@ -122,8 +122,8 @@ class RecordConfig:
 
 
 def measure_record(config: RecordConfig, say: Say) -> Record:
-    """Run all of it, which takes minutes. Raises TwoTowerError."""
-    commit = this_commit()  # now: a checkout may move on meanwhile
+    """Measure all ratios, which takes minutes. Raises TwoTowerError."""
+    commit = this_commit()  # read first, since the checkout may change meanwhile
     engine_over_plain, batch_gain = _engine(config, say)
     services_over_engine = asyncio.run(_services(config, say))
     speedup, retention = _quality(config, say)
@@ -133,7 +133,7 @@ def measure_record(config: RecordConfig, say: Say) -> Record:
 
 
 def write_record(record: Record, directory: Path) -> Path:
-    """Write it into a directory, which is made; returns the file."""
+    """Write a record into a directory, which is created if needed; returns the file."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / record.file_name
     path.write_text(json.dumps(record.as_json(), indent=2) + "\n", encoding="utf-8")
@@ -141,7 +141,7 @@ def write_record(record: Record, directory: Path) -> Path:
 
 
 def _engine(config: RecordConfig, say: Say) -> tuple[float, float]:
-    """The engine over the plain way, and a full batch over one request."""
+    """Ratios of the engine over the plain way, and of a full batch over one request."""
     engine, workload = _open(config)
     plain = plain_engine(config.checkpoint, dtype="auto", device=config.device, threads=config.threads)
     over_plain, gain = [], []
@@ -158,14 +158,14 @@ def _engine(config: RecordConfig, say: Say) -> tuple[float, float]:
 
 
 async def _services(config: RecordConfig, say: Say) -> float:
-    """A stack over the engine, both with a full batch."""
+    """The ratio of a stack over the engine, both with a full batch."""
     up = on_free_ports(
         config.checkpoint,
         kernels=config.kernels,
         device=config.device,
         slots=config.batch,
         max_sessions=max(64, config.batch),
-        unhealthy_after_s=0,  # what is measured is not disturbed by checks
+        unhealthy_after_s=0,  # so that checks do not disturb the measurement
     )
     thread = EngineThread("bench-engine", config.threads)
     try:
@@ -191,7 +191,7 @@ def _quality(config: RecordConfig, say: Say) -> tuple[float, float]:
             problems=config.problems,
             device=config.device,
             kernels=config.kernels,
-            threads=1,  # at this model's size, a second thread only waits
+            threads=1,  # at this model's size, a second thread gains nothing
             compiled=False,
         )
     )

@@ -1,4 +1,4 @@
-"""What a device can do at best, measured or given, and how long a computation takes there at least."""
+"""A device's limits, measured or given, and the least time of a computation on it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from twotower.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a computation cannot do without: each input, weight and output moved once, and its multiplications."""
+    """The least work of a computation: each input, weight and output moved once, and its multiplications."""
 
     bytes: float = 0.0
     flops: float = 0.0
-    """A multiplication and an addition are two."""
+    """Floating point operations; a multiplication and an addition count as two."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.bytes + other.bytes, self.flops + other.flops)
@@ -31,13 +31,13 @@ class Roofline:
     """A device's limits."""
 
     bytes_per_s: float
-    """Read and written together."""
+    """Bytes read and written, in all."""
     flops_per_s: float
     """Dense, bf16."""
 
     @classmethod
     def parse(cls, text: str) -> Roofline:
-        """``GB_S,TFLOPS``, for example "4800,989" of an H200. Raises ConfigError."""
+        """Limits from ``GB_S,TFLOPS``, for example "4800,989" for an H200. Raises ConfigError."""
         try:
             gigabytes, teraflops = (float(word) for word in text.split(","))
         except ValueError:
@@ -47,7 +47,7 @@ class Roofline:
         return cls(1e9 * gigabytes, 1e12 * teraflops)
 
     def seconds(self, cost: Cost) -> float:
-        """No computation of this cost is faster."""
+        """The least time of a computation of this cost."""
         return max(cost.bytes / self.bytes_per_s, cost.flops / self.flops_per_s)
 
     def __str__(self) -> str:
@@ -55,7 +55,7 @@ class Roofline:
 
 
 def measure(device: torch.device, budget_s: float = 0.5) -> Roofline:
-    """A large copy, and a large product of bf16 matrices; of random numbers, since constant ones take less power and time."""
+    """Measure a large copy and a large product of bf16 matrices; they are random, as constant ones take less power and time."""
     cuda = device.type == "cuda"
     source = torch.empty((1 << 30) if cuda else (1 << 26), dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)

@@ -16,10 +16,10 @@ CLIENTS = 4
 
 
 async def closed_loop(target: str, workload: Workload, requests: int, concurrency: int) -> Result:
-    """So many requests; each of `concurrency` clients sends its next one when the last is answered.
+    """Run `requests` requests; each of `concurrency` clients sends its next request when the last one is answered.
 
-    Throughput is that of all clients together: what comes after the first of them found nothing left to send is not counted.
-    One request of each client goes before: memory that is used for the first time is no one's speed.
+    Throughput is measured while all clients are busy: tokens after the first client has no request left are not counted.
+    Each client sends one request before, so that the costs of first use are not counted.
     """
     prompts = iter(workload.prompts(requests))
 
@@ -39,7 +39,7 @@ async def closed_loop(target: str, workload: Workload, requests: int, concurrenc
 
 
 async def open_loop(target: str, workload: Workload, requests: int, rate: float) -> Result:
-    """So many requests, sent at random moments, `rate` a second on average, whether or not others are answered."""
+    """Send `requests` requests at random moments, `rate` a second on average, whether or not others are answered."""
     rng = random.Random(workload.seed)
     async with AsyncExitStack() as stack:
         uses = [await stack.enter_async_context(GatewayClient(target)) for _ in range(CLIENTS)]

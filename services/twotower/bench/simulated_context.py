@@ -23,36 +23,36 @@ from twotower.v1 import inference_pb2
 from twotower.wire.params import FINISH_TO_PB, params_from_pb
 
 FORWARDS = 3
-"""What each block is said to have taken; an AR token takes 1."""
+"""The forwards that are reported for each block; an AR token takes 1."""
 
 CAPACITY = 1 << 20
 
 
 async def at_once(block: int) -> None:
-    """Give every block without waiting."""
+    """Send every block without waiting."""
 
 
 class SimulatedContext(context_pb2_grpc.ContextTowerServicer, scoring_pb2_grpc.ScoringServicer):
-    """Gives the tokens of `tokens_of` in blocks, from where the request says it is. Logprobs count the tokens' places.
+    """Sends the tokens of `tokens_of` in blocks, from the request's position on. Logprobs are the tokens' places, negated.
 
     `before`: awaited before each block of a call, with the block's number in that call, and before the end;
-    what it raises ends the call.
+    its errors end the call.
     """
 
     def __init__(self, before: Callable[[int], Awaitable[None]] = at_once) -> None:
         self.before = before
         self.running = 0
         self.most_running = 0
-        """Sessions that were open at one time."""
+        """The most sessions that were open at one time."""
         self.server: RpcServer | None = None
 
     def tokens_of(self, request: context_pb2.OpenRequest) -> Sequence[int]:
-        """All tokens of a session: the prompt, again and again."""
+        """All tokens of a session: the prompt, repeated."""
         generated = params_from_pb(request.params).max_tokens
         return tuple(itertools.islice(itertools.cycle(request.prompt.ids), generated))
 
     async def start(self) -> str:
-        """Serve; returns the address."""
+        """Start to serve; returns the address."""
         self.server = RpcServer("127.0.0.1", 0)
         context_pb2_grpc.add_ContextTowerServicer_to_server(self, self.server.server)
         scoring_pb2_grpc.add_ScoringServicer_to_server(self, self.server.server)
@@ -76,11 +76,11 @@ class SimulatedContext(context_pb2_grpc.ContextTowerServicer, scoring_pb2_grpc.S
             self.running -= 1
 
     async def Score(self, request: scoring_pb2.ScoreRequest, context: Any) -> AsyncIterator[scoring_pb2.ScoredTokens]:
-        """Log probabilities that count the prompt's tokens, the likeliest of which are the first ids."""
+        """Stream log probabilities that are the tokens' places, negated; the likeliest tokens are the first ids."""
         top = [inference_pb2.TopLogprob(token_id=token, logprob=-1.0) for token in range(request.top)]
         places = range(1, len(request.prompt.ids))
-        told = [inference_pb2.TokenLogprobs(logprob=-float(place), top=top) for place in places]
-        yield scoring_pb2.ScoredTokens(logprobs=told)
+        logprobs = [inference_pb2.TokenLogprobs(logprob=-float(place), top=top) for place in places]
+        yield scoring_pb2.ScoredTokens(logprobs=logprobs)
 
     async def _events(self, request: context_pb2.OpenRequest) -> AsyncIterator[context_pb2.SessionEvent]:
         params, script = params_from_pb(request.params), list(self.tokens_of(request))
@@ -104,7 +104,7 @@ class SimulatedContext(context_pb2_grpc.ContextTowerServicer, scoring_pb2_grpc.S
 
 
 def paced(pace_s: float) -> Callable[[int], Awaitable[None]]:
-    """A block every `pace_s`, each session at moments of its own."""
+    """A block every `pace_s`, with a different phase for each session."""
 
     async def before(block: int) -> None:
         await asyncio.sleep(pace_s * (random.random() if block == 0 else 1))
@@ -113,7 +113,7 @@ def paced(pace_s: float) -> Callable[[int], Awaitable[None]]:
 
 
 async def run(redis_url: str, identity: str, pace_s: float) -> None:
-    """Serve as the only context, with a denoiser that is only announced, until SIGTERM."""
+    """Serve as the only context, beside a denoiser that is only announced, until SIGTERM."""
     stop = stop_requested()
     redis = await connect(redis_url)
     context = SimulatedContext(paced(pace_s))

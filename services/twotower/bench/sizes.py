@@ -48,12 +48,12 @@ REAL: dict[str, Any] = {
 
 
 def delta_bytes(block: int = 16) -> int:
-    """What a worker is sent after a block: all frames, with their headers."""
+    """Bytes sent to a worker after a block: all frames with their headers."""
     return _framed(delta_spec(ModelConfig.from_dict(REAL), torch.bfloat16, 1, block))
 
 
 def snapshot_bytes(length: int = 1024) -> int:
-    """What a worker is sent when it attaches to a session of `length` tokens."""
+    """Bytes sent to a worker that attaches to a session of `length` tokens."""
     return _framed(state_spec(ModelConfig.from_dict(REAL), torch.bfloat16, length))
 
 

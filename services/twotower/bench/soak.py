@@ -1,4 +1,4 @@
-"""A stack at full load for a long time: nothing may grow, nothing may be lost, and every text must be the one-by-one text."""
+"""A stack at full load for a long time: no memory may grow, no block may be lost, and texts must equal single requests'."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ SAMPLE_S = 5.0
 
 @dataclass(slots=True)
 class Soak:
-    """What came of it."""
+    """The results of a soak."""
 
     requests: int = 0
     tokens: int = 0
     wrong: int = 0
-    """Texts that differ from the one-by-one text, or whose blocks are not numbered 0, 1, 2 ..."""
+    """Texts that differ from those of single requests, or whose blocks are not numbered 0, 1, 2 ..."""
     failed: int = 0
     seconds: float = 0.0
     memory: list[dict[str, float]] = field(default_factory=list)
-    """MB of every process, every `SAMPLE_S`."""
+    """Memory of every process in MB, every `SAMPLE_S`."""
 
     def growth(self) -> dict[str, float]:
-        """Of every process: the mean of the last quarter of its samples over that of the second quarter."""
+        """The memory growth of every process: the mean of the last quarter of its samples over that of the second."""
         quarter = len(self.memory) // 4
         if quarter == 0:
             return {}
@@ -46,7 +46,7 @@ class Soak:
 def expected_texts(
     checkpoint: Path, workload: Workload, prompts: int, *, dtype: str, threads: int, kernels: str
 ) -> list[list[int]]:
-    """What each prompt gives, alone, in one process."""
+    """The tokens of each prompt, run alone in one process."""
     engine = LocalEngine(checkpoint, dtype=dtype, device="cpu", threads=threads, kernels=kernels)
     seeds = enumerate(workload.prompts(prompts))
     return [engine.generate(prompt, _params(workload, i)).token_ids for i, prompt in seeds]
@@ -62,7 +62,7 @@ async def soak(
     pids: dict[str, int],
     report: Callable[[Soak], None],
 ) -> Soak:
-    """`concurrency` clients that ask again and again, each prompt in turn. `pids`: processes whose memory is watched."""
+    """Run `concurrency` clients that send all prompts in turn, again and again. `pids`: processes whose memory is watched."""
     prompts, turns, result = workload.prompts(len(expected)), itertools.count(), Soak()
     started = time.perf_counter()
 
@@ -97,7 +97,7 @@ async def soak(
 
 
 def resident_mb(pid: int) -> float:
-    """Memory of a process that is its own or shared, MB; 0 once it has ended."""
+    """A process's resident memory, its own and shared, in MB; 0 once it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -106,7 +106,7 @@ def resident_mb(pid: int) -> float:
 
 
 async def _one(use: GatewayClient, prompt: list[int], workload: Workload, seed: int) -> list[int] | None:
-    """The tokens; None if a block was lost or came twice."""
+    """The tokens of one request; None if a block was lost or came twice."""
     params, blocks = _params(workload, seed), 0
     tokens: list[int] = []
     async for event in use.generate(
@@ -130,5 +130,5 @@ async def _one(use: GatewayClient, prompt: list[int], workload: Workload, seed: 
 
 
 def _params(workload: Workload, seed: int) -> GenerationParams:
-    """Every second prompt is drawn, so that seeds are put to the test, too."""
+    """Parameters of a prompt; every second prompt is drawn at random, so that seeds are tested, too."""
     return dataclasses.replace(workload.params, gamma=0.8, temperature=0.7 * (seed % 2), seed=seed)

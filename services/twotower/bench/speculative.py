@@ -1,4 +1,4 @@
-"""Speculative mode against AR and diffusion in one process: equal texts, and how fast they come, in turns."""
+"""Speculative mode against AR and diffusion in one process, in turns: whether texts are equal, and the speed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from twotower.text.tokenizer import Tokenizer
 from twotower.train.families.stories.problems import problems
 
 PART = 10
-"""Texts after which the next mode has its turn: all see the same state of a noisy machine."""
+"""Texts after which the next mode has its turn, so that all modes see the same state of a noisy machine."""
 MODES = (Mode.AR, Mode.DIFFUSION, Mode.SPECULATIVE)
 
 
 @dataclass(slots=True)
 class Run:
-    """What one mode did."""
+    """The results of one mode."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -38,7 +38,7 @@ class Run:
     texts: dict[int, list[int]] = field(default_factory=dict)
 
     def add(self, first: int, results: Iterable[Completion]) -> None:
-        """Count texts, of which the first has this number."""
+        """Count texts, the first of which has number `first`."""
         for one in results:
             self.texts[first + one.index] = one.token_ids
             self.tokens += len(one.token_ids)
@@ -55,17 +55,17 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The modes at one batch size and temperature."""
+    """The results of all modes at one batch size and temperature."""
 
     batch: int
     temperature: float
     runs: dict[Mode, Run]
     refused: Run | None
-    """Speculative mode with a denoiser all of whose drafts are refused."""
+    """Speculative mode with a denoiser whose drafts are all refused."""
 
     @property
     def equal(self) -> int:
-        """Texts of speculative mode, with either denoiser, that are AR's."""
+        """Texts of speculative mode, with either denoiser, that equal AR's."""
         others = [self.runs[Mode.SPECULATIVE], *([] if self.refused is None else [self.refused])]
         texts = self.runs[Mode.AR].texts
         return sum(all(other.texts[i] == text for other in others) for i, text in texts.items())
@@ -76,12 +76,12 @@ class Row:
 
     @property
     def refused_ratio(self) -> float | None:
-        """Tokens a second over AR's where all drafts are refused."""
+        """Tokens a second over AR's when all drafts are refused."""
         return None if self.refused is None else self.refused.tokens_per_s / self.runs[Mode.AR].tokens_per_s
 
 
 class _Refused(DenoiserEngine):
-    """Computes as the real one does, and then proposes what no text holds: the mask."""
+    """Computes like the real engine, and then proposes the mask, which no text contains."""
 
     def step(self, blocks: Iterable[Refinement]) -> None:
         """See `DenoiserEngine.step`."""
@@ -95,7 +95,7 @@ class _Refused(DenoiserEngine):
 def measure(
     engine: LocalEngine, *, texts: int, batch: int, temperature: float, max_tokens: int, seed: int, refused: bool
 ) -> Row:
-    """The checkpoint's own word problems, none of which training has seen, in all modes in turns. Raises CheckpointError."""
+    """Measure all modes in turns on the checkpoint's own word problems, unseen in training. Raises CheckpointError."""
     path = engine.checkpoint.tokenizer_path
     if path is None:
         raise CheckpointError(f"{engine.checkpoint.path} has no tokenizer.json, which problems in words need")
@@ -117,8 +117,8 @@ def measure(
     of_bad = Run() if refused else None
     if of_bad is not None:
         turns.append((of_bad, bad, dataclasses.replace(params, mode=Mode.SPECULATIVE, steps=0)))
-    own = [Times() for _ in turns]  # what one denoiser earns says nothing about the other
-    for times, (_, denoiser, one) in zip(own, turns, strict=True):  # what is used for the first time is slow
+    own = [Times() for _ in turns]  # the gains of one denoiser do not apply to the other
+    for times, (_, denoiser, one) in zip(own, turns, strict=True):  # first use is slow
         engine.context.times = times
         list(generate_batch(engine.context, denoiser, prompts[:batch], one, batch))
     part = max(PART, 4 * batch)
@@ -133,7 +133,7 @@ def measure(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """For people."""
+    """The rows as a table."""
     lines = [
         "| batch | temperature | texts equal | AR tokens/s | over AR | over diffusion | tokens a round | forwards a round "
         "| all refused, over AR |",
@@ -152,7 +152,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def as_json(row: Row) -> dict[str, object]:
-    """For machines."""
+    """A row for JSON."""
     return {
         "batch": row.batch,
         "temperature": row.temperature,

@@ -1,4 +1,4 @@
-"""What step times mean for text: one context and one denoiser against AR on one of the two devices."""
+"""From step times to the speed of text: one context and one denoiser against AR on one of the two devices."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 TOKENS_PER_FORWARD = (1.35, 3.0, 5.0)
 PUBLISHED = 2.42
-"""The published speedup over AR, to be judged."""
+"""The published speedup over AR, for comparison."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds of one step over a batch, each tower on a device of its own."""
+    """Seconds of one step over a batch, with each tower on its own device."""
 
     batch: int
     context: int
@@ -22,19 +22,19 @@ class StepTimes:
 
     @property
     def ar_tokens_per_s(self) -> float:
-        """Of the context tower alone."""
+        """Tokens a second of the context tower alone."""
         return self.batch / self.ar
 
     def one_batch(self, per_forward: float) -> float:
-        """Tokens a second where the denoiser waits while its blocks are committed."""
+        """Tokens a second if the denoiser waits while its blocks are committed."""
         return self.batch * self.block / (self.block / per_forward * self.denoiser + self.commit)
 
     def two_batches(self, per_forward: float) -> float:
-        """Tokens a second with twice the sessions, half of them refined while the others are committed: neither tower waits."""
+        """Tokens a second with twice the sessions: half are refined while the others are committed, so neither tower waits."""
         return self.batch * self.block / max(self.block / per_forward * self.denoiser, self.commit)
 
     def needed(self, speedup: float = PUBLISHED) -> float | None:
-        """Tokens a forward at which one batch is so much faster than AR; None if the commit alone takes too long."""
+        """Tokens a forward at which one batch is `speedup` times as fast as AR; None if the commit alone takes too long."""
         left = self.block * self.ar / speedup - self.commit
         return self.block * self.denoiser / left if left > 0 else None
 
@@ -52,6 +52,6 @@ def speedup_table(times: list[StepTimes]) -> list[str]:
             once, twice = t.one_batch(r), t.two_batches(r) / t.ar_tokens_per_s
             cells += f" {once:,.1f} | {once / t.ar_tokens_per_s:.2f} | {twice:.2f} |"
         needed = t.needed()
-        told = "never" if needed is None or needed > t.block else f"{needed:.2f}"
-        lines.append(f"| {t.batch} | {t.context:,} | {t.ar_tokens_per_s:,.1f} |{cells} {told} |")
+        needed_cell = "never" if needed is None or needed > t.block else f"{needed:.2f}"
+        lines.append(f"| {t.batch} | {t.context:,} | {t.ar_tokens_per_s:,.1f} |{cells} {needed_cell} |")
     return lines

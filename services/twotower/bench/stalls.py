@@ -1,4 +1,4 @@
-"""Streams through one gateway beside clients that try to stall it: what the streams wait, and what memory it takes."""
+"""Streams through one gateway beside clients that try to stall it: the streams' waits, and the gateway's memory."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ SAMPLE_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class StallsConfig:
-    """What the gateway is put through."""
+    """The load on the gateway."""
 
     checkpoint: Path
-    """Its tokenizer is used; its weights are not read."""
+    """The checkpoint, of which only the tokenizer is read."""
     seconds: float
-    """Of calm, and then of hostile clients."""
+    """Seconds without hostile clients, and then again with them."""
     pace_s: float = 0.05
     """Seconds a block of each stream."""
     only: str = ""
-    """The kinds of hostile clients whose name contains this."""
+    """Only the kinds of hostile clients whose name contains this run."""
 
 
 @dataclass(slots=True)
 class Phase:
-    """A while with or without hostile clients."""
+    """A measurement with or without hostile clients."""
 
     gaps_s: list[float] = field(default_factory=list)
-    """Between two blocks of a stream."""
+    """Times between two blocks of a stream."""
     lag_s: list[float] = field(default_factory=list)
-    """How late this process itself was: what of the gaps is not the gateway's."""
+    """How late this process itself was, a part of the gaps that is not due to the gateway."""
     failures: list[str] = field(default_factory=list)
     peak_bytes: int = 0
-    """The most memory of the gateway."""
+    """The gateway's peak memory."""
 
     def gap_ms(self, share: float) -> float:
         """A quantile of the gaps."""
@@ -58,18 +58,18 @@ class Phase:
 
 @dataclass(slots=True)
 class Stalls:
-    """What came of it."""
+    """The results of both phases."""
 
     calm: Phase
     stormy: Phase
     hostile: dict[str, int]
-    """What the hostile clients got back."""
+    """The outcomes of the hostile clients."""
 
 
 async def measure(config: StallsConfig, say: Say) -> Stalls:
-    """Start Redis, a gateway and a simulated worker; stream in the calm, then beside hostile clients.
+    """Start Redis, a gateway and a simulated worker; stream without hostile clients, then with them.
 
-    Raises TwoTowerError where these do not start.
+    Raises TwoTowerError if a process does not start.
     """
     checkpoint = Checkpoint.open(config.checkpoint)
     if checkpoint.tokenizer_path is None:

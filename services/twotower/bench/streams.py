@@ -1,4 +1,4 @@
-"""Many streams through one gateway, over both faces, with simulated workers: what the gateway itself takes."""
+"""Many streams through one gateway, by gRPC and HTTP, with simulated workers: the cost of the gateway itself."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ PROMPT_TOKENS = 24
 
 @dataclass(frozen=True, slots=True)
 class StreamsConfig:
-    """What is asked of the gateway."""
+    """The load on the gateway."""
 
     checkpoint: Path
-    """Its tokenizer makes the text; its weights are not read."""
+    """The checkpoint, of which only the tokenizer is read."""
     streams: int
     blocks: int
     pace_s: float
@@ -46,12 +46,12 @@ class StreamsConfig:
 
 @dataclass(slots=True)
 class Streams:
-    """What came of it."""
+    """The results of all streams."""
 
     most_at_once: int = 0
     complete: int = 0
     wrong: int = 0
-    """Streams that ended well with other tokens or another text than the worker gave."""
+    """Streams that ended without an error, but with other tokens or another text than the worker sent."""
     failures: list[str] = field(default_factory=list)
     first_block_s: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -60,7 +60,7 @@ class Streams:
     """User and system time over `seconds`."""
 
     def first_block_ms(self, percent: int) -> float:
-        """A percentile of the time to the first block, the worker's own half pace included."""
+        """A percentile of the time to the first block, which includes half a pace of the worker on average."""
         if len(self.first_block_s) < 2:
             return 1e3 * sum(self.first_block_s)
         return 1e3 * statistics.quantiles(self.first_block_s, n=100, method="inclusive")[percent - 1]
@@ -77,13 +77,13 @@ class _Load:
         self.result = Streams()
 
     def prompt(self, index: int) -> list[int]:
-        """Tokens of one stream, which the worker says again and again; no two streams have the same."""
+        """Tokens of one stream, which the worker repeats; no two streams have the same."""
         rng, hidden = random.Random(index), {*self._limits.eos_token_ids, self._limits.mask_token_id}
         visible = [i for i in range(self._limits.vocab_size) if i not in hidden and i not in self._tokenizer.special_ids]
         return rng.choices(visible, k=PROMPT_TOKENS)
 
     async def stream(self, index: int, pieces: AsyncIterator[tuple[Sequence[int], str]]) -> None:
-        """Read one stream to its end, and judge it. `pieces`: token ids (where the face tells them) and text."""
+        """Read one stream to its end, and check it. `pieces`: token ids (over gRPC only) and text."""
         result, started, first = self.result, time.perf_counter(), 0.0
         tokens: list[int] = []
         text = ""
@@ -119,7 +119,7 @@ class _Load:
 async def measure(config: StreamsConfig, say: Say) -> Streams:
     """Start Redis, one gateway and the simulated workers; open all streams, half over gRPC and half over HTTP.
 
-    Raises TwoTowerError where these do not start.
+    Raises TwoTowerError if a process does not start.
     """
     checkpoint = Checkpoint.open(config.checkpoint)
     if checkpoint.tokenizer_path is None:
@@ -142,7 +142,7 @@ async def measure(config: StreamsConfig, say: Say) -> Streams:
         await worker.wait_ready(START_S)
         addresses = await gateway.wait_ready(START_S)
         pid = gateway.pid
-        assert pid is not None  # it is ready
+        assert pid is not None  # it runs, since it is ready
         channels = [await exits.enter_async_context(GatewayClient(addresses["grpc"])) for _ in range(CHANNELS)]
         cpu, started = _cpu_s(pid), time.perf_counter()
         async with asyncio.TaskGroup() as group:
@@ -174,7 +174,7 @@ async def grpc_stream(
 
 
 async def http_stream(address: str, prompt: Sequence[int], max_tokens: int) -> AsyncIterator[tuple[Sequence[int], str]]:
-    """Text only. Raises ValueError for an answer that is no stream, or ends too early."""
+    """As `grpc_stream`, with text only. Raises ValueError for an answer that is no stream, or ends too early."""
     body = json.dumps({"prompt": list(prompt), "max_tokens": max_tokens, "ignore_eos": True, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
     host, _, port = address.rpartition(":")
@@ -184,7 +184,7 @@ async def http_stream(address: str, prompt: Sequence[int], max_tokens: int) -> A
         status = await reader.readline()
         if b" 200 " not in status:
             raise ValueError(status.decode(errors="replace").strip())
-        async for line in reader:  # an event is one line of its own, whatever the chunks around it
+        async for line in reader:  # an event is one line, however the body is cut into chunks
             if line.startswith(b"data: [DONE]"):
                 return
             if line.startswith(b"data: "):
@@ -204,6 +204,6 @@ def _cpu_s(pid: int) -> float:
 
 
 def _peak_bytes(pid: int) -> int:
-    """The most memory a process has had, its own and shared."""
+    """The peak memory of a process, its own and shared."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))

@@ -30,36 +30,36 @@ STEPS = ("denoiser", "commit", "ar")
 
 @dataclass(frozen=True, slots=True)
 class TowerRow:
-    """One step at one size."""
+    """The result of one step at one size."""
 
     step: str
     batch: int
     context: int
     cost: Cost
-    """With the experts that were drawn, else those that are expected."""
+    """The step's cost, with the experts that were drawn, else with the expected number."""
     least_s: float
-    """What the roofline allows."""
+    """The least time that the roofline allows."""
     seconds: float | None = None
     """Measured, by the host's clock."""
     plain_s: float | None = None
-    """With the experts in a loop, as the published script has them, and by torch alone."""
+    """The time with a loop over experts, as in the published script, and torch alone."""
     experts: tuple[float, float] | None = None
-    """A layer: how many experts were expected to be needed, and how many were on average."""
+    """How many experts a layer was expected to need, and how many it needed on average."""
 
     @property
     def share(self) -> float | None:
-        """Of the roofline that is reached."""
+        """The share of the roofline that is reached."""
         return None if self.seconds is None else self.least_s / self.seconds
 
     def as_json(self) -> dict[str, Any]:
-        """For machines."""
+        """The row for JSON."""
         return {**dataclasses.asdict(self), "share": self.share}
 
 
 def computed(
     config: ModelConfig, experts: str, roofline: Roofline, batches: Sequence[int], contexts: Sequence[int]
 ) -> list[TowerRow]:
-    """Steps as fast as a roofline allows, with tokens that choose their experts at random."""
+    """The least times of steps that a roofline allows, for tokens that choose their experts at random."""
     costs = Costs(config, experts)
     return [_row(costs, roofline, step, batch, context) for step in STEPS for batch in batches for context in contexts]
 
@@ -71,7 +71,7 @@ def _row(costs: Costs, roofline: Roofline, step: str, batch: int, context: int) 
 
 
 def times(rows: Sequence[TowerRow], block: int) -> list[StepTimes]:
-    """The measured step times, else the computed ones, wherever all three steps are known."""
+    """The measured step times, else the computed ones, for the sizes at which all three steps are known."""
     by_size: dict[tuple[int, int], dict[str, float]] = {}
     for row in rows:
         by_size.setdefault((row.batch, row.context), {})[row.step] = row.seconds or row.least_s
@@ -91,10 +91,10 @@ class TowerBench:
         self._budget_s = budget_s
         self._plain = plain and experts == "bf16"
         self.shared = False
-        """Whether layers of one kind shared their weights in the tower that was made last."""
+        """Whether layers of one kind share their weights in the tower that was made last."""
 
     def rows(self, batches: Sequence[int], contexts: Sequence[int]) -> Iterator[TowerRow]:
-        """All steps at all sizes; states that memory does not hold are left out. Raises ConfigError."""
+        """All steps at all sizes, except those whose states memory cannot hold. Raises ConfigError."""
         sizes = [(batch, context) for batch in batches for context in contexts]
         for kind, steps in ((DenoiserTower, ("denoiser",)), (ContextTower, ("commit", "ar"))):
             yield from self._tower_rows(kind, steps, sizes)
@@ -130,7 +130,7 @@ class TowerBench:
         if states is None:
             return None, None
         with _Drawn(tower) as drawn:
-            self._call(tower, step, states, graphs=False)()  # a captured graph would not call what counts
+            self._call(tower, step, states, graphs=False)()  # a captured graph would not call the code that counts
         return seconds_of(self._call(tower, step, states), self._device, self._budget_s, wall=True), drawn.mean
 
     def _call(
@@ -144,7 +144,7 @@ class TowerBench:
 
             def step_once() -> None:
                 blocks = [engine.start(params, state, 0) for state in states]
-                known = length // 2  # as in the middle of a refinement; masks alone would choose few experts
+                known = length // 2  # as in the middle of a refinement, since masks alone would choose few experts
                 for block, row in zip(blocks, tokens.cpu(), strict=True):
                     block.tokens[:known], block.masked[:known], block.left = row[:known], False, length - known
                 engine.step(blocks)
@@ -155,7 +155,7 @@ class TowerBench:
         def forward() -> Tensor | None:
             _, logits = context.extend(known_tokens, states, need_logits=step == "ar", need_deltas=step != "ar")
             for state, before in zip(states, lengths, strict=True):
-                state.length = before  # the next call finds the same context
+                state.length = before  # so that the next call finds the same context
             return None if logits is None else logits.argmax(-1)
 
         return forward
@@ -165,7 +165,7 @@ class TowerBench:
 
 
 class _Drawn:
-    """Counts the experts that routers choose while it is entered."""
+    """Counts the experts that routers choose within the context."""
 
     def __init__(self, tower: nn.Module) -> None:
         self._counts: list[int] = []
@@ -174,7 +174,7 @@ class _Drawn:
 
     @property
     def mean(self) -> float | None:
-        """Distinct experts of a layer."""
+        """The mean number of distinct experts of a layer."""
         return sum(self._counts) / len(self._counts) if self._counts else None
 
     def __enter__(self) -> _Drawn:

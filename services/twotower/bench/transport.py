@@ -1,8 +1,8 @@
-"""How fast a state gets from one process to another, at the published model's size, over each transport.
+"""The speed of a state's transfer between two processes, at the published model's size, over each transport.
 
-The context's end is a process of its own (`python -m twotower.bench.transport`): a gRPC server whose `Link` sends a
-snapshot or a delta whenever it is asked. This process is the worker's end, and holds the clock: from asking until all
-tensors are in tensors of its own.
+The context's end is a separate process (`python -m twotower.bench.transport`): a gRPC server whose `Link` sends a
+snapshot or a delta on request. This process is the worker's end, and measures the time from the request until all
+tensors are copied to its own.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Measured:
-    """Medians of one transport."""
+    """The medians of one transport."""
 
     snapshot_ms: float
     delta_ms: float
     gb_per_s: float
-    """Of a snapshot."""
+    """The rate of a snapshot's transfer."""
 
 
 class _Sender(context_pb2_grpc.ContextTowerServicer):
-    """Sends tensors of the real size when it is asked: `Alive.forwards` is their number of tokens, 0 for a delta."""
+    """Sends tensors of the real size on request: `Alive.forwards` is the number of tokens, 0 for a delta."""
 
     def __init__(self, transports: ContextTransports) -> None:
         self._transports = transports
 
     async def Link(self, requests: AsyncIterator[link_pb2.WorkerMessage], context: Any) -> None:
-        """Hello first, as in the service."""
+        """A link that begins with Hello, as in the service."""
         hello = await anext(requests)
         outlet, choice = self._transports.attach(hello.hello.transport, context.peer())
         await context.write(link_pb2.ContextMessage(welcome=link_pb2.Welcome(transport=choice)))
@@ -93,7 +93,7 @@ async def measure(kind: TransportKind, length: int, rounds: int) -> Measured:
 
 
 async def _seconds(call: Any, inlet: Inlet, length: int, rounds: int) -> float:
-    """Median of one transfer into memory that is there already, as a worker's pool is."""
+    """Median time of one transfer into allocated memory, such as a worker's pool."""
     spec = _spec(length)
     own = {key: torch.zeros(each.shape, dtype=each.dtype) for key, each in spec.items()}
     times = []
@@ -115,14 +115,14 @@ def _copy(own: Mapping[Key, Tensor], tensors: Mapping[Key, Tensor]) -> None:
 
 
 def _spec(length: int) -> Mapping[Key, Spec]:
-    """Of a state of `length` tokens; of a block's delta for 0."""
+    """The tensors of a state of `length` tokens, or of a block's delta for 0."""
     config = ModelConfig.from_dict(REAL)
     return state_spec(config, torch.bfloat16, length) if length else delta_spec(config, torch.bfloat16, 1, BLOCK)
 
 
 @asynccontextmanager
 async def _sender(kind: TransportKind) -> AsyncIterator[str]:
-    """The address of a context's end in a process of its own, which ends with us."""
+    """The address of a context's end in a separate process, which ends with this one."""
     argv = (sys.executable, "-m", "twotower.bench.transport", kind.value)
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*argv, stdin=pipe, stdout=pipe)
@@ -135,7 +135,7 @@ async def _sender(kind: TransportKind) -> AsyncIterator[str]:
 
 
 async def _serve(kind: TransportKind) -> None:
-    """Until stdin ends, as it does when the process that measures has ended, however it did."""
+    """Serve until stdin ends, as it does when the measuring process has ended, in whatever way."""
     torch.set_num_threads(1)
     server = RpcServer("127.0.0.1", 0)
     transports = ContextTransports(TransportConfig(kind), "127.0.0.1", CPU)
