@@ -1,1 +1,1 @@
-"""Quality and speed of a checkpoint, measured: the context tower alone (AR) against both towers (diffusion)."""
+"""Measures quality and speed of a checkpoint: the context tower alone (AR) against both towers (diffusion)."""

@@ -9,45 +9,45 @@ from twotower.errors import ConfigError
 from twotower.request import GenerationParams
 
 AR_EVERY = 3
-"""In a sweep AR runs before every so many parts of the problems: machines are noisy, and a ratio needs a neighbour."""
+"""In a sweep, AR runs before every `AR_EVERY` parts of the problems, since on noisy machines a ratio needs close neighbours."""
 
 AMONG = 25
-"""Problems after which the other mode has its turn: both modes see the same state of a noisy machine."""
+"""Problems after which the other mode has its turn, so that both modes see the same state of a noisy machine."""
 
 SUITE = ("math", "code", "knowledge")
 """The families of the suite."""
 
 
 def families() -> tuple[str, ...]:
-    """All there are."""
+    """The names of all families."""
     return ("stories", *SUITE)
 
 
 @dataclass(frozen=True, slots=True)
 class EvalConfig:
-    """Built once by the CLI; every field has its final value."""
+    """The settings of an evaluation, built once by the CLI; every field has its final value."""
 
     checkpoint: Path
     seed: int = 1
-    """Of the problems; none of them can occur in training, whatever the seed."""
+    """The seed of the problems, none of which can occur in training, whatever the seed."""
     problems: int = 200
     family: str = "stories"
-    """Of the problems: one of `families`."""
+    """The family of the problems: one of `families`."""
     batches: tuple[int, ...] = (1,)
-    """Requests in flight; the first is the headline, the others are reported beside it."""
+    """Requests in flight; the first is the main result, and the others are reported beside it."""
     params: GenerationParams = field(default_factory=GenerationParams)
-    """Of the diffusion mode; AR takes what applies to it."""
+    """Parameters of the diffusion mode; AR uses those that apply to it."""
     dtype: str = "auto"
     device: str = "auto"
     kernels: str = "auto"
     experts: str = "auto"
     """Precision of the routed experts: auto (as the checkpoint stores them), bf16, fp8, fp4."""
     context_experts: str | None = None
-    """Of the context's, where they differ."""
+    """Precision of the context's experts, if it differs."""
     threads: int | None = None
-    """CPU threads; None: whatever is fastest, found out for each mode."""
+    """CPU threads; None: the fastest number, measured for each mode."""
     compiled: bool | None = None
-    """Compiled graphs for single requests; None: whatever is faster, found out for each mode."""
+    """Compiled graphs for single requests; None: the faster choice, measured for each mode."""
 
     def __post_init__(self) -> None:
         if self.family not in families():

@@ -29,11 +29,11 @@ TUNED_ON = 6
 
 @dataclass(slots=True)
 class Score:
-    """What a mode achieved, over all problems."""
+    """The results of a mode over all problems."""
 
     solved: int = 0
     degenerate: int = 0
-    """Texts that repeat a short piece over and over: wrong, whatever their answer."""
+    """Texts that repeat a short piece over and over; they count as wrong, whatever their answer."""
     problems: int = 0
     tokens: int = 0
     forwards: int = 0
@@ -45,10 +45,10 @@ class Score:
     first_blocks: list[float] = field(default_factory=list)
 
     right: dict[int, bool] = field(default_factory=dict)
-    """By problem."""
+    """Whether each problem was solved, by its number."""
 
     def add(self, result: Completion, text: str, check: Check, problem: int) -> None:
-        """Count one solution, of the problem with this number."""
+        """Count one solution of problem number `problem`."""
         degenerate = is_degenerate(text)
         self.right[problem] = check.passes(text) and not degenerate
         self.problems += 1
@@ -73,16 +73,16 @@ class Score:
 
     @property
     def tokens_per_forward(self) -> float:
-        """Of the denoiser; in AR mode 1."""
+        """Tokens per forward of the denoiser; 1 in AR mode."""
         return self.tokens / self.forwards if self.forwards else float("nan")
 
     @property
     def tokens_per_round(self) -> float:
-        """In speculative mode: what drafts earn, and the token that follows them."""
+        """Tokens per round of speculative mode: the accepted draft tokens, and the one that follows them."""
         return (self.accepted + self.rounds) / self.rounds if self.rounds else float("nan")
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, rounded for reading."""
+        """All figures, rounded for reading."""
         return {
             "accuracy": round(self.accuracy, 4),
             "tokens_per_s": round(self.tokens_per_s, 2),
@@ -98,7 +98,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How the engine runs a mode."""
+    """The engine's settings for a mode."""
 
     threads: int
     """CPU threads."""
@@ -120,12 +120,12 @@ class Comparison:
 
     @property
     def retention(self) -> float:
-        """Accuracy kept by diffusion, of AR's."""
+        """The share of AR's accuracy that diffusion keeps."""
         return self.diffusion.accuracy / self.ar.accuracy if self.ar.accuracy else float("nan")
 
     @property
     def speedup(self) -> float:
-        """Tokens a second over AR's."""
+        """Tokens a second of diffusion over AR's."""
         return self.diffusion.tokens_per_s / self.ar.tokens_per_s
 
     @property
@@ -134,7 +134,7 @@ class Comparison:
         return self.speculative.tokens_per_s / self.ar.tokens_per_s
 
     def as_json(self) -> dict[str, Any]:
-        """As `twotower eval --json` prints it."""
+        """The comparison as `twotower eval --json` prints it."""
         return {
             "batch": self.batch,
             "ar": {**self.ar.as_json(), **dataclasses.asdict(self.ar_settings)},
@@ -154,7 +154,7 @@ class Evaluation:
     """A checkpoint, and the problems to solve with it."""
 
     def __init__(self, config: EvalConfig, engine: LocalEngine | None = None) -> None:
-        """Load both towers, unless an engine has them already. Raises TwoTowerError."""
+        """Load both towers, unless an engine with them is given. Raises TwoTowerError."""
         self.engine = engine or LocalEngine(
             config.checkpoint,
             dtype=config.dtype,
@@ -180,11 +180,11 @@ class Evaluation:
         check_request(self.prompts[0], self.params, self.engine.limits)
 
     def tune(self, mode: Mode, batch: int) -> Settings:
-        """The engine's fastest settings for a mode and batch, found out on the first problems."""
+        """The engine's fastest settings for a mode and batch, measured on the first problems."""
         if (mode, batch) not in self.settings:
             first = self._compiled[0]
             timed = {s: self._time(mode, batch, s) for s in (Settings(threads, first) for threads in self._threads)}
-            if len(self._compiled) > 1 and batch == 1:  # graphs are for single requests, and take a while to make
+            if len(self._compiled) > 1 and batch == 1:  # graphs are for single requests only, and slow to make
                 best = dataclasses.replace(min(timed, key=timed.__getitem__), compiled=True)
                 timed[best] = self._time(mode, batch, best)
             self.settings[mode, batch] = min(timed, key=timed.__getitem__)
@@ -215,7 +215,7 @@ class Evaluation:
         score, ar = Score(), Score()
         params = dataclasses.replace(params, eos_token_ids=self.params.eos_token_ids)
         settings, ar_settings = self.tune(Mode.DIFFUSION, batch), self.tune(Mode.AR, batch)
-        self._solve(Score(), Mode.DIFFUSION, params, settings, range(min(2, len(self.problems))), batch)  # may compile anew
+        self._solve(Score(), Mode.DIFFUSION, params, settings, range(min(2, len(self.problems))), batch)  # may compile again
         for i, start in enumerate(range(0, len(self.problems), AMONG)):
             part = range(start, min(start + AMONG, len(self.problems)))
             if i % AR_EVERY == 0:
@@ -226,7 +226,7 @@ class Evaluation:
     def _solve(
         self, score: Score, mode: Mode, params: GenerationParams, settings: Settings, which: Sequence[int], batch: int
     ) -> None:
-        # In speculative mode drafts take what they earn; a setting of the diffusion mode is none of theirs.
+        # Speculative mode chooses its own steps and gamma, so the diffusion mode's do not apply to it.
         steps = 0 if mode is Mode.SPECULATIVE else params.steps
         params = dataclasses.replace(params, mode=mode, steps=steps)
         engine, prompts = self.engine, [self.prompts[i] for i in which]
@@ -247,7 +247,7 @@ def _thread_counts() -> tuple[int, ...]:
 
 
 def _quantile(values: Sequence[float], percent: int) -> float:
-    """With linear interpolation; of a single value, itself."""
+    """A percentile with linear interpolation; a single value is returned itself."""
     if len(values) < 2:
         return values[0] if values else float("nan")
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]

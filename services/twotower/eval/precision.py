@@ -1,4 +1,4 @@
-"""What storing routed experts in fewer bits changes: errors of weights and of experts' outputs, and of what is generated."""
+"""The effect of routed experts in fewer bits: errors of weights and of experts' outputs, and changes of generated text."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from twotower_kernels.experts import grouped_experts
 from twotower_kernels.quant import RowError, dequantize, quantize, row_error
 
 ROWS = 2048
-"""Tokens of a layer on which its experts' outputs are compared, the first that pass through it."""
+"""The number of tokens, the first that pass through a layer, on which its experts' outputs are compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerError:
-    """One MoE layer."""
+    """The errors of one MoE layer."""
 
     tower: str
     layer: int
     weights: RowError
-    """Rows of both projections of all experts, each relative to its length."""
+    """Errors of the rows of both projections of all experts, each relative to the row's norm."""
     outputs: RowError
-    """The weighted sums over a token's experts, on inputs and with the routing of the unquantized run, in fp32;
-    relative to their root mean square, since relu2 leaves some next to nothing."""
+    """Errors of the weighted sums over a token's experts in fp32, with the inputs and routing of the unquantized run;
+    relative to the root mean square of the sums, since relu2 leaves some close to zero."""
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Generations by unquantized and by quantized experts, of the same prompts."""
+    """How far generations by unquantized and by quantized experts agree on the same prompts."""
 
     mode: str
     requests: int
     equal_tokens: float
-    """Share of positions with the same token; of unequal lengths, the longer counts."""
+    """Share of positions with the same token; if lengths differ, the longer one counts."""
     equal_generations: float
-    """Share of requests whose tokens are all the same."""
+    """Share of requests whose tokens are all equal."""
     solved: tuple[float, float]
     """Share of problems solved: unquantized, quantized."""
     tokens_per_forward: tuple[float, float]
@@ -64,7 +64,7 @@ class PrecisionReport:
     agreements: list[Agreement]
 
     def as_json(self) -> dict[str, Any]:
-        """For machines."""
+        """The report for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -136,7 +136,7 @@ def _moe_layers(tower: nn.Module) -> Iterator[tuple[int, MoE]]:
 
 @contextmanager
 def _recorded(towers: Sequence[nn.Module]) -> Iterator[dict[MoE, Tensor]]:
-    """The first rows that pass through each MoE layer, (n, hidden), as they come."""
+    """The first rows that pass through each MoE layer, (n, hidden), filled as they come."""
     seen: dict[MoE, Tensor] = {}
 
     def record(moe: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -1,7 +1,7 @@
 """The suite: several families of tasks, both modes, with intervals, as one table.
 
-The overall row is the mean over families, each counting the same. Intervals are of 95 %: Wilson's for a share, and for what
-diffusion retains a bootstrap over problems, each problem with its results in both modes.
+The overall row is the mean over families with equal weights. Intervals are of 95 %: Wilson's for a share, and for the
+retention a bootstrap over problems, each with its results in both modes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A family at a batch size, or all of them."""
+    """The results of one family, or of all families, at a batch size."""
 
     family: str
     batch: int
@@ -34,22 +34,22 @@ class Row:
     diffusion: float
     diffusion_interval: Interval
     retention: float
-    """What diffusion keeps of AR's share."""
+    """The share of AR's accuracy that diffusion keeps."""
     retention_interval: Interval
     tokens_per_forward: float
     speedup: float
     """Tokens a second over AR's."""
     degenerate: int
-    """Texts of diffusion that repeat a piece over and over: counted as wrong."""
+    """Texts of diffusion that repeat a piece over and over; they count as wrong."""
 
     def as_json(self) -> dict[str, Any]:
-        """For machines; what AR solves nothing of has no retention: null."""
-        told = dataclasses.asdict(self)
-        return told if self.ar else {**told, "retention": None, "retention_interval": None}
+        """The row for JSON; the retention is null if AR solves no problem."""
+        fields = dataclasses.asdict(self)
+        return fields if self.ar else {**fields, "retention": None, "retention_interval": None}
 
 
 def run_suite(config: EvalConfig, families: Sequence[str], report: Callable[[Row], None]) -> list[Row]:
-    """All families at all batch sizes, each followed by the overall row; `report` hears of each as it is done."""
+    """All families at each batch size, followed by their overall row; `report` is called with each row as it is ready."""
     evaluations: dict[str, Evaluation] = {}
     for family in families:
         engine = next(iter(evaluations.values())).engine if evaluations else None
@@ -98,16 +98,16 @@ def _ratio(diffusion: float, ar: float) -> float:
 
 
 def wilson(share: float, count: int) -> Interval:
-    """The 95 % interval of a share that was seen in `count` trials."""
+    """The 95 % interval of a share that was observed in `count` trials."""
     middle = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
     half = Z * (share * (1 - share) / count + Z * Z / (4 * count * count)) ** 0.5 / (1 + Z * Z / count)
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def retained(pairs: Sequence[Sequence[tuple[bool, bool]]], seed: int) -> Interval:
-    """The 95 % interval of what diffusion retains, by a bootstrap within each family; NaN where AR solves nothing.
+    """The 95 % interval of the retention, by a bootstrap within each family; NaN if AR solves no problem.
 
-    pairs: of each family, whether AR and diffusion solved each problem.
+    pairs: for each family and problem, whether AR and diffusion solved it.
     """
     rng = random.Random(f"bootstrap:{seed}")
     ratios = []

@@ -1,4 +1,4 @@
-"""The trade between quality and speed: gamma, steps and block size varied one at a time."""
+"""The trade-off between quality and speed: gamma, steps and block size, varied one at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GAMMAS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 STEPS = (2, 4, 8, 16)
 BLOCK_SIZES = (4, 8, 16, 32, 64)
 GOOD = 0.9
-"""Share of AR's accuracy above which a setting is drawn closer."""
+"""Share of AR's accuracy above which a setting appears in the enlarged plot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +25,20 @@ class Point:
     """One setting and its result."""
 
     varied: str
-    """gamma, steps or block_size."""
+    """The varied setting: gamma, steps or block_size."""
     value: float
     score: Score
     accuracy_ar: float
     speedup: float
-    """Over AR at the same batch, measured in the same run."""
+    """Tokens a second over AR's at the same batch, measured in the same run."""
 
     def as_json(self) -> dict[str, Any]:
-        """For machines."""
+        """The point for JSON."""
         return {"varied": self.varied, "value": self.value, "speedup": round(self.speedup, 3), **self.score.as_json()}
 
 
 def sweep(evaluation: Evaluation, base: Comparison, report: Callable[[Point], None]) -> list[Point]:
-    """Every setting over the evaluation's problems; `report` hears of each as it is done."""
+    """Every setting over the evaluation's problems; `report` is called with each point as it is ready."""
     params = evaluation.params
     settings = [
         *(("gamma", value, dataclasses.replace(params, gamma=value)) for value in GAMMAS),
@@ -72,13 +72,13 @@ def table(points: Sequence[Point], params: GenerationParams, trained_block: int)
 
 
 def require_matplotlib() -> None:
-    """Raise ConfigError if plots cannot be drawn here: better before the work than after."""
+    """Raise ConfigError if plots cannot be drawn here. Call it before the work rather than after."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("plots need matplotlib: pip install -e '.[train]'")
 
 
 def plot(points: Sequence[Point], accuracy_ar: float, path: Path) -> None:
-    """Accuracy over speedup, a line for each setting that was varied, AR as the point (1, its accuracy); the good ones closer.
+    """Plot accuracy over speedup, with a line for each varied setting and AR at speedup 1, and the good settings enlarged.
 
     Raises ConfigError without matplotlib.
     """
