@@ -31,9 +31,7 @@ class TokenPlaces:
             self.length += len(self._text.push([token_id]))
             return [place]
         new = self._text.push([token_id])
-        joined = (
-            len(new) + self._text.unfinished == before
-        )  # nothing was added: the token is a part of the last unfinished character
+        joined = len(new) + self._text.unfinished == before  # nothing was added: the token continues the last character
         self._waiting.append(before - joined)
         return self._settle(new)
 

@@ -1,1 +1,1 @@
-"""Training: the built-in word problems, the tokenizer, and the trainers of the two towers. Serving never imports this."""
+"""Training: the built-in tasks, the tokenizer, and the trainers of the two towers. Serving never imports this."""

@@ -1,4 +1,4 @@
-"""Examples as rectangular batches, and the place in the endless stream of them."""
+"""Examples as rectangular batches, and the position in their endless stream."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True, slots=True)
 class SequenceBatch:
-    """Whole texts, padded on the right; what is padding has weight 0."""
+    """Whole texts, padded on the right; padding has weight 0."""
 
     tokens: Tensor
     """(B, N) int32."""
     weights: Tensor
-    """(B, N) fp32: how much the prediction *of* each token counts."""
+    """(B, N) fp32: the weight of the prediction *of* each token."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockBatch:
-    """Prompts that end together, each followed by its completion in blocks."""
+    """Prompts that end at the same position, each followed by its completion in blocks."""
 
     tokens: Tensor
-    """(B, prompt + blocks * block); the end-of-sequence token fills up behind the end, and before the start."""
+    """(B, prompt + blocks * block); the end-of-sequence token pads after the end, and before the start."""
     starts: Tensor
     """(B,) int64: where each prompt starts."""
     prompt: int
-    """Where the prompts end, and the first block starts."""
+    """The position where the prompts end and the first block starts."""
     block: int
     """Tokens of a block."""
     counts: Tensor
-    """(B, blocks) bool: blocks that hold something of the completion."""
+    """(B, blocks) bool: whether a block holds tokens of the completion."""
 
 
 def sequence_batches(examples: list[Example], rows: int, prompt_weight: float, rng: random.Random) -> list[SequenceBatch]:
-    """Texts of like length together, about `rows` texts of average length in a batch, in random order."""
+    """Batches of texts of similar length, about `rows` texts of average length each, in random order."""
     order = sorted(examples, key=_length)
     batches = [_sequences(group, prompt_weight) for group in _fill(order, _budget(order, rows))]
     rng.shuffle(batches)
@@ -62,12 +62,12 @@ def _length(e: Example) -> int:
 
 
 def _budget(examples: Sequence[Example], rows: int) -> int:
-    """Tokens of so many texts of average length."""
+    """Tokens of `rows` texts of average length."""
     return rows * sum(map(_length, examples)) // max(1, len(examples))
 
 
 def _fill(examples: Sequence[Example], tokens: int) -> Iterator[list[Example]]:
-    """Cut into groups that take at most so many tokens if all are as long as the longest."""
+    """Cut into groups that take at most `tokens` tokens when all texts are padded to the longest."""
     group: list[Example] = []
     longest = 0
     for example in examples:
@@ -93,13 +93,13 @@ def _sequences(group: list[Example], prompt_weight: float) -> SequenceBatch:
 
 
 PROMPT_STEP = 16
-"""Prompts in a batch differ by less."""
+"""The lengths of prompts in a batch differ by less than this."""
 
 
 def block_batches(examples: list[Example], rows: int, blocks: Mapping[int, float], rng: random.Random) -> list[BlockBatch]:
-    """Prompts and completions of like length together, about `rows` texts of average length in a batch, in random order.
+    """Batches of prompts and completions of similar length, about `rows` texts of average length each, in random order.
 
-    blocks: block size -> how often a batch has it. Of a text that is cut off, the last part of a block is left out.
+    blocks: block size -> its share of the batches. The partial last block of a text that is cut off is left out.
     """
 
     def key(e: Example) -> tuple[int, int]:
@@ -138,17 +138,17 @@ def _blocks(group: list[Example], block: int) -> BlockBatch:
 
 @dataclass(slots=True)
 class Place:
-    """Where a run is in the stream of batches."""
+    """A run's position in the stream of batches."""
 
     pool: int = 0
     batch: int = 0
-    """Batches of the pool that are used up."""
+    """Batches of the pool that have been used."""
 
 
 def stream(make_pool: Callable[[int], list[Batch]], place: Place, workers: int = 0) -> Iterator[Batch]:
-    """Batches from `place` on, for ever; `place` is kept up to date.
+    """An endless stream of batches from `place` on; `place` is kept up to date.
 
-    workers: processes that make pools ahead, each a function of its number; 0: made here, when they are needed.
+    workers: processes that make pools, which depend on their number only, ahead of time; 0: pools are made here on demand.
     """
     for pool in map(make_pool, itertools.count(place.pool)) if workers == 0 else _made_ahead(make_pool, place.pool, workers):
         while place.batch < len(pool):
@@ -158,7 +158,7 @@ def stream(make_pool: Callable[[int], list[Batch]], place: Place, workers: int =
 
 
 def _made_ahead(make_pool: Callable[[int], list[Batch]], first: int, workers: int) -> Iterator[list[Batch]]:
-    """Pools in their order, from processes that start anew: a forked one must not touch a GPU that its parent uses."""
+    """Pools in order, from spawned processes: a forked process must not touch a GPU that its parent uses."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_alone) as processes:
         ahead = deque(processes.submit(make_pool, first + i) for i in range(workers + 2))
         try:
@@ -171,11 +171,11 @@ def _made_ahead(make_pool: Callable[[int], list[Batch]], first: int, workers: in
 
 
 def _alone() -> None:
-    """A worker is one of many: it computes on one core."""
+    """Restrict this worker to one core, since it is one of many."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device. It waits for nothing that a GPU is still doing: an unpinned one would."""
+    """A copy on the device. It is pinned first, since an unpinned copy would wait for the GPU's pending work."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,7 +1,7 @@
 """The tokenizer: byte-level BPE over words, each with its leading space, and whole numbers.
 
-With a vocabulary that holds the corpus's words whole, texts of one kind take equally many tokens whatever the
-names and numbers in them: a denoiser, which writes all positions of a block at once, then knows what belongs where.
+With a vocabulary that holds the corpus's words whole, texts of one kind have the same number of tokens whatever their
+names and numbers: a denoiser, which writes all positions of a block at once, then knows what belongs where.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tokenizers.trainers import BpeTrainer
 
 PAD, BOS, EOS, MASK = 0, 1, 2, 3
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")
-"""In order of their ids."""
+"""The special tokens, in order of their ids."""
 
 VOCAB_SIZE = 1024
 
 ROUND = 16
-"""A whole-word vocabulary's size is a multiple: the head's product is then of a shape that kernels like."""
+"""A whole-word vocabulary's size is a multiple of this, so that the head's product has a shape that kernels are fast on."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
@@ -41,9 +41,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Token
 
 
 def whole_word_tokenizer(texts: Iterable[str], *, pieces: int, rarest: int, words: Iterable[str] = ()) -> Tokenizer:
-    """A tokenizer that knows whole every word that occurs `rarest` times, and `words`; what else comes is in pieces.
+    """A tokenizer with a token for every word that occurs `rarest` times and for `words`; other words are cut into pieces.
 
-    Unlike `train_tokenizer`, it spends no entries on the beginnings of words: `pieces` are learned for other words alone.
+    Unlike `train_tokenizer`, it spends no entries on the beginnings of these words: `pieces` are learned for other words.
     """
     splitter = ByteLevel(add_prefix_space=False)
     seen = list(texts)
@@ -56,9 +56,9 @@ def whole_word_tokenizer(texts: Iterable[str], *, pieces: int, rarest: int, word
     often = [word for word, count in counts.most_common() if count >= rarest]
     whole = dict.fromkeys([*(parts[0][0] for parts in wanted), *often])
     new = [word for word in whole if word not in vocabulary]
-    for word in new[: len(new) - (len(vocabulary) + len(new)) % ROUND]:  # the rarest are last
+    for word in new[: len(new) - (len(vocabulary) + len(new)) % ROUND]:  # the rarest words come last
         vocabulary[word] = len(vocabulary)
-    model["model"]["ignore_merges"] = True  # what is a word of the vocabulary is never taken apart
+    model["model"]["ignore_merges"] = True  # a word of the vocabulary is never cut
     return Tokenizer.from_str(json.dumps(model))
 
 

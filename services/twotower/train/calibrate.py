@@ -1,8 +1,8 @@
-"""Confidence calibration: how sure the denoiser says it is, against how often it is right, on held-out training tasks.
+"""Confidence calibration: fits the denoiser's confidence to how often it is right, on held-out training tasks.
 
-The head's weights times one number, which is the temperature's inverse: the likeliest tokens stay what they are. Of the
-scales below, the greatest at which diffusion still writes as many texts right as it does where it is most careful, within
-a tolerance, is chosen: the fastest that costs no quality.
+The head's weights are multiplied by one scale, the inverse of a temperature, which leaves the likeliest tokens unchanged.
+Of the scales below, the greatest is chosen at which diffusion writes as many correct texts as at the best scale, within a
+tolerance: the fastest one that costs no quality.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from twotower.train.probe import Probe, probe_denoiser, probe_texts
 
 SCALES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 HELD_OUT_SEED = 31337
-"""Of the training split; no run has it."""
+"""A seed of the training split that no run uses."""
 
 TOLERANCE = 0.003
-"""Share of the texts that a faster setting may cost."""
+"""The share of correct texts that a faster scale may lose."""
 
 GAMMA = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What was chosen, and from what."""
+    """The chosen scale, and the results of all scales."""
 
     scale: float
     tried: dict[float, dict[str, Probe]]
@@ -48,7 +48,7 @@ class Calibration:
 
 
 def measure(path: Path, tasks: str, device_name: str, count: int, block: int | None = None) -> Calibration:
-    """Try all scales on `count` held-out tasks of each family."""
+    """Measure all scales on `count` held-out tasks of each family."""
     checkpoint, device = Checkpoint.open(path), resolve_device(device_name)
     assert checkpoint.tokenizer_path is not None
     tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path))

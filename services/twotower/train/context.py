@@ -19,7 +19,7 @@ from twotower.train.forward import Usage, context_logits
 
 @dataclass(frozen=True, slots=True)
 class ContextPools:
-    """Number of a pool -> its batches. It can be sent to another process if the source can."""
+    """A function from a pool's number to its batches. It can be pickled if the source can."""
 
     source: Source
     tokenizer: Tokenizer
@@ -34,7 +34,7 @@ class ContextPools:
 
 
 class ContextTask:
-    """Cross entropy on completions, and a little on prompts (which are mostly chance)."""
+    """Cross entropy on completions, and with a small weight on prompts, which are mostly random."""
 
     def __init__(self, model: ContextTower, pools: ContextPools, *, bf16: bool, workers: int = 0) -> None:
         self.model = model

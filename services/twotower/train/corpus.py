@@ -1,7 +1,7 @@
-"""Where training texts come from: the built-in tasks, a user's JSONL file, or plain text.
+"""The sources of training texts: the built-in tasks, a user's JSONL file, or plain text.
 
-A source gives *pools*: lists of a few thousand examples, each a function of its number alone, so that an
-interrupted run finds its place again.
+A source makes *pools*: lists of a few thousand examples, each a function of its number alone, so that an
+interrupted run can continue at its place.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ POOL_SIZE = 2048
 """Examples of a pool."""
 
 PROMPT_ENDS = (("", 14), ("\n", 2), (" ", 1), ("\nAnswer:", 2), (" Answer:", 1))
-"""What may follow a question, and how often: a user should not need to know how a prompt ends."""
+"""Text that may follow a question, with weights: a user need not know how prompts end."""
 
 CODE_ENDS = (("", 12), ("\n", 5), ("\n    ", 2))
-"""What may follow a docstring."""
+"""Text that may follow a docstring, with weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A prompt and what should follow it (without the end-of-sequence token)."""
+    """A prompt and its completion (without the end-of-sequence token)."""
 
     prompt: str
     completion: str
     open_start: bool = False
-    """The prompt is a piece out of a longer text: tokens at its start may be dropped."""
+    """Whether the prompt is cut from a longer text, so that tokens at its start may be dropped."""
     open_end: bool = False
-    """The completion is cut off: nothing ends where it does."""
+    """Whether the completion is cut off, so that no end-of-sequence token follows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +48,17 @@ class Example:
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
-    """Ends with the end-of-sequence token, if it ends."""
+    """The completion, with the end-of-sequence token unless it is cut off."""
     open_end: bool = False
 
 
 Source = Callable[[int], list[Text]]
-"""Number of a pool -> its texts."""
+"""A function from a pool's number to its texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltIn:
-    """The built-in tasks as a source, with prompts that end in various ways, and among them drills of sums."""
+    """The built-in tasks as a source, with prompts that end in various ways, mixed with drills of sums."""
 
     seed: int
     tasks: str = "stories"
@@ -66,9 +66,9 @@ class BuiltIn:
     split: Split = "train"
     size: int = POOL_SIZE
     drill_share: float | None = None
-    """Share of the drills; None: the task set's own."""
+    """The share of drills; None: the task set's own."""
     max_number: int | None = None
-    """Greatest number of the problems and the drills; None: the task set's own."""
+    """The greatest number in problems and drills; None: the task set's own."""
 
     def __call__(self, number: int) -> list[Text]:
         """See `Source`."""
@@ -89,7 +89,7 @@ class BuiltIn:
 
 
 def posed(item: Item, rng: random.Random) -> Text:
-    """A task with one of the ends that a prompt may have."""
+    """A task whose prompt has one of the possible ends."""
     if item.family == "code":
         end = rng.choices([e for e, _ in CODE_ENDS], [w for _, w in CODE_ENDS])[0]
         return Text(item.prompt + end, ("\n" + item.completion).removeprefix(end))
@@ -98,7 +98,7 @@ def posed(item: Item, rng: random.Random) -> Text:
 
 
 def completion_after(end: str, solution: str) -> str:
-    """A solution begins on a new line, which the model writes itself unless the prompt ended with one."""
+    """The completion after a prompt's end: the solution on a new line, unless the prompt ended with a line break."""
     return solution if end.endswith("\n") else "\n" + solution
 
 
@@ -121,17 +121,17 @@ def from_corpus(path: Path, seed: int, size: int = POOL_SIZE) -> Source:
 
 
 WINDOW_WORDS = 160
-"""Plain text is cut into pieces of so many words."""
+"""Plain text is cut into pieces of this number of words."""
 
 PROMPT_SHARE = (0.1, 0.5)
-"""How much of a piece is its prompt, drawn once for each."""
+"""The range of the share of a piece that is its prompt, drawn once for each piece."""
 
 PROMPT_GRID = 16
-"""Prompts that may lose tokens at their start are cut to a multiple, so that many are of equal length (`block_batches`)."""
+"""Prompts that may lose tokens at their start are cut to a multiple of this, so that many have equal length."""
 
 
 def read_plain(path: Path, seed: int) -> list[Text]:
-    """Pieces of all .txt files of a directory (or of one file), each a prompt and how the text goes on. Raises ConfigError."""
+    """Pieces of all .txt files of a directory (or of one file), each a prompt and its continuation. Raises ConfigError."""
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     rng = random.Random(f"prompts of plain text:{seed}")
     texts: list[Text] = []
@@ -152,7 +152,7 @@ def _pieces(document: str, rng: random.Random) -> Iterator[Text]:
         last = min(first + WINDOW_WORDS, len(starts))
         middle = first + max(1, round((last - first) * rng.uniform(*PROMPT_SHARE)))
         if middle >= last:
-            continue  # one word: nothing to go on with
+            continue  # a single word has no continuation
         end = starts[last] if last < len(starts) else len(document)
         prompt, completion = document[starts[first] : starts[middle]], document[starts[middle] : end]
         yield Text(prompt, completion, open_start=first > 0, open_end=last < len(starts))
@@ -182,7 +182,7 @@ def read_jsonl(path: Path) -> list[Text]:
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[Text]) -> list[Example]:
-    """Prompt and completion are tokenized apart, as in serving, where the prompt comes alone."""
+    """Texts as token ids. Prompt and completion are tokenized separately, as in serving, where the prompt comes alone."""
     prompts = tokenizer.encode_batch_fast([t.prompt for t in texts], add_special_tokens=False)
     completions = tokenizer.encode_batch_fast([t.completion for t in texts], add_special_tokens=False)
     return [_example(t, p.ids, c.ids) for t, p, c in zip(texts, prompts, completions, strict=True)]

@@ -21,14 +21,14 @@ from twotower.train.forward import BlockSeeds, Usage, block_logits, block_seeds
 
 @dataclass(frozen=True, slots=True)
 class BlockPools:
-    """Number of a pool -> its batches. It can be sent to another process if the source can."""
+    """A function from a pool's number to its batches. It can be pickled if the source can."""
 
     source: Source
     tokenizer: Tokenizer
     rows: int
     """Texts of average length in a batch."""
     blocks: Mapping[int, float]
-    """Block size -> how often a batch has it."""
+    """Block size -> its share of the batches."""
 
     def __call__(self, number: int) -> list[BlockBatch]:
         """See `stream`."""
@@ -38,14 +38,14 @@ class BlockPools:
 
 @dataclass(frozen=True, slots=True)
 class Masking:
-    """How blocks are masked."""
+    """How the blocks of a batch are masked."""
 
     all_masked: float = 0.3
-    """Share of the blocks that are masked whole, as every refinement starts; in the others the masked share is uniform."""
+    """Share of fully masked blocks, as at the start of every refinement; in other blocks the masked share is uniform."""
     own_order: float = 0.3
-    """Share of the batches masked as the model's own refinement would have it at some point; the others at random."""
+    """Share of the batches masked as at some point of the model's own refinement; others are masked at random."""
     own_tokens: float = 0.25
-    """Share of those in which the known tokens are the model's own as well, wrong ones included."""
+    """Share of those batches in which the known tokens, too, are the model's own, including wrong ones."""
 
 
 class DenoiserTask:
@@ -77,7 +77,7 @@ class DenoiserTask:
         device, block = self._device, batch.block
         tokens = to_device(batch.tokens, device).long()
         clean = tokens[:, batch.prompt :].unflatten(1, (-1, block))
-        # All chance is drawn on the CPU: equal for equal seeds on any device.
+        # All random numbers are drawn on the CPU, so that equal seeds give equal numbers on any device.
         masked = to_device(draw_counts(clean.shape[:2], block, self._masking.all_masked, generator), device)
         order = to_device(torch.rand(clean.shape, generator=generator), device)
         own_order, own_tokens = torch.rand(2, generator=generator).tolist()
@@ -98,9 +98,9 @@ class DenoiserTask:
     def _by_certainty(
         self, clean: Tensor, masked: Tensor, order: Tensor, seeds: BlockSeeds, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """The order of the model's certainty at an earlier point of the refinement, least first; and its tokens there."""
+        """Positions in order of the model's confidence at an earlier point of the refinement, least first, and its tokens."""
         block = clean.shape[-1]
-        # An earlier point: between what is masked now and everything.
+        # At the earlier point, at least the tokens masked now were masked, and at most all.
         share = to_device(torch.rand(masked.shape, generator=generator), masked.device)
         earlier = masked + ((block - masked + 1) * share).long()
         known = order.argsort(-1).argsort(-1) >= earlier.unsqueeze(-1)
@@ -111,7 +111,7 @@ class DenoiserTask:
 
 
 def draw_counts(shape: torch.Size, block: int, all_masked: float, generator: torch.Generator) -> Tensor:
-    """How many tokens of each block are masked, in 1..block.
+    """The number of masked tokens of each block, in 1..block.
 
     t is uniform in (0, 1], stratified over the batch; beyond that, a share `all_masked` of the blocks has t = 1.
     """
@@ -122,7 +122,7 @@ def draw_counts(shape: torch.Size, block: int, all_masked: float, generator: tor
 
 
 def weights_hash(tower: ContextTower) -> str:
-    """Equal for equal weights: to hold the frozen tower to its word."""
+    """A hash of the weights, which shows that the frozen tower has not changed."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tower.state_dict().items()):
         digest.update(name.encode())

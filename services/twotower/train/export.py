@@ -1,4 +1,4 @@
-"""Writing a trained checkpoint: weights, config, and the tokenizer in the form that other tools read as well."""
+"""Writes a trained checkpoint: weights, config, and the tokenizer in a form that other tools read as well."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def write_checkpoint(out: Path, raw: dict[str, Any], tensors: Mapping[str, Tensor], tokenizer: Path) -> None:
-    """Write all that a checkpoint directory holds. raw: its `config.json`."""
+    """Write all files of a checkpoint directory. raw: its `config.json`."""
     save_checkpoint(out, raw, tensors)
     write_tokenizer_files(out, tokenizer, raw)
     Checkpoint.open(out, towers=("context",))
 
 
 def write_sharded(out: Path, raw: dict[str, Any], tensors: Mapping[str, Tensor], tokenizer: Path) -> None:
-    """As `write_checkpoint`, with a file for each tower: a new denoiser leaves the context's file as it is."""
+    """As `write_checkpoint`, with a file for each tower, so that a new denoiser leaves the context's file unchanged."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
     files = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -55,9 +55,9 @@ def write_tokenizer_files(out: Path, tokenizer: Path, raw: Mapping[str, Any]) ->
 
 
 def tokenizer_config(tokenizer: Path, max_length: int) -> dict[str, Any]:
-    """Class and special tokens, as far as the tokenizer has those of `bpe`.
+    """The class, and those special tokens of `bpe` that the tokenizer has.
 
-    `clean_up_tokenization_spaces` is off: text decodes to what it was.
+    `clean_up_tokenization_spaces` is off, so that encoded text decodes to itself.
     """
     known = {t["content"] for t in json.loads(tokenizer.read_text(encoding="utf-8")).get("added_tokens", [])}
     names = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "mask_token": MASK}
@@ -75,7 +75,7 @@ def tokenizer_config(tokenizer: Path, max_length: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def averaged(model: Module, ema: Mapping[str, Tensor]) -> Module:
-    """A copy of the model with the averaged weights."""
+    """A copy of the model with averaged weights."""
     other = copy.deepcopy(model)
     for name, parameter in other.named_parameters():
         parameter.copy_(ema[name])

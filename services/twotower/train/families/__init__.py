@@ -1,4 +1,4 @@
-"""The built-in tasks, one folder a family: each makes prompts and right texts from a seed, and scores what a model wrote.
+"""The built-in tasks, one folder per family: each makes prompts and correct texts from a seed, and scores a model's texts.
 
-Nothing here knows models, tokenizers or training.
+Nothing here depends on models, tokenizers or training.
 """

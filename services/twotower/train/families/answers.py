@@ -1,4 +1,4 @@
-"""What a text answers, and whether it is a text at all."""
+"""The answer that a text states, and whether the text is degenerate."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ _BLANK = re.compile(r"[ \n]{4,}")
 
 
 def final_answer(text: str) -> str | None:
-    """What the last "The answer is ..." states, without the full stop."""
+    """The answer in the last "The answer is ...", without the full stop."""
     found = _ANSWER.findall(text)
     return found[-1].strip() if found else None
 
 
 def final_number(text: str) -> int | None:
-    """The number that the last "The answer is ..." states."""
+    """The number in the last "The answer is ..."."""
     answer = final_answer(text)
     number = _NUMBER.match(answer) if answer is not None else None
     return int(number[0]) if number else None
 
 
 def is_degenerate(text: str) -> bool:
-    """A short piece repeated four times or more in a row: wrong, even where the answer is right.
+    """Whether a short piece repeats four times or more in a row, which is wrong even if the answer is right.
 
-    Indentation is no repetition.
+    Indentation does not count as repetition.
     """
     return _CYCLE.search(_BLANK.sub("\n", text)) is not None
 
 
 def is_correct(text: str, answer: int) -> bool:
-    """The right final number, and no degenerate text."""
+    """Whether the text ends in the right number and is not degenerate."""
     return final_number(text) == answer and not is_degenerate(text)
 
 

@@ -1,4 +1,4 @@
-"""What every family makes: a prompt, the text that should follow it, and how a text is scored."""
+"""The items that every family makes: a prompt, its completion, and a check that scores texts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Check(Protocol):
     """Scores a text that followed a prompt."""
 
     def passes(self, text: str) -> bool:
-        """Whether the text is right. Degenerate text is told apart elsewhere (`answers.is_degenerate`)."""
+        """Whether the text is right. `answers.is_degenerate` finds degenerate text separately."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +24,10 @@ class Item:
     family: str
     prompt: str
     completion: str
-    """What a model should write, without the end-of-sequence token."""
+    """The text that a model should write, without the end-of-sequence token."""
     check: Check
 
 
 def in_eval(key: str, share: int) -> bool:
-    """Whether what `key` names belongs to the evaluation split: one in `share` does, whatever the seed."""
+    """Whether the item of `key` belongs to the evaluation split: one in `share` does, whatever the seed."""
     return zlib.crc32(key.encode()) % share == 0

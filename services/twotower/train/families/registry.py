@@ -1,4 +1,4 @@
-"""All families, and which of them one model learns together."""
+"""All families, and the task sets, the families that one model learns."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from twotower.train.families.stories import problems as story_problems
 from twotower.train.families.stories.story import MAX_NUMBER as STORIES_MAX_NUMBER
 
 DRILLS = "drills"
-"""Stands among the shares for texts that are sums alone."""
+"""The key, among the shares, of texts of single sums."""
 
 
 @dataclass(frozen=True, slots=True)
 class TaskSet:
-    """What one model learns."""
+    """The tasks that one model learns."""
 
     families: Mapping[str, Callable[[Split, int, int], Iterator[Item]]]
-    """Name -> an endless stream of tasks of a split, from a seed, with numbers up to a greatest one where it has numbers."""
+    """Name -> a function of split, seed and greatest number (if the family has numbers) to an endless stream of tasks."""
     drills: Callable[[Split, int, int], Iterator[tuple[str, str]]]
-    """Prompts and texts of sums, likewise."""
+    """A function of the same arguments to prompts and texts of sums."""
     shares: Mapping[str, float]
-    """How often a text is of each family, or of the drills."""
+    """The share of each family, and of the drills."""
     max_number: int
-    """Greatest number, unless asked for otherwise."""
+    """The greatest number by default."""
 
     def with_drills(self, share: float) -> Mapping[str, float]:
-        """The shares with another one of drills."""
+        """The shares with `share` for the drills."""
         rest = 1 - self.shares[DRILLS]
         return {**{name: part * (1 - share) / rest for name, part in self.shares.items()}, DRILLS: share}
 
@@ -51,4 +51,4 @@ TASKS: dict[str, TaskSet] = {
         MATH_MAX_NUMBER,
     ),
 }
-"""Stories: what the shipped checkpoint knows. Suite: math, code and knowledge in one model."""
+"""`stories` is what the shipped checkpoint learned; `suite` is math, code and knowledge in one model."""

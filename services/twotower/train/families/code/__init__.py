@@ -1,1 +1,1 @@
-"""Small Python functions from a signature and a docstring, scored by running hidden assertions in a sandbox."""
+"""Small Python functions from a signature and a docstring, scored by hidden assertions that run in a sandbox."""

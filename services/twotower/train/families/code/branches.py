@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Such a function."""
+    """A function that decides between two expressions."""
 
     key: str
-    """Equal for equal compositions."""
+    """A key that is equal for equal compositions."""
     parameters: tuple[str, ...]
     docstring: str
     body: tuple[str, ...]
@@ -20,7 +20,7 @@ class Branch:
 
 
 Said = tuple[str, str, tuple[str, ...]]
-"""A name, the code, and what a docstring says for it."""
+"""A name, the code, and the docstring's wordings for it."""
 
 _PAIRS: tuple[tuple[str, ...], ...] = (("a", "b"), ("x", "y"), ("first", "second"), ("left", "right"), ("m", "n"), ("p", "q"))
 _SINGLES = ("n", "x", "number", "value", "a", "num", "k")
@@ -79,7 +79,7 @@ _EXPRESSIONS1: tuple[Said, ...] = (
 
 
 def draw_branch(rng: random.Random) -> Branch:
-    """Any such function of one or two numbers."""
+    """A random function of one or two numbers that decides between two expressions."""
     if rng.random() < 0.6:
         names: tuple[str, ...] = rng.choice(_PAIRS)
         conditions, expressions = _CONDITIONS2, _EXPRESSIONS2

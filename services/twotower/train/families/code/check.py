@@ -1,4 +1,4 @@
-"""Hidden assertions: what a function must return for arguments that its prompt does not show."""
+"""Hidden assertions: the results that a function must return for arguments that its prompt does not show."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _CHARS = "aeioubcdfgklmnprstw AEBTX 0279-"
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """A function's name and parameters, and what they are given."""
+    """A function's name and parameters, and the kinds of their arguments."""
 
     name: str
     parameters: tuple[str, ...]
     arguments: tuple[str, ...]
-    """Of each parameter: ints, text, words, n or int."""
+    """The kind of each argument: ints, text, words, n or int."""
 
 
 @dataclass(frozen=True, slots=True)
 class FunctionCheck:
-    """The written body must return what the reference's returns, type included, for all arguments."""
+    """The written body must return the same results and types as the reference for all arguments."""
 
     signature: Signature
     head: str
@@ -43,10 +43,10 @@ class FunctionCheck:
         return run_calls(source, self.signature.name, self.calls())
 
     def calls(self) -> list[Call]:
-        """The assertions: always the same for a problem."""
+        """The assertions, which are always the same for a problem."""
         rng = random.Random(self.head)
         scope: dict[str, Any] = {}
-        exec(f"{self.head}\n{self.reference}", scope)  # our own text
+        exec(f"{self.head}\n{self.reference}", scope)  # the code is our own
         function = scope[self.signature.name]
         calls = []
         for i in range(CALLS):
@@ -56,7 +56,7 @@ class FunctionCheck:
 
 
 def _argument(rng: random.Random, kind: str, i: int) -> Any:
-    """The i-th value of a kind: the first are the edge cases."""
+    """The i-th argument of a kind; the first are edge cases."""
     if kind == "int":
         return rng.choice((0, 1, -1, 2)) if i < 3 else rng.randint(-30, 30)
     if kind == "n":

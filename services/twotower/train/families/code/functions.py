@@ -1,4 +1,4 @@
-"""Functions composed of known parts. Which compositions training sees is decided by a hash of their parts."""
+"""Functions composed of known parts. A hash of the parts decides which compositions training sees."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from twotower.train.families.item import SPLITS, Item, Split, in_eval
 from twotower.train.families.math.words import made_up
 
 EVAL_SHARE = 8
-"""One composition in so many belongs to the evaluation split."""
+"""One composition in `EVAL_SHARE` belongs to the evaluation split."""
 
 LETTERS = "abcdefghiklmnoprstuw"
 
 BRANCH_SHARE = 0.25
-"""How often a function decides between two expressions instead of going through something."""
+"""Share of functions that decide between two expressions instead of looping."""
 
 NAMES = ("solve", "compute", "f", "task", "run", "answer", "process", "helper", "work", "make", "get_result", "func")
 HINTED = 0.15
-"""How often the parameters have types."""
+"""Share of functions whose parameters have types."""
 
 _HINTS = {"ints": "list[int]", "words": "list[str]", "text": "str", "n": "int", "int": "int"}
 
 MADE_UP = 0.04
-"""How often a parameter has a made-up name."""
+"""Share of parameters with a made-up name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """What a function does, but for the constants and names in it."""
+    """The parts of a function, without its constants and names."""
 
     iterable: Iterable
     filter: Filter | None
@@ -43,7 +43,7 @@ class Composition:
 
     @property
     def key(self) -> str:
-        """Equal for equal compositions."""
+        """A key that is equal for equal compositions."""
         parts = (self.iterable, self.filter, self.map, self.reduce)
         return " ".join(part.name if part else "-" for part in parts)
 
@@ -69,7 +69,7 @@ def items(split: Split, seed: int) -> Iterator[Item]:
 
 
 def draw(rng: random.Random) -> Composition:
-    """Any composition that makes sense."""
+    """A random composition that makes sense."""
     while True:
         iterable = rng.choice(ITERABLES)
         kept = rng.choice(FILTERS[iterable.kind]) if rng.random() < 0.75 else None
@@ -81,7 +81,7 @@ def draw(rng: random.Random) -> Composition:
         if reduce.name in ("longest", "shortest") and iterable.kind != "word":
             continue
         if reduce.name == "product" and iterable.name == "below" and kept is None:
-            continue  # always 0
+            continue  # the result would always be 0
         return Composition(iterable, kept, made, reduce)
 
 
@@ -143,9 +143,9 @@ def _item(
 ) -> Item:
     name = rng.choice(NAMES) if rng.random() < 0.4 else "_".join(words[: rng.randint(1, len(words))])
     if hasattr(builtins, name) or keyword.iskeyword(name):
-        name += "_of"  # the body may call what it would hide
+        name += "_of"  # the body may call the builtin that it would hide
     hinted = rng.random() < HINTED
-    told = [f"{p}: {_HINTS[a]}" if hinted else p for p, a in zip(parameters, arguments, strict=True)]
-    head = f'def {name}({", ".join(told)}):\n    """{docstring}"""'
+    signature = [f"{p}: {_HINTS[a]}" if hinted else p for p, a in zip(parameters, arguments, strict=True)]
+    head = f'def {name}({", ".join(signature)}):\n    """{docstring}"""'
     text = "\n".join("    " + line for line in body)
     return Item("code", head, text, FunctionCheck(Signature(name, parameters, arguments), head, text))

@@ -1,4 +1,4 @@
-"""The parts that functions are composed of: what is gone through, what is kept, what is made of it, what is returned.
+"""The parts that functions are composed of: the iterable, the filter, the map and the reduction.
 
 Each part has its code and several wordings for the docstring. `x` is the loop's variable.
 """
@@ -9,30 +9,30 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["int", "char", "word"]
-"""What is gone through one by one."""
+"""The kinds of elements of an iterable."""
 
 Result = Literal["int", "str"]
-"""What a map makes."""
+"""The kinds of results of a map."""
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which elements count. `{k}` stands for a number, `{c}` for a letter, drawn for each function."""
+    """Selects elements. `{k}` stands for a number, `{c}` for a letter, drawn for each function."""
 
     name: str
     code: str
     adjective: tuple[str, ...]
-    """Before the noun; or"""
+    """Wordings before the noun, if `clause` is empty."""
     clause: tuple[str, ...]
-    """after it."""
+    """Wordings after the noun, if `adjective` is empty."""
     low: int = 0
     high: int = 0
-    """Range of `{k}`."""
+    """The upper end of the range of `{k}`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """What an element is made into. `{e}` is the noun with its filter."""
+    """Transforms an element. `{e}` is the noun with its filter."""
 
     name: str
     code: str
@@ -127,20 +127,20 @@ NOUNS: dict[Kind, tuple[str, ...]] = {"int": ("numbers",), "char": ("characters"
 
 @dataclass(frozen=True, slots=True)
 class Reduce:
-    """What is returned. `{e}` are the elements, `{x}` one of them as code."""
+    """Makes the returned value. `{e}` are the elements, `{x}` one of them as code."""
 
     name: str
     words: tuple[str, ...]
     kinds: tuple[Result, ...]
-    """Of what elements it can be."""
+    """The kinds of elements it applies to."""
     start: str
-    """Line before the loop, or nothing."""
+    """The line before the loop, or an empty string."""
     body: tuple[str, ...]
-    """Lines in the loop."""
+    """The lines in the loop."""
     end: str
-    """Line after it."""
+    """The line after the loop."""
     mapped: bool = True
-    """Whether a map makes sense."""
+    """Whether a map before it makes sense."""
 
 
 BOTH: tuple[Result, ...] = ("int", "str")
@@ -267,16 +267,16 @@ REDUCES = (
 
 @dataclass(frozen=True, slots=True)
 class Iterable:
-    """What is gone through. `{p}` is the parameter."""
+    """What the loop iterates over. `{p}` is the parameter."""
 
     name: str
     kind: Kind
     loop: str
     where: tuple[str, ...]
-    """After the noun, where the parameter is."""
+    """Wordings after the noun that name the parameter."""
     parameters: tuple[str, ...]
     argument: Literal["ints", "text", "words", "n"]
-    """What the parameter is given."""
+    """The kind of the parameter's argument."""
 
 
 ITERABLES = (

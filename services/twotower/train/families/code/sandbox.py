@@ -1,4 +1,4 @@
-"""Runs a written function in a process of its own, with limits of time, memory and files, and few names to call."""
+"""Runs a written function in a separate process, with limits on time, memory and files, and few names to call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 CPU_SECONDS = 2
 WALL_SECONDS = 10
-"""Beyond the CPU's limit: a machine may be busy, and a program may sleep."""
+"""The limit of elapsed time, above the CPU time's: a machine may be busy, and a program may sleep."""
 
 MEMORY_BYTES = 256 << 20
 MAX_SOURCE = 20_000
@@ -21,16 +21,16 @@ class Call:
     """An assertion, as Python literals."""
 
     arguments: str
-    """A list."""
+    """The arguments as a list."""
     expected: str
-    """What repr() of the result must be: so 1 is not True, and 1.0 not 1."""
+    """The required repr() of the result, so that 1 is not True, and 1.0 not 1."""
 
 
 def run_calls(source: str, name: str, calls: Sequence[Call]) -> bool:
-    """Whether the function `name` of `source` returns what is expected, call after call.
+    """Whether the function `name` of `source` returns the expected results, call after call.
 
-    False as well where the source does not compile, raises, takes too long or too much, or tries to leave: it may not import,
-    and knows no name with two leading underscores.
+    Returns False as well if the source does not compile, raises, exceeds a limit, or tries to leave the sandbox: it may not
+    import, nor use a name with two leading underscores.
     """
     if len(source) > MAX_SOURCE:
         return False

@@ -1,1 +1,1 @@
-"""Facts of a small closed world, asked as four-way choices and as free answers, some of them over two hops."""
+"""Questions about the facts of a small closed world, with four choices or free answers, some of them over two hops."""

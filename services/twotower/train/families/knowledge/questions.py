@@ -12,14 +12,14 @@ from twotower.train.families.item import SPLITS, Item, Split, in_eval
 from twotower.train.families.knowledge.world import BY_SUBJECT, CHOICES, RELATIONS, Relation
 
 EVAL_SHARE = 8
-"""One question in so many, as it is worded, belongs to the evaluation split; so do all in words that training never sees."""
+"""One wording of a question in `EVAL_SHARE` belongs to the evaluation split; so do all wordings that training never sees."""
 
 LETTERS = "ABCD"
 CHOICE_SHARE = 0.5
-"""Questions with four answers to choose from."""
+"""Share of questions with four answers to choose from."""
 
 HOP_SHARE = 0.35
-"""Questions over two facts."""
+"""Share of questions over two facts."""
 
 OPENERS = (
     "", "", "", "", "Tell me: ", "Question: ", "Quiz: ", "Do you know this? ", "Please answer: ", "A question for you. ",
@@ -32,7 +32,7 @@ _UNSEEN_FRAMES = ("Please name the {p}.", "What is the name of the {p}?")
 
 @dataclass(frozen=True, slots=True)
 class AnswerCheck:
-    """The last "The answer is ..." must state this, or the choice that is this."""
+    """The last "The answer is ..." must state this answer, or the letter of its choice."""
 
     answer: str
     letter: str | None
@@ -56,13 +56,13 @@ class Asked:
     facts: tuple[str, ...]
     answer: str
     kind: str
-    """Of the answer: see `CHOICES`."""
+    """The kind of the answer: see `CHOICES`."""
     unseen: bool
-    """In words that training never sees."""
+    """Whether its wording is one that training never sees."""
 
 
 def items(split: Split, seed: int) -> Iterator[Item]:
-    """An endless stream of questions; equal for equal arguments. None is asked in the same words in two splits."""
+    """An endless stream of questions; equal for equal arguments. No wording of a question occurs in two splits."""
     assert split in SPLITS, split
     rng = random.Random(f"knowledge:{split}:{seed}")
     while True:
@@ -73,7 +73,7 @@ def items(split: Split, seed: int) -> Iterator[Item]:
 
 
 def split_of(question: str) -> Split:
-    """Which split a question, but for its opening words and choices, belongs to: train or eval."""
+    """The split of a question, without its opening words and choices: train or eval."""
     return "eval" if in_eval(question, EVAL_SHARE) else "train"
 
 
@@ -96,7 +96,7 @@ _HOPS = tuple(
 
 
 def two_hops(rng: random.Random, unseen: bool) -> Asked:
-    """A question about what a fact leads to."""
+    """A question about the answer to another fact."""
     first, second = rng.choice(_HOPS)
     subject = rng.choice(tuple(first.facts))
     middle = first.facts[subject]
@@ -108,7 +108,7 @@ def two_hops(rng: random.Random, unseen: bool) -> Asked:
 
 
 def _inner(first: Relation, subject: str, second: Relation) -> str:
-    """The first fact's answer, described; "the" where the second phrase has none of its own."""
+    """A description of the first fact's answer, with "the" unless the second phrase has its own."""
     described = first.phrase.format(s=subject)
     return described if "the {s}" in second.phrase else f"the {described}"
 
@@ -128,7 +128,7 @@ def _posed(rng: random.Random, asked: Asked, openers: tuple[str, ...]) -> Item:
 
 
 def _as_typed(rng: random.Random, question: str) -> str:
-    """Not everybody ends a question with a question mark."""
+    """A question as people type it, sometimes without the question mark."""
     return question[:-1] if question.endswith("?") and rng.random() < 0.08 else question
 
 

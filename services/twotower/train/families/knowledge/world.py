@@ -66,27 +66,27 @@ brave cowardly|cheap expensive|true false|right wrong|smooth rough|sweet bitter|
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """A kind of fact. In wordings, `{s}` is what is asked about."""
+    """A kind of fact. In wordings, `{s}` is the subject."""
 
     name: str
     subject: str
-    """The kind of thing it is about."""
+    """The kind of the subject."""
     answer: str
-    """The kind of thing it leads to: choices are drawn among these."""
+    """The kind of the answer, from which choices are drawn."""
     statement: str
-    """How an answer states it, with `{a}`."""
+    """The statement of a fact, with the answer as `{a}`."""
     asked: tuple[str, ...]
-    """Questions, without the full stop or question mark's beginning; training sees these."""
+    """Questions that training sees."""
     unseen: tuple[str, ...]
     """Questions that only the evaluation asks."""
     phrase: str
-    """What it is called within another question; "" where that makes no sense."""
+    """Its phrase within another question; "" if that makes no sense."""
     facts: dict[str, str]
     """Subject -> answer."""
 
 
 def _rows(text: str) -> list[list[str]]:
-    """Fields are separated by spaces; an underscore stands for a space in one."""
+    """Rows of fields, which spaces separate; an underscore stands for a space within a field."""
     return [[f.replace("_", " ") for f in row.split()] for line in text.strip().splitlines() for row in line.split("|")]
 
 
@@ -351,7 +351,7 @@ RELATIONS = (
         _OPPOSITE,
     ),
 )
-"""All relations. Facts lead from one to the next where an answer's kind is a subject's."""
+"""All relations. A fact leads to another if the kind of its answer is the kind of the other's subject."""
 
 BY_SUBJECT = {kind: tuple(r for r in RELATIONS if r.subject == kind) for kind in {r.subject for r in RELATIONS}}
 
@@ -359,4 +359,4 @@ CHOICES: dict[str, tuple[str, ...]] = {
     kind: tuple(sorted({answer for r in RELATIONS if r.answer == kind for answer in r.facts.values()}))
     for kind in {r.answer for r in RELATIONS}
 }
-"""What can be offered as a choice for each kind of answer."""
+"""The possible choices for each kind of answer."""

@@ -1,4 +1,4 @@
-"""Somebody's things, gained and lost: the commonest kind of word problem."""
+"""A person's things, gained and lost: the commonest kind of word problem."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def inventory(s: Story) -> Problem:
 
 
 class _Teller:
-    """Who has what, and in how many ways one can say so."""
+    """Who has what, and the wordings for it."""
 
     def __init__(self, s: Story) -> None:
         self.s = s
@@ -33,7 +33,7 @@ class _Teller:
         self._named = False
 
     def start(self) -> int:
-        """What there is at the beginning."""
+        """State the number of things at the beginning; returns it."""
         s, name, thing, box = self.s, self.name, self.thing, self.box
         if s.chance(0.4):
             a, b = s.factors()
@@ -88,7 +88,7 @@ class _Teller:
         return s.lose(have, n)
 
     def event(self, have: int) -> int:
-        """Something happens; returns what there is then. Raises ImpossibleError."""
+        """Add an event; returns the number of things after it. Raises ImpossibleError."""
         often: tuple[Callable[[int], int], ...] = (self._gain,) * 6 + (self._lose,) * 6 + (self._boxes,) * 2
         kinds = (*often, self._boxes_lost, self._both, self._times, self._share, self._half)
         return self.s.rng.choice(kinds)(have)
@@ -278,7 +278,7 @@ class _Teller:
         return s.share(have, 2)
 
     def question(self) -> str:
-        """What is asked at the end."""
+        """The question at the end."""
         s, name, thing, she = self.s, self.name, self.thing, self.she.lower()
         return s.pick(
             f"How many {thing} does {name} have now?",

@@ -19,7 +19,7 @@ from twotower.train.families.math.stories import KINDS, operands
 from twotower.train.families.math.story import MAX_NUMBER, ImpossibleError, Problem, Step, Story
 
 EVAL_SHARE = 16
-"""One question in so many belongs to the evaluation split."""
+"""One question in `EVAL_SHARE` belongs to the evaluation split."""
 
 STEP_SHARES = (5, 5, 4, 3, 3, 3)
 """How often problems of 1, 2 ... 6 steps occur, relative to one another."""
@@ -28,7 +28,7 @@ DRILL_SUMS = 10
 
 
 def split_of(question: str) -> Split:
-    """Which split a question belongs to: train or eval."""
+    """The split of a question: train or eval."""
     return "eval" if in_eval(question, EVAL_SHARE) else "train"
 
 
@@ -42,7 +42,7 @@ def problems(split: Split, seed: int, max_number: int = MAX_NUMBER) -> Iterator[
 
 
 def _draw(rng: random.Random, split: Split, steps: int, max_number: int) -> Problem:
-    """A problem of so many steps, of a kind that has them; if none comes soon, of any number of steps."""
+    """A problem with `steps` steps, of a kind that has such problems; if none is found soon, with any number of steps."""
     makers, shares = zip(*KINDS, strict=True)
     tries = 0
     while True:
@@ -64,7 +64,7 @@ def items(split: Split, seed: int, max_number: int = MAX_NUMBER) -> Iterator[Ite
 
 
 def drills(split: Split, seed: int, max_number: int = MAX_NUMBER) -> Iterator[tuple[str, str]]:
-    """Prompts and texts that are sums alone: a problem holds only a few, and arithmetic is what is hard to learn."""
+    """Prompts and texts of single sums: a problem has only a few sums, and arithmetic is the hardest part to learn."""
     rng = random.Random(f"drills:{split}:{seed}")
     story = Story(rng, max_number)
     while True:

@@ -1,4 +1,4 @@
-"""The kinds of word problems. In a solution nothing is left to chance: all variety is in the question."""
+"""The kinds of word problems. Solutions contain no random choice: all variety is in the question."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from twotower.train.families.math.story import ImpossibleError, Problem, Story
 
 
 def comparison(s: Story) -> Problem:
-    """Several people's things, each compared with the one before."""
+    """Several people's things, each person compared with the one before."""
     people = [s.name()]
     for _ in range(s.number(1, 3)):
         people.append(s.name(*people))
@@ -63,7 +63,7 @@ def _altogether(s: Story, thing: str, they: str) -> str:
 
 
 def given(s: Story) -> Problem:
-    """Two or three people with things of their own: a sum, or a difference."""
+    """Two or three people with their own things: a sum, or a difference."""
     people = [s.name()]
     for _ in range(s.number(1, 2)):
         people.append(s.name(*people))
@@ -95,7 +95,7 @@ def given(s: Story) -> Problem:
 
 
 def shopping(s: Story) -> Problem:
-    """Things at a price, perhaps two kinds, perhaps change."""
+    """Things at a price, sometimes of two kinds, sometimes with change."""
     name = s.name()
     (one, many), (one2, many2) = s.rng.sample(words.GOODS, 2)
     she, money = name, s.pick("dollars", "dollars", "dollars", "euros", "coins")
@@ -162,7 +162,7 @@ def shopping(s: Story) -> Problem:
 
 
 def rate(s: Story) -> Problem:
-    """So many a day, for so many days."""
+    """A number a day, for a number of days."""
     name = s.name()
     verb, things = s.rng.choice(words.WORK)
     a, days = s.factors()
@@ -248,7 +248,7 @@ def places(s: Story) -> Problem:
 
 
 def sharing(s: Story) -> Problem:
-    """Things put into equal parts, perhaps after an event."""
+    """Things divided into equal parts, sometimes after an event."""
     name, thing = s.name(), s.thing()
     n, each = s.factors()
     total = n * each
@@ -293,7 +293,7 @@ def sharing(s: Story) -> Problem:
 
 
 def sums(s: Story) -> Problem:
-    """The sum alone."""
+    """A single sum."""
     op = s.pick("+", "-", "*", "/")
     a, b = operands(s, op)
     if op == "+":
@@ -342,4 +342,4 @@ KINDS: tuple[tuple[Callable[[Story], Problem], int], ...] = (
     (sharing, 3),
     (sums, 1),
 )
-"""Each makes a problem from a fresh story, or raises ImpossibleError; and how often it is drawn."""
+"""Functions that make a problem from a fresh story, or raise ImpossibleError, with their weights."""

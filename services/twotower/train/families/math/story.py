@@ -1,4 +1,4 @@
-"""A word problem, and one in the making."""
+"""A word problem, and the builder of one."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from twotower.train.families.math import words
 
 MAX_NUMBER = 100
-"""No number in a problem exceeds it, unless asked for otherwise."""
+"""The greatest number in a problem by default."""
 
 MAX_STEPS = 6
-"""No solution is longer."""
+"""The most steps of a solution."""
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 MADE_UP = 0.06
-"""How often a name or a thing is a made-up word."""
+"""Share of names and things that are made-up words."""
 
 SPELLED = 0.04
-"""How often a problem writes its small numbers as words."""
+"""Share of problems that write small numbers as words."""
 
 
 _VERBS = re.compile(rf"\b({'|'.join(words.PAST)})\b")
@@ -36,7 +36,7 @@ class Step:
 
     @property
     def result(self) -> int:
-        """The sum's value; a division is exact."""
+        """The sum's value; divisions are exact."""
         if self.op == "/":
             return self.left // self.right
         return {"+": self.left + self.right, "-": self.left - self.right, "*": self.left * self.right}[self.op]
@@ -63,18 +63,18 @@ class Problem:
 
 
 PAST = 0.22
-"""How often a problem is told in the past."""
+"""Share of problems in the past tense."""
 
 ADJECTIVE = 0.08
-"""How often things have a colour or the like."""
+"""Share of things with an adjective, such as a colour."""
 
 
 class ImpossibleError(Exception):
-    """The numbers left the allowed range: draw again."""
+    """The numbers left the allowed range, so that another problem must be drawn."""
 
 
 class Story:
-    """A problem in the making."""
+    """Builds a problem, sentence by sentence."""
 
     def __init__(self, rng: random.Random, max_number: int = MAX_NUMBER) -> None:
         self.rng = rng
@@ -98,27 +98,27 @@ class Story:
         return self.rng.choice(choices)
 
     def chance(self, probability: float) -> bool:
-        """True so often."""
+        """True with this probability."""
         return self.rng.random() < probability
 
     def number(self, low: int, high: int) -> int:
-        """In [low, high], and at most `max_number`. Raises ImpossibleError where that is empty."""
+        """A number in [low, high], and at most `max_number`. Raises ImpossibleError if there is none."""
         high = min(high, self.max_number)
         if low > high:
             raise ImpossibleError
         return self.rng.randint(low, high)
 
     def amount(self, most: int) -> int:
-        """What comes or goes at once, from 1 to `most`: often small. Raises ImpossibleError where that is empty."""
+        """The size of a gain or loss, from 1 to `most`, often small. Raises ImpossibleError if there is none."""
         return self.number(1, min(most, self.rng.choice((9, 20, 20, 50, 100))))
 
     def factors(self) -> tuple[int, int]:
-        """Two numbers from 2 on whose product is allowed."""
+        """Two numbers of at least 2 whose product is allowed."""
         a = self.number(2, self.rng.choice((9, 9, 12, 20)))
         return a, self.number(2, min(self.max_number // a, self.rng.choice((9, 9, 12, 25))))
 
     def name(self, *others: str) -> str:
-        """A person, none of the others."""
+        """A person's name, different from the others."""
         while True:
             name = self.rng.choice(words.WOMEN + words.MEN)
             if self.chance(MADE_UP):
@@ -127,7 +127,7 @@ class Story:
                 return name
 
     def thing(self) -> str:
-        """What is counted, in the plural."""
+        """The things that are counted, in the plural."""
         self._thing = words.made_up(self.rng, 2) + "s" if self.chance(MADE_UP) else self.rng.choice(words.THINGS)
         if self.chance(ADJECTIVE):
             self._thing = f"{self.rng.choice(words.ADJECTIVES)} {self._thing}"
@@ -138,11 +138,11 @@ class Story:
         return "She" if words.is_woman(name) else "He"
 
     def her(self, name: str) -> str:
-        """Her or his, as an object's owner."""
+        """The possessive, her or his."""
         return "her" if words.is_woman(name) else "his"
 
     def when(self) -> str:
-        """How an event's sentence begins: a day, each later than the last, a word of order, or nothing."""
+        """The beginning of an event's sentence: a day later than the last one, an ordinal word, or an empty string."""
         timing = self.pick("days", "order", "none") if self._timing == "mixed" else self._timing
         if timing == "none":
             return ""
@@ -152,11 +152,11 @@ class Story:
         return f"On {DAYS[self._day % len(DAYS)]}" + self.pick("", "", ",")
 
     def shown(self, number: int) -> str:
-        """A number as this problem writes it."""
+        """A number in this problem's notation."""
         return words.SPELLED[number] if self._spelled and number < len(words.SPELLED) else str(number)
 
     def tell(self, sentence: str) -> None:
-        """A sentence of the question; its first letter is made large, and one thing is no things."""
+        """Add a sentence to the question; it is capitalized, and "1 things" becomes singular."""
         sentence = sentence.strip()
         if self._thing:
             one = words.singular(self._thing)
@@ -167,7 +167,7 @@ class Story:
         return _VERBS.sub(lambda verb: words.PAST[verb[0]], sentence) if self._past else sentence
 
     def work(self, line: str, left: int, op: str, right: int) -> int:
-        """A line of the solution; `{}` in it is the sum. Returns its value. Raises ImpossibleError."""
+        """Add a line to the solution, with the sum in place of `{}`; returns the sum's value. Raises ImpossibleError."""
         step = Step(left, op, right)
         if not 0 <= step.result <= self.max_number or self.steps_left == 0 or max(left, right) > self.max_number:
             raise ImpossibleError
@@ -175,42 +175,42 @@ class Story:
         self._lines.append(f"Step {len(self._steps)}: {line.format(step)}.")
         return step.result
 
-    # The kinds of lines. They name no person and no thing, so that a solution can be written whatever these are.
+    # The kinds of lines. They name no person or thing, so that a solution does not depend on these.
 
     def gain(self, have: int, n: int) -> int:
-        """`n` more."""
+        """Add a line for `n` more."""
         return self.work(f"{n} come in, so {{}}", have, "+", n)
 
     def lose(self, have: int, n: int) -> int:
-        """`n` fewer."""
+        """Add a line for `n` fewer."""
         return self.work(f"{n} go away, so {{}}", have, "-", n)
 
     def groups(self, a: int, b: int) -> int:
-        """`a` groups of `b`."""
+        """Add a line for `a` groups of `b`."""
         return self.work(f"{a} groups of {b} are {{}}", a, "*", b)
 
     def times(self, have: int, n: int) -> int:
-        """`n` times as many."""
+        """Add a line for `n` times as many."""
         return self.work(f"{n} times as many are {{}}", have, "*", n)
 
     def share(self, have: int, n: int) -> int:
-        """Split into `n` equal parts."""
+        """Add a line for a split into `n` equal parts."""
         return self.work(f"each of {n} equal parts is {{}}", have, "/", n)
 
     def together(self, a: int, b: int) -> int:
-        """Both."""
+        """Add a line for the sum of both."""
         return self.work("together they are {}", a, "+", b)
 
     def difference(self, a: int, b: int) -> int:
-        """How many more `a` is than `b`."""
+        """Add a line for how many more `a` is than `b`."""
         return self.work("the difference is {}", a, "-", b)
 
     def _asked(self, question: str) -> str:
-        """Did she have or does she have: in a question only the first verb changes."""
+        """The question in the problem's tense, of which only the first verb changes: did she have, or does she have."""
         return _VERBS.sub(lambda verb: words.PAST[verb[0]], question, count=1) if self._past else question
 
     def ask(self, question: str) -> Problem:
-        """The finished problem: the last sum is the answer."""
+        """Finish the problem, whose answer is the last sum."""
         if not self._steps:
             raise ImpossibleError
         answer = self._steps[-1].result

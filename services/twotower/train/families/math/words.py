@@ -37,7 +37,7 @@ GOODS = (
     ("pencil", "pencils"), ("notebook", "notebooks"), ("sandwich", "sandwiches"), ("apple", "apples"), ("shirt", "shirts"),
     ("candle", "candles"), ("doll", "dolls"), ("game", "games"), ("cookie", "cookies"), ("mug", "mugs"), ("bag", "bags"),
 )  # fmt: skip
-"""Singular and plural."""
+"""Goods in the singular and plural."""
 
 WORK = (
     ("reads", "pages"), ("walks", "miles"), ("bakes", "cakes"), ("paints", "fences"), ("writes", "letters"),
@@ -46,7 +46,7 @@ WORK = (
     ("runs", "miles"), ("sells", "tickets"), ("earns", "dollars"), ("saves", "dollars"), ("swims", "laps"), ("sews", "hats"),
     ("types", "pages"), ("cooks", "meals"), ("drinks", "cups"), ("builds", "chairs"), ("delivers", "letters"),
 )  # fmt: skip
-"""What is done, and to what."""
+"""Verbs of work, and their objects."""
 
 PLACES = (
     ("hall", "rows", "seats"), ("shop", "shelves", "books"), ("garden", "rows", "flowers"), ("bus", "rows", "seats"),
@@ -75,7 +75,7 @@ PAST = {
     "types": "typed", "cooks": "cooked", "drinks": "drank", "builds": "built", "delivers": "delivered", "break": "broke",
     "fall": "fell", "share": "shared", "get": "got",
 }  # fmt: skip
-"""Of every verb that problems tell with."""
+"""The forms of every verb in problems."""
 
 SPELLED = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -88,17 +88,17 @@ _CODAS = ("", "", "n", "r", "l", "s", "t", "m", "ck", "nd", "rt", "ll", "p", "x"
 
 
 def made_up(rng: random.Random, syllables: int) -> str:
-    """A word that stands in no list: a text should not depend on knowing its words."""
+    """A word of no list, so that solving problems does not depend on knowing their words."""
     return "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables))
 
 
 def is_woman(name: str) -> bool:
-    """Whether the name is one of a woman; an unknown one, by how it ends."""
+    """Whether the name is a woman's; for an unknown name, its ending decides."""
     return name in WOMEN or (name not in MEN and name[-1] in "aeiy")
 
 
 def singular(thing: str) -> str:
-    """One of what the word names in the plural."""
+    """The singular of a plural."""
     if thing in ("fish", "sheep"):
         return thing
     if thing == "shelves":

@@ -1,1 +1,1 @@
-"""Word problems that happen day by day, with numbers up to 20: what the shipped checkpoint was trained on."""
+"""Word problems with events day by day and numbers up to 20, on which the shipped checkpoint was trained."""

@@ -1,4 +1,4 @@
-"""The kinds of word problems. In a solution nothing is left to chance: all variety is in the question."""
+"""The kinds of word problems. Solutions contain no random choice: all variety is in the question."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from twotower.train.families.stories import words
 from twotower.train.families.stories.story import Problem, Story
 
 EVENTS = (1, 1, 2, 2, 3, 3, 4, 4, 5)
-"""How many things happen to an inventory."""
+"""The numbers of events of an inventory, one of which is drawn."""
 
 TABLE = (2, 9)
-"""Factors of products between given numbers."""
+"""The range of the factors of products."""
 
 
 def inventory(s: Story) -> Problem:
-    """Somebody's things, gained and lost."""
+    """A person's things, gained and lost."""
     name, other = s.rng.sample(words.NAMES, 2)
     thing, box = s.rng.choice(words.THINGS), s.rng.choice(words.BOXES)
     events = s.rng.choice(EVENTS)
@@ -82,7 +82,7 @@ def inventory(s: Story) -> Problem:
 
 
 def comparison(s: Story) -> Problem:
-    """Several people's things, each compared with the one before."""
+    """Several people's things, each person compared with the one before."""
     people = s.rng.sample(words.NAMES, s.rng.choice((2, 3, 3)))
     thing, verb = s.rng.choice(words.THINGS), s.pick("has", "has", "collects", "counts")
     have = s.number(3, 30)
@@ -121,7 +121,7 @@ def comparison(s: Story) -> Problem:
 
 
 def shopping(s: Story) -> Problem:
-    """Things at a price, a sum, perhaps change."""
+    """Things at a price, a sum, sometimes with change."""
     name = s.rng.choice(words.NAMES)
     (one, many), (one2, many2) = s.rng.sample(words.GOODS, 2)
     price, price2, n, n2 = s.number(2, 9), s.number(2, 9), s.number(*TABLE), s.number(*TABLE)
@@ -154,7 +154,7 @@ def shopping(s: Story) -> Problem:
 
 
 def rate(s: Story) -> Problem:
-    """So many a day, for so many days."""
+    """A number a day, for a number of days."""
     name = s.rng.choice(words.NAMES)
     verb, things = s.rng.choice(words.WORK)
     a, days = s.number(*TABLE), s.number(*TABLE)
@@ -208,4 +208,4 @@ def places(s: Story) -> Problem:
 
 
 KINDS: tuple[Callable[[Story], Problem], ...] = (inventory, inventory, inventory, comparison, shopping, rate, places)
-"""Each makes a problem from a fresh story, or raises ImpossibleError."""
+"""Functions that make a problem from a fresh story, or raise ImpossibleError."""

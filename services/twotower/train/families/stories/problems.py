@@ -20,14 +20,14 @@ from twotower.train.families.stories.kinds import KINDS
 from twotower.train.families.stories.story import MAX_NUMBER, ImpossibleError, Problem, Story
 
 EVAL_SHARE = 16
-"""One question in so many belongs to the evaluation split."""
+"""One question in `EVAL_SHARE` belongs to the evaluation split."""
 
 
 DRILL_SUMS = 10
 
 
 def split_of(question: str) -> Split:
-    """Which split a question belongs to: train or eval."""
+    """The split of a question: train or eval."""
     return "eval" if in_eval(question, EVAL_SHARE) else "train"
 
 
@@ -56,7 +56,7 @@ def items(split: Split, seed: int, max_number: int = MAX_NUMBER) -> Iterator[Ite
 
 
 def drills(split: Split, seed: int, max_number: int = MAX_NUMBER) -> Iterator[tuple[str, str]]:
-    """Prompts and texts that are sums alone, as they occur in problems: those hold only a few, and sums are hard to learn."""
+    """Prompts and texts of single sums, as in problems: a problem has only a few sums, and sums are hard to learn."""
     sums = (step for problem in problems(split, seed, max_number) for step in problem.steps)
     while True:
         some = list(itertools.islice(sums, DRILL_SUMS))

@@ -1,4 +1,4 @@
-"""A word problem, and one in the making."""
+"""A word problem, and the builder of one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 MAX_NUMBER = 20
-"""No number in a problem exceeds it, unless asked for otherwise: arithmetic is what takes long to learn."""
+"""The greatest number in a problem by default: arithmetic takes the longest to learn."""
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
@@ -46,12 +46,12 @@ class Problem:
 
 
 class ImpossibleError(Exception):
-    """The numbers left the allowed range: draw again."""
+    """The numbers left the allowed range, so that another problem must be drawn."""
 
 
 @dataclass(slots=True)
 class Story:
-    """A problem in the making."""
+    """Builds a problem, sentence by sentence."""
 
     rng: random.Random
     max_number: int = MAX_NUMBER
@@ -61,7 +61,7 @@ class Story:
     _days: int | None = None
 
     def day(self) -> str:
-        """The day of the next event; the first is any, then they follow one another."""
+        """The day of the next event; the first is random, and the next ones follow one another."""
         self._days = self.rng.randrange(len(DAYS)) if self._days is None else self._days + 1
         return DAYS[self._days % len(DAYS)]
 
@@ -70,18 +70,18 @@ class Story:
         return self.rng.choice(choices)
 
     def number(self, low: int, high: int) -> int:
-        """In [low, high], and at most `max_number`. Raises ImpossibleError where that is empty."""
+        """A number in [low, high], and at most `max_number`. Raises ImpossibleError if there is none."""
         high = min(high, self.max_number)
         if low > high:
             raise ImpossibleError
         return self.rng.randint(low, high)
 
     def tell(self, sentence: str) -> None:
-        """A sentence of the question."""
+        """Add a sentence to the question."""
         self.told.append(sentence)
 
     def work(self, text: str, left: int, op: str, right: int, what: str) -> int:
-        """A line of the solution: `text`, then the sum and what it counts. Returns its value."""
+        """Add a line to the solution: `text`, then the sum and what it counts. Returns the sum's value."""
         step = Step(left, op, right)
         if not 1 <= step.result <= self.max_number:
             raise ImpossibleError
@@ -90,7 +90,7 @@ class Story:
         return step.result
 
     def ask(self, question: str) -> Problem:
-        """The finished problem: the last sum is the answer."""
+        """Finish the problem, whose answer is the last sum."""
         answer = self.steps[-1].result
         self.lines.append(f"The answer is {answer}.")
         return Problem(" ".join([*self.told, question]), tuple(self.lines), tuple(self.steps), answer)

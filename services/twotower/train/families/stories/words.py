@@ -21,14 +21,14 @@ GOODS = (
     ("book", "books"), ("pen", "pens"), ("ball", "balls"), ("cup", "cups"), ("hat", "hats"), ("kite", "kites"),
     ("lamp", "lamps"), ("plate", "plates"), ("ticket", "tickets"), ("toy", "toys"), ("cake", "cakes"), ("rope", "ropes"),
 )  # fmt: skip
-"""Singular and plural."""
+"""Goods in the singular and plural."""
 
 WORK = (
     ("reads", "pages"), ("walks", "miles"), ("bakes", "cakes"), ("paints", "fences"), ("writes", "letters"),
     ("plants", "trees"), ("washes", "cars"), ("solves", "puzzles"), ("runs", "laps"), ("makes", "toys"),
     ("packs", "boxes"), ("picks", "apples"),
 )  # fmt: skip
-"""What is done, and to what."""
+"""Verbs of work, and their objects."""
 
 PLACES = (
     ("hall", "rows", "seats"), ("shop", "shelves", "books"), ("garden", "rows", "flowers"), ("bus", "rows", "seats"),
