@@ -1,8 +1,8 @@
-"""The towers' forwards in the shape of training: whole batches of texts, all blocks at once, differentiable.
+"""The towers' forwards for training: whole batches of texts, all blocks at once, differentiable.
 
-The same sub-layers as in serving (`tests/train/test_forward.py` holds the two together), but the context
-tower runs over texts instead of sessions, and the denoiser over every block of every text in one forward,
-each block seeded with the frozen context's state at its start.
+They use the same sub-layers as serving (`tests/train/test_forward.py` compares the two), but the context tower runs
+over texts instead of sessions, and the denoiser over every block of every text in one forward, each block seeded with
+the frozen context's state at its start.
 
 Letters in shapes: B texts, N positions, P prompt length, n blocks of L positions, C conv channels, K conv kernel.
 """
@@ -23,12 +23,12 @@ from twotower_kernels.experts import relu2
 from twotower_kernels.scan import chunk_scan
 
 SCAN_CHUNK = 16
-"""Chunk of the scan where no block grid asks for another; best on a CPU at these sizes."""
+"""Chunk of the scan, unless a block grid requires another; the fastest on a CPU at these sizes."""
 
 
 @dataclass(slots=True)
 class Usage:
-    """How many tokens went to each expert in a forward: layer -> (experts,) int64."""
+    """The number of tokens that went to each expert in a forward: layer -> (experts,) int64."""
 
     counts: dict[int, Tensor] = field(default_factory=dict)
 
@@ -40,7 +40,7 @@ class BlockSeeds:
     prompt: int
     block: int
     starts: Tensor | None = None
-    """(B,) int64: where each row's text begins, behind what fills it up on the left; None: at 0."""
+    """(B,) int64: where each row's text begins, after the padding on its left; None: at 0."""
     conv: dict[int, Tensor] = field(default_factory=dict)
     """Mamba layer -> (B, n, K-1, C): the raw columns before each block."""
     ssm: dict[int, Tensor] = field(default_factory=dict)
@@ -59,7 +59,7 @@ def context_logits(tower: ContextTower, tokens: Tensor, usage: Usage | None = No
 def block_seeds(tower: ContextTower, tokens: Tensor, prompt: int, block: int, starts: Tensor | None = None) -> BlockSeeds:
     """The state at the start of each block of tokens (B, P + n L), where the first starts at P >= 1.
 
-    starts (B,) int64: prompts of different lengths end together; what stands before a row's start leaves no trace.
+    starts (B,) int64: prompts of different lengths end at the same position; tokens before a row's start have no effect.
     """
     assert 1 <= prompt < tokens.shape[1]
     assert (tokens.shape[1] - prompt) % block == 0
@@ -110,12 +110,12 @@ def _context(tower: Tower, tokens: Tensor, starts: Tensor | None, seeds: BlockSe
 
 
 def _on_cpu(tensor: Tensor) -> bool:
-    """Which of two forms is the faster here."""
+    """Whether the tensor is on a CPU, which decides the faster of two forms."""
     return tensor.device.type == "cpu"
 
 
 def _embed(tower: Tower, tokens: Tensor) -> Tensor:
-    """(..., hidden): the residual stream, on a GPU in autocast's dtype, as it is when the model serves: half the traffic."""
+    """(..., hidden): the residual stream, on a GPU in autocast's dtype, as in serving, for half the memory traffic."""
     h = tower.embeddings(tokens)
     kind = h.device.type
     return h if _on_cpu(h) or not torch.is_autocast_enabled(kind) else h.to(torch.get_autocast_dtype(kind))
@@ -126,20 +126,20 @@ def _as(modulation: Modulation, dtype: torch.dtype) -> Modulation:
 
 
 def _causal(real: Tensor) -> Tensor:
-    """(B, 1, N, N) from (B, N): what is real sees what is real before it; what is not sees itself, and nobody it."""
+    """(B, 1, N, N) from (B, N): real positions see the real ones up to themselves; padding is seen by itself only."""
     n = real.shape[1]
     past = torch.ones(n, n, dtype=torch.bool, device=real.device).tril()
     return ((past & real.unsqueeze(1)) | torch.eye(n, dtype=torch.bool, device=real.device)).unsqueeze(1)
 
 
 def _mamba_text(i: int, mixer: Mamba2, h: Tensor, real: Tensor | None, seeds: BlockSeeds | None) -> Tensor:
-    """h (B, N, hidden); real (B, N) bool: the other positions change nothing."""
+    """h (B, N, hidden); real (B, N) bool: other positions change no state."""
     config, batch = mixer.config, h.shape[0]
     tail = config.conv_kernel - 1
     z, columns, dt = _project(mixer, h)
     if real is not None:
         columns = columns * real.unsqueeze(-1)
-    columns = F.pad(columns, (0, 0, tail, 0))  # before the first token there is nothing
+    columns = F.pad(columns, (0, 0, tail, 0))  # before the first token all columns are zero
     x, b, c, dt = _convolve(mixer, columns, dt)
     if real is not None:
         dt = dt * real.unsqueeze(-1)  # neither decays nor adds
@@ -197,7 +197,7 @@ def _convolve(mixer: Mamba2, columns: Tensor, dt: Tensor) -> tuple[Tensor, Tenso
 
 
 def _attention_blocks(mixer: Attention, h: Tensor, context_k: Tensor, context_v: Tensor, seeds: BlockSeeds) -> Tensor:
-    """h (B, n L, hidden): each position sees the context before its block, and all of its block."""
+    """h (B, n L, hidden): each position sees the context before its block, and its whole block."""
     q, k, v = mixer.project(h)
     positions = torch.arange(h.shape[1], device=h.device)
     starts = (positions // seeds.block * seeds.block + seeds.prompt).unsqueeze(1)
@@ -215,7 +215,7 @@ def _attention_blocks(mixer: Attention, h: Tensor, context_k: Tensor, context_v:
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """q (B, heads, L, d), k and v (B, kv_heads, N, d), mask (L, N) or (B, 1, L, N), or None for causal -> (B, heads, L, d).
 
-    K and V repeated, on a CPU in fp32: there the backward of grouped or bf16 attention is several times slower.
+    K and V are repeated, and on a CPU converted to fp32, since the backward of grouped or bf16 attention is far slower there.
     """
     repeats = q.shape[1] // k.shape[1]
     if not _on_cpu(q):
@@ -255,7 +255,7 @@ def _experts(h: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tens
 
 
 def _wide_experts(h: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """As `_experts`, through all experts in two products: no sync with the device, and it has the arithmetic to spare."""
+    """As `_experts`, through all experts in two products: for GPUs, it saves the syncs at the cost of more arithmetic."""
     gates = torch.zeros(h.shape[0], up.shape[0], dtype=weights.dtype, device=h.device).scatter(1, experts, weights)
     mid = relu2(F.linear(h, up.flatten(0, 1))).unflatten(1, up.shape[:2])
     mid = mid * gates.to(mid.dtype).unsqueeze(-1)

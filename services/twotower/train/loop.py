@@ -1,4 +1,4 @@
-"""What both trainers share: the loop with its schedule, log, and checkpoints to resume from."""
+"""The training loop of both trainers, with its schedule, its log, and checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class LoopConfig:
 
     steps: int
     minutes: float = math.inf
-    """Stop after this time of training too, whichever comes first; the schedule follows the nearer end."""
+    """A limit of the training time beside `steps`: the first that is reached ends the run, and the schedule follows it."""
     warmup: float = 0.03
-    """Share of the run in which the learning rate rises."""
+    """Share of the run in which the learning rate warms up."""
     ema: float = 0.998
-    """Decay a step of the averaged weights, which are what is exported; shorter in the first steps."""
+    """Decay per step of the averaged weights, which are exported; it is smaller in the first steps."""
     balance: float = 1e-3
-    """Step of the routers' correction bias toward the experts that are used too little."""
+    """Step size of the routers' correction bias toward experts with too few tokens."""
     log_every: int = 20
     save_minutes: float = 3.0
     bf16: bool = True
@@ -48,11 +48,11 @@ class LoopConfig:
 
 
 class Task(Protocol):
-    """What differs between the two trainers."""
+    """The parts of training that differ between the two trainers."""
 
     @property
     def model(self) -> nn.Module:
-        """What is trained."""
+        """The model to train."""
 
     def batches(self, place: Place) -> Iterator[Any]:
         """The stream of batches from `place` on."""
@@ -63,7 +63,7 @@ class Task(Protocol):
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run is."""
+    """A run's progress."""
 
     step: int = 0
     tokens: int = 0
@@ -71,12 +71,12 @@ class Progress:
 
 
 class Loop:
-    """Trains a task until its end, or from where an interrupted run stopped."""
+    """Trains a task from its start, or from where an interrupted run stopped."""
 
     def __init__(
         self, task: Task, config: LoopConfig, run_dir: Path, also: Callable[[dict[str, Tensor]], None] | None = None
     ) -> None:
-        """also: called with the averaged weights whenever the state is saved."""
+        """also: a function that is called with the averaged weights whenever the state is saved."""
         self._also = also
         self.task, self.config, self.run_dir = task, config, run_dir
         self.progress, self.place = Progress(), Place()
@@ -114,7 +114,8 @@ class Loop:
         self.save()
 
     def _mean(self, losses: list[Tensor]) -> float:
-        """Of the latest steps. Raises LossNotFinite: a GPU is not asked after every step, but before anything is saved."""
+        """The mean loss of the latest steps, which syncs a GPU: it is taken for the log and before a save only. Raises
+        LossNotFinite."""
         mean = torch.stack(losses).mean().item() if losses else 0.0
         if not math.isfinite(mean):
             raise self._not_finite(mean)
@@ -140,20 +141,20 @@ class Loop:
         return loss.detach(), norm, count
 
     def _balance(self, usage: Usage) -> None:
-        """Auxiliary-loss-free balancing: experts that get less than their share become easier to choose."""
+        """Auxiliary-loss-free balancing: experts with less than their share of tokens become easier to choose."""
         for i, counts in usage.counts.items():
             load = counts.float()
             self._biases[i].data.add_(torch.sign(load.mean() - load), alpha=self.config.balance)
 
     def _share(self) -> float:
-        """How much of the run is done, in [0, 1]."""
+        """The share of the run that is done, in [0, 1]."""
         return min(1.0, max(self.progress.step / self.config.steps, self.progress.seconds / 60 / self.config.minutes))
 
     def _ended(self) -> bool:
         return self._share() >= 1.0
 
     def _schedule(self) -> float:
-        """Linear warmup, then a cosine down to a hundredth."""
+        """The factor of the learning rates: linear warmup, then a cosine down to a hundredth."""
         share, warmup = self._share(), self.config.warmup
         if share < warmup:
             return max(share, 1e-3) / warmup
@@ -173,7 +174,7 @@ class Loop:
         )
 
     def save(self) -> None:
-        """Write the state of the run, whole or not at all; and what else is to be written as often."""
+        """Write the state of the run atomically, and call `also`."""
         state = {
             "model": self.task.model.state_dict(),
             "ema": self.ema,
@@ -189,9 +190,9 @@ class Loop:
 
     def _resume(self) -> None:
         state = torch.load(self.run_dir / STATE_FILE, map_location="cpu", weights_only=True)
-        ours = {name: value.shape for name, value in self.task.model.state_dict().items()}
-        if (theirs := {name: value.shape for name, value in state["model"].items()}) != ours:
-            differs = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        expected = {name: value.shape for name, value in self.task.model.state_dict().items()}
+        if (saved := {name: value.shape for name, value in state["model"].items()}) != expected:
+            differs = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
             raise ConfigError(
                 f"run_dir: {self.run_dir} holds the run of another model, which differs in {len(differs)} tensors,"
                 f" such as {differs[0]}; give another directory, or remove this one"
@@ -204,7 +205,7 @@ class Loop:
         self._forget_what_follows()
 
     def _forget_what_follows(self) -> None:
-        """Drop what was logged after the state was saved: those steps are taken again."""
+        """Drop log entries after the saved state, since those steps are repeated."""
         path = self.run_dir / METRICS_FILE
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

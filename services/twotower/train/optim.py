@@ -18,18 +18,18 @@ _NOT_MUON = ("embeddings.", "lm_head.", "gate.", "conv1d.", "t_embedder.", "t_bl
 
 @dataclass(frozen=True, slots=True)
 class OptimConfig:
-    """Peak learning rates; the schedule scales both."""
+    """Peak learning rates, both scaled by the schedule, and other settings."""
 
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     weight_decay: float = 0.01
-    """Decoupled, on matrices."""
+    """Decoupled weight decay, on matrices only."""
     clip: float = 1.0
-    """Largest norm of the gradient."""
+    """The largest norm of the gradient."""
 
 
 class Optimizer:
-    """Both optimizers as one: step with a scale of the learning rates, save, load."""
+    """Both optimizers behind one interface: step with scaled learning rates, save, load."""
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -59,17 +59,17 @@ class Optimizer:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """For a later `load_state_dict`."""
+        """The state for a later `load_state_dict`."""
         return {"muon": self._muon.state_dict(), "adam": self._adam.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Continue from the point at which `state_dict` was called."""
         self._muon.load_state_dict(state["muon"])
         self._adam.load_state_dict(state["adam"])
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal, for matrices (R, C) and stacks of them (E, R, C).
+    """Momentum with orthogonalized updates, for matrices (R, C) and stacks of them (E, R, C).
 
     All singular values of an update become about 1, so rare directions are learned as fast as frequent ones;
     scaled by sqrt(max(1, R / C)) as its author does.
@@ -80,7 +80,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update; matrices of one shape are made orthogonal together."""
+        """One update; matrices of one shape are orthogonalized in one batch."""
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
@@ -100,7 +100,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The nearest (semi-)orthogonal matrix to (..., R, C), roughly, by Newton-Schulz iterations in bf16."""
+    """An approximation of the nearest (semi-)orthogonal matrix to (..., R, C), by Newton-Schulz iterations in bf16."""
     a, b, c = _NEWTON_SCHULZ
     wide = matrix.shape[-2] <= matrix.shape[-1]
     x = (matrix if wide else matrix.mT).bfloat16()

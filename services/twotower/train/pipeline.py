@@ -1,4 +1,4 @@
-"""Everything at once: tokenizer, context tower, denoiser, calibration. Interrupted anywhere, it goes on from there."""
+"""The whole training: tokenizer, context tower, denoiser, calibration. An interrupted run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from twotower.train.probe import Probe, probe_context, probe_denoiser, probe_tex
 from twotower.train.run import TrainConfig, train_context, train_denoiser, write_tokenizer
 
 PROBED, PROBED_CPU = 256, 24
-"""Tasks of each family on which a phase's result is measured: with a GPU, and without."""
+"""Tasks of each family on which a phase's result is measured, with a GPU and without one."""
 
 PROBE_SEED = 424242
 
 GAMMA = 0.8
-"""At which the denoiser is measured."""
+"""The gamma at which the denoiser is measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineConfig:
-    """How the whole is made."""
+    """The settings of the whole training."""
 
     train: TrainConfig
-    """Of both towers; `minutes` is the whole's, `run_dir` holds a directory for each phase."""
+    """The settings of both towers; `minutes` is the time of the whole, `run_dir` holds a directory for each phase."""
     context_share: float = 0.25
     """Share of the time, or of the steps, that goes to the context tower: the denoiser learns more slowly."""
     masking: Masking = field(default_factory=Masking)
@@ -110,7 +110,7 @@ def _shown(probe: Probe) -> str:
 
 
 def _careful(report: Callable[[], None]) -> None:
-    """A measurement that fails costs no training."""
+    """Run a measurement; its failure is printed and does not end the training."""
     try:
         report()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The loss of a run as a picture."""
+"""Plots the loss of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 
 SMOOTHING = 0.9
-"""Of the line through the logged losses: an exponential average."""
+"""The decay of the exponential average that is drawn through the logged losses."""
 
 
 def can_plot() -> bool:
@@ -17,7 +17,7 @@ def can_plot() -> bool:
 
 
 def plot_loss(metrics: Path, out: Path) -> None:
-    """Draw loss over tokens from a run's metrics.jsonl as PNG; nothing where nothing has been logged."""
+    """Draw loss over tokens from a run's metrics.jsonl as PNG; without log entries, draw nothing."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
     if not rows:
         return

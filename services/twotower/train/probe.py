@@ -1,8 +1,8 @@
-"""How good towers are while they are trained: whole texts, greedily, without generating them one after the other.
+"""The quality of towers during training: scores whole greedy texts without generating them one after another.
 
-A greedy text is right, token for token, if and only if every token (every block) is what the model writes behind the right
-text so far. So one forward scores the AR mode, and at most a block's steps score diffusion, all blocks of all texts at once.
-Being right in other words counts as wrong here: what is reported is a lower bound.
+A greedy text is right, token for token, if and only if every token (every block) is what the model writes after the right
+text so far. So one forward scores the AR mode, and at most a block's steps score diffusion, for all blocks of all texts at
+once. A right answer in other words counts as wrong here, so the result is a lower bound.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from twotower_kernels.unmask import unmask
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What was measured of a family."""
+    """The results of a family."""
 
     exact: float
     """Share of texts that are right token for token."""
     tokens_per_forward: float
-    """Up to each text's end; in AR mode 1."""
+    """Tokens per forward up to each text's end; 1 in AR mode."""
 
 
 def probe_texts(
@@ -50,7 +50,7 @@ def probe_texts(
 
 @torch.no_grad()
 def probe_context(tower: ContextTower, batches: Sequence[BlockBatch], *, eos: int, bf16: bool) -> Probe:
-    """The AR mode. What stands before the starts is cut off by moving the texts to the left."""
+    """Probe the AR mode. Texts are moved to the left, which drops the padding before their starts."""
     right, texts = 0, 0
     for batch in batches:
         tokens = _moved(batch, tower.device)
@@ -74,7 +74,7 @@ def probe_denoiser(
     scale: float = 1.0,
     bf16: bool,
 ) -> Probe:
-    """Diffusion at temperature 0. scale: what the head's weights would be multiplied by."""
+    """Probe diffusion at temperature 0. scale: a factor of the head's weights."""
     mask_id, eos = tower.config.mask_token_id, tower.config.eos_token_ids[0]
     right, texts, written, forwards = 0, 0, 0, 0
     for batch in batches:
@@ -118,7 +118,7 @@ def probe_denoiser(
 
 
 def _ends(batch: BlockBatch, eos: int, device: torch.device) -> Tensor:
-    """(B,) tokens of each completion, its end-of-sequence token included."""
+    """(B,) the number of tokens of each completion, including its end-of-sequence token."""
     completion = batch.tokens[:, batch.prompt :].to(device)
     return (completion == eos).long().argmax(-1) + 1
 

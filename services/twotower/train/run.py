@@ -37,34 +37,34 @@ from twotower.train.plot import can_plot, plot_loss
 from twotower.train.start import SHAPES, new_context_tower, new_denoiser_tower
 
 TOKENIZER_POOLS = 1_000_000
-"""The first of the pools of built-in tasks that the tokenizer learns from; no run reaches them."""
+"""The number of the first pool of built-in tasks that the tokenizer learns from; no run reaches it."""
 
 STORY_POOLS, SUITE_POOLS = 10, 24
-"""How many."""
+"""The number of pools from which the tokenizer learns."""
 
 STORY_NUMBERS = 50
-"""Up to here the stories' tokenizer keeps numbers whole."""
+"""The greatest number that is one token in the stories' tokenizer."""
 
 RAREST = 8
-"""A word of the suite that occurs so often in these pools is one token."""
+"""A word of the suite that occurs at least `RAREST` times in these pools is one token."""
 
 PIECES = 200
-"""Parts of other words that the suite's tokenizer knows."""
+"""The number of pieces of other words in the suite's tokenizer."""
 
 BLOCKS: dict[int, float] = {4: 0.12, 8: 0.2, 16: 0.43, 32: 0.25}
-"""Block sizes that a denoiser of the suite learns, and how many of its batches have them."""
+"""Block sizes that a denoiser of the suite learns, and their shares of its batches."""
 
 Write = Callable[[Path, dict[str, Any], Mapping[str, Tensor], Path], None]
 
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """What both trainers are told."""
+    """The settings of both trainers."""
 
     out: Path
     """Checkpoint directory to write."""
     run_dir: Path
-    """State to resume from, and metrics."""
+    """Directory of the state to resume from, and of metrics."""
     corpus: Path | None
     """The user's own texts (`from_corpus`); None: the built-in tasks."""
     rows: int
@@ -76,23 +76,23 @@ class TrainConfig:
     init: Path | None = None
     """Checkpoint whose weights to start from, instead of fresh ones."""
     tasks: str = "stories"
-    """Which built-in tasks, a name of `TASKS`: decides the model's shape as well."""
+    """The built-in tasks, a name of `TASKS`, which also decides the model's shape."""
     drill_share: float | None = None
     """Share of drills among the built-in tasks; None: the tasks' own."""
     max_number: int | None = None
-    """Greatest number in the built-in problems; None: the tasks' own."""
+    """The greatest number in the built-in problems; None: the tasks' own."""
     workers: int = 0
-    """Processes that make batches of built-in tasks ahead; 0: none."""
+    """Processes that make batches of built-in tasks ahead of time; 0: none."""
     pool_size: int = POOL_SIZE
-    """Built-in tasks that are sorted into batches together."""
+    """Built-in tasks in a pool, which is sorted into batches."""
     snapshots: bool = False
-    """Write the checkpoint whenever the state is saved, in a file for each tower; else at the end, in one."""
+    """Whether to write the checkpoint whenever the state is saved, in a file for each tower; else once at the end, in one."""
     blocks: Mapping[int, float] | None = None
-    """Block sizes that a denoiser learns, and their shares; None: the checkpoint's own alone."""
+    """Block sizes that a denoiser learns, and their shares; None: only the checkpoint's own."""
 
 
 def write_corpus(path: Path, split: Split, count: int, seed: int, tasks: str = "stories") -> None:
-    """Built-in tasks as JSONL, in the form a user's own corpus has: of each family in turn."""
+    """Write built-in tasks of each family in turn as JSONL, in the form of a user's own corpus."""
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen = TASKS[tasks]
     streams = [make(split, seed, chosen.max_number) for make in chosen.families.values()]
@@ -107,7 +107,7 @@ def write_corpus(path: Path, split: Split, count: int, seed: int, tasks: str = "
 def write_tokenizer(path: Path, corpus: Path | None, vocab_size: int | None, seed: int, tasks: str = "stories") -> None:
     """Train a tokenizer on the corpus and save it as `tokenizer.json`.
 
-    vocab_size None: `VOCAB_SIZE`, or for the suite as many as its words need.
+    vocab_size None: `VOCAB_SIZE`, or for the suite the number that its words need.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     suite = corpus is None and tasks == "suite"
@@ -127,7 +127,7 @@ def write_tokenizer(path: Path, corpus: Path | None, vocab_size: int | None, see
 
 
 def train_context(config: TrainConfig, tokenizer_path: Path, prompt_weight: float = 0.1) -> None:
-    """Train a context tower; writes a checkpoint that holds it alone."""
+    """Train a context tower; writes a checkpoint of this tower alone."""
     torch.set_num_threads(config.threads)
     tokenizer = _tokenizer(tokenizer_path)
     raw = {**SHAPES[config.tasks], "vocab_size": tokenizer.get_vocab_size()}
@@ -148,8 +148,8 @@ def train_context(config: TrainConfig, tokenizer_path: Path, prompt_weight: floa
 def train_denoiser(config: TrainConfig, context_path: Path, *, masking: Masking | None = None, head_scale: float = 1.0) -> None:
     """Train a denoiser against the frozen context tower of a checkpoint; writes a checkpoint of both towers.
 
-    head_scale: what the head's weights are multiplied by at the end. The likeliest tokens stay what they are; below 1,
-    the denoiser is less sure of them, so that a gamma commits fewer at a time.
+    head_scale: a factor of the head's weights, applied at the end. It leaves the likeliest tokens unchanged; below 1 it makes
+    the denoiser less confident, so that a gamma commits fewer tokens at a time.
     """
     torch.set_num_threads(config.threads)
     checkpoint = Checkpoint.open(context_path, towers=("context",))
@@ -163,13 +163,13 @@ def train_denoiser(config: TrainConfig, context_path: Path, *, masking: Masking 
         start = Checkpoint.open(config.init, towers=("denoiser",))
         model.load_state_dict(load_denoiser_tower(start, torch.float32, torch.device("cpu"), kernels="torch").state_dict())
     model.to(device)
-    # Other problems than the context tower was trained on: the state of a text it knows by heart is no guide.
+    # Problems that the context tower was not trained on, since the state of a memorized text is not representative.
     blocks = config.blocks or {checkpoint.config.block_size: 1.0}
     pools = BlockPools(_source(config, config.loop.seed + 1), _tokenizer(tokenizer), config.rows, blocks)
     workers = _workers(config)
     task = DenoiserTask(model, context, pools, masking=masking or Masking(), bf16=config.loop.bf16, workers=workers)
     raw = json.loads((context_path / "config.json").read_text(encoding="utf-8"))
-    # The context's tensors are copied, not exported: they are to be the same bits, in whatever dtype they are.
+    # The context's tensors are copied, not exported, so that their bits stay the same in any dtype.
     same = read_tensors(checkpoint, (name for name, _ in context_tensors(checkpoint.config)))
 
     def write(ema: Mapping[str, Tensor]) -> None:
@@ -184,7 +184,7 @@ def train_denoiser(config: TrainConfig, context_path: Path, *, masking: Masking 
 
 
 def _run(task: Task, config: TrainConfig, write: Callable[[Mapping[str, Tensor]], None]) -> Loop:
-    """Train to the end; the curve is drawn whether it ends well or not."""
+    """Train to the end; the loss curve is drawn even if training fails."""
     loop = Loop(task, config.loop, config.run_dir, write if config.snapshots else None)
     try:
         loop.run()
@@ -201,14 +201,14 @@ def _source(config: TrainConfig, seed: int) -> Source:
 
 
 def _workers(config: TrainConfig) -> int:
-    """A user's corpus is in memory; only built-in tasks are made."""
+    """The number of worker processes: none for a user's corpus, which is in memory."""
     return config.workers if config.corpus is None else 0
 
 
 def _device(config: TrainConfig) -> torch.device:
     device = resolve_device(config.device)
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # the scan's products in tf32: a training's noise is larger
+        torch.set_float32_matmul_precision("high")  # the scan's products in tf32, whose error is below training's noise
     return device
 
 

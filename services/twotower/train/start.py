@@ -66,10 +66,10 @@ SUITE: dict[str, Any] = {
     "num_hidden_layers": 12,
     "hybrid_override_pattern": "M*EM*EM*EM*E",
 }
-"""The same for a model of three families: one group of layers more."""
+"""The config of a model of three families, with one more group of layers."""
 
 SHAPES: dict[str, dict[str, Any]] = {"stories": WORD_PROBLEMS, "suite": SUITE}
-"""By name of the built-in tasks."""
+"""The shapes, by name of the built-in tasks."""
 
 
 def new_context_tower(config: ModelConfig, seed: int) -> ContextTower:
@@ -81,7 +81,7 @@ def new_context_tower(config: ModelConfig, seed: int) -> ContextTower:
 
 
 def new_denoiser_tower(context: ContextTower) -> DenoiserTower:
-    """A copy of the context tower, with a time conditioning that does nothing yet: shift 0, scale 0, gate 1 for every t."""
+    """A copy of the context tower, with a time conditioning without effect yet: shift 0, scale 0, gate 1 for every t."""
     config = context.config
     tower = DenoiserTower(config)
     tower.denoiser_tower.load_state_dict(context.context_tower.state_dict())
@@ -96,7 +96,7 @@ def new_denoiser_tower(context: ContextTower) -> DenoiserTower:
             parameter.zero_()
         for table in tower.scale_shift_tables:
             table.copy_(torch.tensor([0.0, 0.0, 1.0]).unsqueeze(1).expand_as(table))
-        # The mask was never read before: start it as the average token.
+        # The mask id was never read before, so it starts as the average token.
         embeddings = tower.denoiser_tower.embeddings.weight
         embeddings[config.mask_token_id] = embeddings.mean(0)
     return tower
@@ -104,7 +104,7 @@ def new_denoiser_tower(context: ContextTower) -> DenoiserTower:
 
 @torch.no_grad()
 def _init(tower: nn.Module, config: ModelConfig, generator: torch.Generator) -> None:
-    """Fan-in scaled normals; what writes to the residual stream is scaled down by depth; A and dt as in Mamba-2."""
+    """Fan-in scaled normals; weights that write to the residual stream are scaled down by depth; A and dt as in Mamba-2."""
     residual = ("out_proj.weight", "o_proj.weight", "down_proj.weight", "experts.down_proj")
     for name, parameter in tower.named_parameters():
         if name.endswith("embeddings.weight"):

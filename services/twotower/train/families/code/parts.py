@@ -22,9 +22,9 @@ class Filter:
     name: str
     code: str
     adjective: tuple[str, ...]
-    """Wordings before the noun, if `clause` is empty."""
+    """Wordings before the noun."""
     clause: tuple[str, ...]
-    """Wordings after the noun, if `adjective` is empty."""
+    """Wordings after the noun, an alternative to the adjectives."""
     low: int = 0
     high: int = 0
     """The upper end of the range of `{k}`."""

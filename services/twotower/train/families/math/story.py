@@ -79,7 +79,7 @@ class Story:
     def __init__(self, rng: random.Random, max_number: int = MAX_NUMBER) -> None:
         self.rng = rng
         self.max_number = max_number
-        self._told: list[str] = []
+        self._sentences: list[str] = []
         self._lines: list[str] = []
         self._steps: list[Step] = []
         self._spelled = rng.random() < SPELLED
@@ -161,7 +161,7 @@ class Story:
         if self._thing:
             one = words.singular(self._thing)
             sentence = re.sub(rf"\b(1|one) (more )?{self._thing}\b", rf"\1 \2{one}", sentence)
-        self._told.append(self._tensed(sentence[0].upper() + sentence[1:]))
+        self._sentences.append(self._tensed(sentence[0].upper() + sentence[1:]))
 
     def _tensed(self, sentence: str) -> str:
         return _VERBS.sub(lambda verb: words.PAST[verb[0]], sentence) if self._past else sentence
@@ -215,4 +215,4 @@ class Story:
             raise ImpossibleError
         answer = self._steps[-1].result
         lines = (*self._lines, f"The answer is {answer}.")
-        return Problem(" ".join([*self._told, self._asked(question)]), lines, tuple(self._steps), answer)
+        return Problem(" ".join([*self._sentences, self._asked(question)]), lines, tuple(self._steps), answer)

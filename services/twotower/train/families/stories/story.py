@@ -55,7 +55,7 @@ class Story:
 
     rng: random.Random
     max_number: int = MAX_NUMBER
-    told: list[str] = field(default_factory=list)
+    sentences: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     _days: int | None = None
@@ -78,7 +78,7 @@ class Story:
 
     def tell(self, sentence: str) -> None:
         """Add a sentence to the question."""
-        self.told.append(sentence)
+        self.sentences.append(sentence)
 
     def work(self, text: str, left: int, op: str, right: int, what: str) -> int:
         """Add a line to the solution: `text`, then the sum and what it counts. Returns the sum's value."""
@@ -93,4 +93,4 @@ class Story:
         """Finish the problem, whose answer is the last sum."""
         answer = self.steps[-1].result
         self.lines.append(f"The answer is {answer}.")
-        return Problem(" ".join([*self.told, question]), tuple(self.lines), tuple(self.steps), answer)
+        return Problem(" ".join([*self.sentences, question]), tuple(self.lines), tuple(self.steps), answer)
