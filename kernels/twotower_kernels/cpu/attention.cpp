@@ -4,8 +4,8 @@
 
 namespace {
 
-constexpr int64_t kQueries = 128;  // of a tile; their sums stay in the second-level cache
-constexpr int64_t kKeys = 64;      // that are taken at a time
+constexpr int64_t kQueries = 128;  // queries of a tile, whose sums stay in the second-level cache
+constexpr int64_t kKeys = 64;      // keys that are processed at a time
 
 // 16 rows of 16 values become columns.
 inline void transpose(__m512i* r) {
@@ -30,7 +30,7 @@ inline void transpose(__m512i* r) {
   }
 }
 
-// What a thread works with. Pairs are two bf16 that one instruction multiplies and adds.
+// A thread's buffers. Pairs are two bf16 that one instruction multiplies and adds.
 struct Tile {
   uint32_t* queries;  // (kQueries, dim / 2) pairs along dim
   uint32_t* keys;     // (dim / 2, kKeys) pairs along dim
@@ -41,7 +41,7 @@ struct Tile {
   float top[kQueries], total[kQueries];
 };
 
-// Keys and values of up to kKeys tokens, those that are missing as 0.
+// Loads keys and values of up to kKeys tokens; missing ones become 0.
 void pack(const Tile& tile, const bf16* k, const bf16* v, int64_t count, int64_t dim) {
   for (int64_t d = 0; d < dim / 2; d += kFloats)
     for (int64_t first = 0; first < kKeys; first += 16) {
@@ -85,7 +85,7 @@ void score(const Tile& tile, int64_t rows, int64_t dim, float scale) {
   }
 }
 
-// One row's scores, of which the first `seen` count, to weights; what was summed so far shrinks to the new maximum.
+// Turns one row's scores, of which the first `seen` count, into weights; earlier sums are rescaled to the new maximum.
 void soften(Tile& tile, int64_t row, int64_t seen, int64_t dim) {
   uint32_t* to = tile.weights + row * (kKeys / 2);
   if (seen <= 0) {

@@ -1,9 +1,10 @@
-// Mamba-2 over short blocks and prompts, everything between in_proj and out_proj, in one pass over each group of heads.
+// Mamba-2 over short blocks and prompts, from in_proj's output to out_proj's input, in one pass over each group of heads.
 //
-// A block is one chunk of at most 64 positions, and a prompt's chunk a row of such: within it, products over pairs of positions; from before it, one product
-// with the seed S. What takes a state along, which is the context tower's part, goes position by position instead (`step_group`): its
-// bits do not depend on how the tokens are cut into blocks. S and all sums are fp32; x, b and c are rounded to bf16 where the torch layer rounds them. A group's
-// result depends on nothing but its own row, so that a row has the same bits in any batch.
+// A block is one piece of at most 64 positions, and a prompt's chunk a row of such pieces. Positions within a piece contribute by
+// products over pairs of positions, earlier ones by one product with the seed S. The context tower's blocks, which change the
+// state, go position by position instead (`step_group`), so that their bits do not depend on how tokens are cut into blocks. S
+// and all sums are fp32; x, b and c are rounded to bf16 where the torch layer rounds them. A group's result depends on nothing
+// but its own row, so that a row has the same bits in any batch.
 
 #include <math.h>
 
@@ -149,7 +150,7 @@ void gated_norm(const float* y, const bf16* z, const float* weight, float eps, i
   }
 }
 
-// Sizes of a layer, and what it holds between its projections.
+// Sizes of a layer, and its weights between its projections.
 struct Layer {
   int64_t heads, head_dim, groups, n;
   int kernel;
@@ -163,7 +164,7 @@ struct Layer {
   int64_t count() const { return own() * head_dim; }  // their channels
 };
 
-// What a thread works with, for up to `length` positions of one group.
+// A thread's buffers, for up to `length` positions of one group.
 struct Scratch {
   float *x, *y;           // (length, count)
   float *b, *c;           // (length, n)
@@ -221,7 +222,7 @@ void scan_group(const Layer& layer, int64_t g, const bf16* z, int64_t step, int6
                out + i * inner + g * count);
 }
 
-// One head's S (head_dim, n) past `length` positions: x (length, row), b (length, n), dt (length).
+// Takes one head's S (head_dim, n) past `length` positions: x (length, row), b (length, n), dt (length).
 void advance(float* ssm, const float* x, int64_t row, const float* b, const float* dt, float a, int64_t length, int64_t head_dim,
              int64_t n) {
   alignas(64) float fade[kMaxBlock];
@@ -243,8 +244,8 @@ void advance(float* ssm, const float* x, int64_t row, const float* b, const floa
   }
 }
 
-// As scan_group, position by position: a position has the bits that it has in a block of its own, from the S that tt_apply_factors
-// leaves behind those before it. dt, decay: (length, heads) at the first position. Leaves x and b in `s`.
+// As scan_group, but position by position: a position has the same bits as in a block by itself that starts from the S that
+// tt_apply_factors makes of the positions before it. dt, decay: (length, heads) at the first position. Leaves x and b in `s`.
 void step_group(const Layer& layer, int64_t g, const bf16* z, int64_t step, int64_t length, const bf16* tail, const float* ssm,
                 const float* dt, const float* decay, const Scratch& s, bf16* new_tail, bf16* out) {
   const int64_t inner = layer.inner(), own = layer.own(), count = layer.count(), head_dim = layer.head_dim, n = layer.n;
@@ -349,7 +350,7 @@ int tt_block_scan(const bf16* projected, int64_t row, int64_t step, const bf16* 
   return failed;
 }
 
-// Chunks of any lengths, `batch` of them one behind the other, in pieces of 64 positions: chunk i is [borders[i], borders[i + 1]).
+// `batch` chunks of any lengths, one after another, in pieces of 64 positions: chunk i is [borders[i], borders[i + 1]).
 //
 // Arguments as above, but: projected (positions, ..), rows `step` apart; out (positions, heads * head_dim); tails and ssm are taken past
 // the chunks, in place. A chunk's results depend on nothing but its own inputs. 1 if memory ran out, 0 if done.
@@ -390,8 +391,8 @@ int tt_prefill_scan(const bf16* projected, int64_t step, const int64_t* borders,
   return failed;
 }
 
-// S past `length` positions, in place: per position S * decay, rounded, then a fused multiply-add of (dt x) b. The bits of the
-// torch form, which does the same with one pass over S for each of these.
+// Takes S past `length` positions, in place: per position S * decay, rounded, then a fused multiply-add of (dt x) b. The bits are
+// those of the torch form, which does the same with one pass over S for each operation.
 //
 // ssm (.., heads, head_dim, n), row i at slots[i], or at i without slots; of row i the first counts[i] positions, or all; x (batch, length, heads, head_dim) and b (batch, length, groups, n)
 // bf16, dt and decay (batch, length, heads) fp32.

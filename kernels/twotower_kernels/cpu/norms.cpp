@@ -1,4 +1,4 @@
-// RMSNorm with adaptive shift and scale in both orders, and the gated residual in front of it, in one pass. All arithmetic is
+// RMSNorm with adaptive shift and scale in both orders, and the gated residual before it, in one pass. All arithmetic is
 // fp32, rounded once where a result is stored.
 
 #include <math.h>

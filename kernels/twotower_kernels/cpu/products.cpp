@@ -3,7 +3,7 @@
 // At 1 to 64 rows such a product is bound by reading the weights; a library that packs them first, at every
 // call, reads and writes them several times. Here an output is a dot product along a weight's row, for as many input
 // rows at once as registers hold. Sums are fp32, in an order that depends on the row's length alone: a row has the
-// same bits whatever rows are beside it.
+// same bits whatever other rows the batch has.
 
 #include "vectors.h"
 
@@ -28,7 +28,7 @@ inline __attribute__((always_inline)) __m512 tile(const bf16* const* x, const bf
 #pragma GCC unroll 16
     for (int o = 0; o < kOut; o++) {
       const __m512bh weight = load(w + o * inner + at);
-      // The rows that come next: too many streams for the hardware to foresee. Behind the last it does no harm.
+      // Prefetches the next rows, since these are too many streams for the hardware. Beyond the last row it does no harm.
       _mm_prefetch(reinterpret_cast<const char*>(w + (o + kOut) * inner + at), _MM_HINT_T0);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; r++) acc[r * kOut + o] = _mm512_dpbf16_ps(acc[r * kOut + o], rows[r], weight);
@@ -113,7 +113,7 @@ int tt_grouped_experts(const bf16* hidden, int64_t hidden_row, const int64_t* ex
                        const bf16* down, float* out, int64_t n, int64_t k, int64_t count, int64_t size, int64_t width,
                        int threads) {
   const int64_t rows = n * k;
-  // By expert: where its rows begin, and which (token, choice) they are, in order.
+  // For each expert, where its rows begin; and the (token, choice) of each row, in order.
   int64_t* starts = static_cast<int64_t*>(calloc(count + 1, sizeof(int64_t)));
   int64_t* order = static_cast<int64_t*>(malloc(rows * sizeof(int64_t)));
   bf16* mid = static_cast<bf16*>(malloc(rows * width * sizeof(bf16)));

@@ -1,12 +1,12 @@
-// The threads that operations run on.
+// Pins the threads that operations run on.
 
 #include <omp.h>
 #include <sched.h>
 
 extern "C" {
 
-// Keep the calling thread and those that help it, `threads` in all, to one CPU each: cpus[i] is thread i's. Returns how many
-// could not be kept there.
+// Pins the calling thread and its helpers, `threads` in all, to one CPU each: cpus[i] is thread i's. Returns the number of
+// threads that could not be pinned.
 int tt_pin(const int* cpus, int threads) {
   int failed = 0;
 #pragma omp parallel num_threads(threads)

@@ -1,10 +1,10 @@
-// What a step of unmasking needs to know of each position's logits.
+// The statistics of each position's logits that a step of unmasking needs.
 
 #include "vectors.h"
 
 extern "C" {
 
-// Of each row of logits (rows, vocab) fp32: best, the index of the highest (of equal ones the first), highest, and total, the sum of
+// Computes for each row of logits (rows, vocab) fp32: best, the index of the highest (of equal ones the first), highest, and total, the sum of
 // exp(logit - highest), which is NaN where the row holds NaN or infinity, or nothing above -inf. Rows where wanted is 0: 0, 0, 1.
 void tt_best(const float* logits, const uint8_t* wanted, int64_t* best, float* highest, float* total, int64_t rows, int64_t vocab,
              int threads) {

@@ -1,4 +1,4 @@
-// What the kernels share: bf16 in vectors of fp32, and functions of a vector.
+// Functions that the kernels share: bf16 in vectors of fp32, and functions of a vector.
 
 #pragma once
 
@@ -11,8 +11,8 @@ namespace {
 
 using bf16 = uint16_t;
 
-constexpr int kLane = 32;   // bf16 of a vector
-constexpr int kFloats = 16;  // fp32 of a vector
+constexpr int kLane = 32;   // bf16 values of a vector
+constexpr int kFloats = 16;  // fp32 values of a vector
 
 inline __m512bh load(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
 

@@ -98,7 +98,7 @@ class DenoiserTask:
     def _by_certainty(
         self, clean: Tensor, masked: Tensor, order: Tensor, seeds: BlockSeeds, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """The model's confidence at an earlier point of the refinement, in which known tokens rank highest, and its tokens there."""
+        """The model's confidence at an earlier point of the refinement, highest for known tokens, and its tokens there."""
         block = clean.shape[-1]
         # At the earlier point, at least the tokens masked now were masked, and at most all.
         share = to_device(torch.rand(masked.shape, generator=generator), masked.device)
