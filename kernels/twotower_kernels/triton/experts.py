@@ -161,9 +161,9 @@ def _plan_kernel(experts, starts, order, rows, BLOCK: tl.constexpr):
     start = tl.sum(before, 0)
     tl.store(starts + e, start)
     for at in range(0, rows, BLOCK):
-        chosen = (tl.load(experts + at + i, mask=at + i < rows, other=1 << 30).to(tl.int32) == e).to(tl.int32)
-        tl.store(order + start + tl.cumsum(chosen, 0) - 1, at + i, mask=chosen != 0)
-        start += tl.sum(chosen, 0)
+        own = (tl.load(experts + at + i, mask=at + i < rows, other=1 << 30).to(tl.int32) == e).to(tl.int32)
+        tl.store(order + start + tl.cumsum(own, 0) - 1, at + i, mask=own != 0)
+        start += tl.sum(own, 0)
     if e == tl.num_programs(0) - 1:
         tl.store(starts + e + 1, start)
 

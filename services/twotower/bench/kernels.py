@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twotower.bench.clock import free_bytes, seconds_of
 from twotower.bench.costs import Costs
-from twotower.bench.random_tower import SHARE
+from twotower.bench.random_tower import MEMORY_SHARE
 from twotower.bench.roofline import Cost, Roofline
 from twotower.model.config import ModelConfig
 from twotower.model.pool import PAGE, pages_for
@@ -79,7 +79,7 @@ class KernelBench:
         for kernel in kernels:
             for batch in batches:
                 for context in contexts if kernel == "attention" else [None]:
-                    if self._needed(kernel, batch, context or 0) > SHARE * free_bytes(self._device):
+                    if self._needed(kernel, batch, context or 0) > MEMORY_SHARE * free_bytes(self._device):
                         continue
                     case = self._case(kernel, batch, context or 0)
                     time = partial(seconds_of, device=self._device, budget_s=self._budget_s)

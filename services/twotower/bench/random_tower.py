@@ -22,7 +22,7 @@ from twotower.model.weights import loaded_dtype, set_parameter
 from twotower_kernels.backend import load, resolve
 from twotower_kernels.quant import Packed, quantize
 
-SHARE = 0.8
+MEMORY_SHARE = 0.8
 """The share of free memory that may be used; the rest is for activations."""
 
 T = TypeVar("T", bound=ContextTower | DenoiserTower)
@@ -39,7 +39,7 @@ def random_tower(
     with torch.device("meta"):
         tower = kind(config)
     backbone = tower.context_tower if isinstance(tower, ContextTower) else tower.denoiser_tower
-    free = SHARE * free_bytes(device)
+    free = MEMORY_SHARE * free_bytes(device)
     shared = _bytes(tower, dtype) > free
     if shared:
         _share(backbone)
@@ -66,7 +66,7 @@ def random_states(
     size = PoolSize(batch, batch * pages_for(room))
     pool_bytes = _pool_bytes(config, dtype, size)
     logits = 3 * 4 * batch * config.block_size * config.vocab_size
-    if pool_bytes + logits > SHARE * free_bytes(device):
+    if pool_bytes + logits > MEMORY_SHARE * free_bytes(device):
         return None
     pool = StatePool(config, dtype, device, size)
     states = [pool.acquire(room) for _ in range(batch)]

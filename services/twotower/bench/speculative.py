@@ -20,7 +20,7 @@ from twotower.request import GenerationParams, Mode
 from twotower.text.tokenizer import Tokenizer
 from twotower.train.families.stories.problems import problems
 
-PART = 10
+TURN_TEXTS = 10
 """Texts after which the next mode has its turn, so that all modes see the same state of a noisy machine."""
 MODES = (Mode.AR, Mode.DIFFUSION, Mode.SPECULATIVE)
 
@@ -121,7 +121,7 @@ def measure(
     for times, (_, denoiser, one) in zip(own, turns, strict=True):  # first use is slow
         engine.context.times = times
         list(generate_batch(engine.context, denoiser, prompts[:batch], one, batch))
-    part = max(PART, 4 * batch)
+    part = max(TURN_TEXTS, 4 * batch)
     for first in range(0, texts, part):
         for times, (run, denoiser, one) in zip(own, turns, strict=True):
             engine.context.times = times

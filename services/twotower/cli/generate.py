@@ -60,7 +60,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--logprobs", type=int, metavar="N", help="with --json: each token's log probability, and the N likeliest at its place"
     )
-    parser.add_argument("--timeout", type=float, metavar="S", help="give up after so many seconds (default: never)")
+    parser.add_argument("--timeout", type=float, metavar="S", help="give up after S seconds (default: never)")
     parser.add_argument("--no-eos", action="store_true", help="go on to --max-tokens whatever is generated")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     add_place(parser)

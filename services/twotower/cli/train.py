@@ -99,7 +99,7 @@ def _add_tasks(parser: argparse.ArgumentParser, default: str = "stories") -> Non
 def _add_training(parser: argparse.ArgumentParser, *, minutes: float, ema: float, tasks: str = "stories") -> None:
     parser.add_argument("--out", type=Path, required=True, help="checkpoint directory to write")
     parser.add_argument("--run-dir", type=Path, required=True, help="state and metrics; a run found here is resumed")
-    parser.add_argument("--steps", type=_positive, help="end after so many steps (default: by time alone)")
+    parser.add_argument("--steps", type=_positive, help="end after this number of steps (default: by time alone)")
     parser.add_argument(
         "--minutes", type=float, help=f"end after this time of training (default {minutes:g}, or none with --steps)"
     )
@@ -114,7 +114,7 @@ def _add_training(parser: argparse.ArgumentParser, *, minutes: float, ema: float
     parser.add_argument("--ema", type=float, default=ema, help=f"decay of the averaged weights a step (default {ema:g})")
     parser.add_argument("--fp32", action="store_true", help="no bf16 anywhere")
     parser.add_argument("--workers", type=int, default=0, help="processes that make built-in tasks ahead (default 0: none)")
-    parser.add_argument("--pool-size", type=_positive, default=2048, help="tasks sorted into batches together (default 2048)")
+    parser.add_argument("--pool-size", type=_positive, default=2048, help="tasks that are sorted into batches (default 2048)")
     parser.add_argument("--save-minutes", type=float, default=3.0, help="save the state this often (default 3)")
     parser.add_argument("--snapshots", action="store_true", help="write the checkpoint as often as the state")
     parser.set_defaults(default_minutes=minutes)

@@ -11,7 +11,7 @@ from twotower.request import GenerationParams
 AR_EVERY = 3
 """In a sweep, AR runs before every `AR_EVERY` parts of the problems, since on noisy machines a ratio needs close neighbours."""
 
-AMONG = 25
+TURN_PROBLEMS = 25
 """Problems after which the other mode has its turn, so that both modes see the same state of a noisy machine."""
 
 SUITE = ("math", "code", "knowledge")

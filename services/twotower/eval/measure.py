@@ -16,14 +16,14 @@ import torch
 from twotower.engine.batch import Completion, generate_batch
 from twotower.engine.local import LocalEngine
 from twotower.errors import CheckpointError
-from twotower.eval.config import AMONG, AR_EVERY, EvalConfig
+from twotower.eval.config import AR_EVERY, TURN_PROBLEMS, EvalConfig
 from twotower.request import GenerationParams, Mode, check_request
 from twotower.text.tokenizer import Tokenizer
 from twotower.train.families.answers import is_degenerate
 from twotower.train.families.item import Check, Item
 from twotower.train.families.registry import TASKS
 
-TUNED_ON = 6
+TUNING_PROBLEMS = 6
 """Problems on which settings are compared."""
 
 
@@ -195,7 +195,7 @@ class Evaluation:
         seconds = []
         for _ in range(3):
             score = Score()
-            self._solve(score, mode, self.params, settings, range(min(TUNED_ON, len(self.problems))), batch)
+            self._solve(score, mode, self.params, settings, range(min(TUNING_PROBLEMS, len(self.problems))), batch)
             seconds.append(score.seconds)
         return min(seconds[1:])
 
@@ -204,8 +204,8 @@ class Evaluation:
         ar, diffusion, speculative = Score(), Score(), Score()
         scores = ((Mode.AR, ar), (Mode.DIFFUSION, diffusion), (Mode.SPECULATIVE, speculative))
         turns = [(mode, score, self.tune(mode, batch)) for mode, score in scores]
-        for start in range(0, len(self.problems), AMONG):
-            part = range(start, min(start + AMONG, len(self.problems)))
+        for start in range(0, len(self.problems), TURN_PROBLEMS):
+            part = range(start, min(start + TURN_PROBLEMS, len(self.problems)))
             for mode, score, settings in turns:
                 self._solve(score, mode, self.params, settings, part, batch)
         return Comparison(batch, ar, diffusion, speculative, *(settings for _, _, settings in turns))
@@ -216,8 +216,8 @@ class Evaluation:
         params = dataclasses.replace(params, eos_token_ids=self.params.eos_token_ids)
         settings, ar_settings = self.tune(Mode.DIFFUSION, batch), self.tune(Mode.AR, batch)
         self._solve(Score(), Mode.DIFFUSION, params, settings, range(min(2, len(self.problems))), batch)  # may compile again
-        for i, start in enumerate(range(0, len(self.problems), AMONG)):
-            part = range(start, min(start + AMONG, len(self.problems)))
+        for i, start in enumerate(range(0, len(self.problems), TURN_PROBLEMS)):
+            part = range(start, min(start + TURN_PROBLEMS, len(self.problems)))
             if i % AR_EVERY == 0:
                 self._solve(ar, Mode.AR, self.params, ar_settings, part, batch)
             self._solve(score, Mode.DIFFUSION, params, settings, part, batch)

@@ -11,7 +11,7 @@ from twotower.prefix.stats import PrefixStats
 
 
 class PrefixMetrics(Collector):
-    """Reports `stats` to whoever scrapes `registry`."""
+    """Reports `stats` to the scrapers of `registry`."""
 
     def __init__(self, stats: PrefixStats, registry: CollectorRegistry) -> None:
         self._stats = stats

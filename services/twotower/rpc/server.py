@@ -66,7 +66,7 @@ class RpcServer:
         return join_address(self._host, self._port)
 
     async def start(self, service_names: Sequence[str]) -> None:
-        """Bind and listen; health says NOT_SERVING until `set_serving(True)`. Raises PortInUse."""
+        """Bind and listen; health reports NOT_SERVING until `set_serving(True)`. Raises PortInUse."""
         self._services = tuple(service_names)
         reflection.enable_server_reflection(
             (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME),

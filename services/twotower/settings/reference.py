@@ -13,15 +13,15 @@ HEAD = """\
 
 Generated from the declarations of the settings (`*/config.py` of each service) by `python -m twotower.cli.configuration`.
 
-A setting has one name wherever it is given. Of those that give it, the first counts:
+A setting has the same name in all sources. The first source that sets it applies:
 
 1. the **command line**: `--max-sessions 32`;
-2. the **environment**: `TWOTOWER_MAX_SESSIONS=32`; an empty variable gives nothing;
+2. the **environment**: `TWOTOWER_MAX_SESSIONS=32`; an empty variable counts as unset;
 3. a **settings file** in TOML, which `--settings FILE` or `TWOTOWER_SETTINGS` names: `max_sessions = 32`;
 4. its **default**.
 
-One file can serve several commands: what stands at its top is for each command that has such a setting, and a table with the
-name of a command is for that command alone, before what stands at the top. (`twotower up` reads `[up]`; other tables are for
+One file can serve several commands: keys at its top apply to each command that has such a setting. A table with the name of a
+command applies to that command alone, and takes precedence over the top. (`twotower up` reads `[up]`; other tables are for
 services that are started one by one.)
 
 ```toml
@@ -34,16 +34,16 @@ max_sessions = 32
 slots = 16
 ```
 
-A name that no command knows, in the environment (where it begins with `TWOTOWER_`) or in a file, and a value that a setting
-cannot have, end the command with one line that says which one. Variables that Kubernetes sets for services called
-`twotower-...` are left alone.
+A name that no command knows, in the environment (where it begins with `TWOTOWER_`) or in a file, ends the command with one
+line that names it; so does a value that a setting cannot have. Variables that Kubernetes sets for services called
+`twotower-...` are ignored.
 
 **Secrets** are never on a command line, which every user of a machine can read: they come by environment, by a settings file,
-or by a file that holds nothing else and that a variable names, as orchestrators mount them
-(`TWOTOWER_REDIS_URL_FILE=/run/secrets/redis-url`). `twotower up` hands settings to its services by environment.
+or by a file with only the secret, which a variable names, as orchestrators mount them
+(`TWOTOWER_REDIS_URL_FILE=/run/secrets/redis-url`). `twotower up` passes settings to its services by environment.
 
-Sizes are bytes, or numbers with K, M, G or T (powers of 1024). Where there may be several texts, the option is
-repeated, the variable has commas between them, and the file has a list.
+Sizes are bytes, or numbers with K, M, G or T (powers of 1024). For a setting with several texts, the option is
+repeated, the variable separates them by commas, and the file has a list.
 """
 
 

@@ -19,7 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts are encoded on
 PIECE = 32 * 1024
 """Characters after which a long text is checked for whether it still fits."""
 
-DOUBT = 1.25
+REFUSAL_FACTOR = 1.25
 """A text is refused by the sum of its pieces' tokens only if that exceeds the limit by this factor, since the tokens at
 the cuts differ a little from those of the whole."""
 
@@ -32,7 +32,7 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in inner.get_added_tokens_decoder().items() if token.special)
         """Ids that never show in text."""
         self._names: dict[int, str] = {}
-        # Prompts are never truncated or padded, whatever the file says.
+        # Prompts are never truncated or padded, whatever the file requests.
         inner.no_truncation()
         inner.no_padding()
         spec = json.loads(inner.to_str())
@@ -82,7 +82,7 @@ class Tokenizer:
         tokens = 0
         for start in range(0, len(text), PIECE):
             tokens += len(self._ids(text[start : start + PIECE]))
-            if tokens > DOUBT * most:
+            if tokens > REFUSAL_FACTOR * most:
                 raise _no_room(text, most)
 
     def _ids(self, text: str, special_tokens: bool = True) -> list[int]:

@@ -54,12 +54,12 @@ def train_all(config: PipelineConfig) -> None:
     context = train.run_dir / "context"
     _say(f"context tower: for {_length(train, config.context_share)}")
     train_context(_phase(train, "context-run", context, config.context_share), tokenizer)
-    _careful(lambda: _report_context(context, train))
+    _tolerating_errors(lambda: _report_context(context, train))
     _say(f"denoiser: for {_length(train, 1 - config.context_share)}")
     phase = _phase(train, "denoiser-run", train.out, 1 - config.context_share)
     train_denoiser(dataclasses.replace(phase, drill_share=config.denoiser_drills), context, masking=config.masking)
-    _careful(lambda: _report_denoiser(train.out, train))
-    _careful(lambda: _calibrate(train))
+    _tolerating_errors(lambda: _report_denoiser(train.out, train))
+    _tolerating_errors(lambda: _calibrate(train))
 
 
 def _phase(train: TrainConfig, name: str, out: Path, share: float) -> TrainConfig:
@@ -109,7 +109,7 @@ def _shown(probe: Probe) -> str:
     return f"{probe.exact:.1%} exact, {probe.tokens_per_forward:.2f} tokens a forward"
 
 
-def _careful(report: Callable[[], None]) -> None:
+def _tolerating_errors(report: Callable[[], None]) -> None:
     """Run a measurement; its failure is printed and does not end the training."""
     try:
         report()

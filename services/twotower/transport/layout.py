@@ -54,7 +54,7 @@ class Layout:
         )
 
     def placed(self, place: int) -> link_pb2.Placed:
-        """The message that tells the worker of tensors at `place`."""
+        """The message that announces the tensors at `place` to the worker."""
         placed = link_pb2.Placed()
         placed.CopyFrom(self._placed)
         placed.place = place
