@@ -7,8 +7,9 @@ import grpc
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 """Fits frame batches of 2 MiB, and a prompt of 262,144 ids, with room to spare."""
 
-KEEPALIVE_MS = 10_000
-KEEPALIVE_TIMEOUT_MS = 10_000
+KEEPALIVE_MS = 3_000
+KEEPALIVE_TIMEOUT_MS = 5_000
+"""A peer that is stopped or has vanished is given up after both together: a worker's slots wait for its context that long."""
 
 ChannelOptions = tuple[tuple[str, int | str], ...]
 
