@@ -318,3 +318,32 @@ def test_a_device_that_fails_session_after_session_ends_the_loop(towers: TinyTow
         context.open(str(i))
     with pytest.raises(RuntimeError, match="illegal memory access"):
         context.until_idle()
+
+
+@pytest.mark.parametrize("mode", [Mode.AR, Mode.SPECULATIVE])
+def test_a_draw_that_fails_lets_each_session_begin_again_with_its_text(
+    towers: TinyTowers, monkeypatch: pytest.MonkeyPatch, mode: Mode
+) -> None:
+    """The forward has taken the tokens into the states by then; the memory for the draw is what is missing."""
+    params = GenerationParams(max_tokens=12, mode=mode)
+    texts = []
+    for fails in (False, True):
+        context = _Context(towers)
+        draw, calls = context.loop._engine._draw, 0
+
+        def draw_or_fail(sessions: Sequence[Session], draw: Any = draw, fails: bool = fails) -> Any:
+            nonlocal calls
+            calls += 1
+            if fails and calls == 4:
+                raise RuntimeError("out of memory")
+            return draw(sessions)
+
+        monkeypatch.setattr(context.loop._engine, "_draw", draw_or_fail)
+        for name in ("a", "b"):
+            context.open(name, PROMPT[: 20 + ord(name) % 2], params)
+        context.until_idle()
+        tokens = context.take(TokenDecoded)
+        texts.append([[one.token for one in tokens if one.session_id == name] for name in ("a", "b")])
+        assert not context.take(SessionFailed)
+    assert texts[0] == texts[1]
+    assert [len(text) for text in texts[0]] == [12, 12]

@@ -128,6 +128,9 @@ class ContextEngine:
         last one of that. When the forward raises, no state has changed (but see `commit_together`).
         """
         drafts = [session for session, piece in work if piece.kept is None]
+        assert all(piece.tokens[0] == session.pending for session, piece in work if piece.kept is None), (
+            "not the token that is due"
+        )
         if not drafts and all(piece.kept == len(piece.tokens) for _, piece in work):
             return self.commit_together([(session, piece.tokens) for session, piece in work]), [None] * len(work)
         states = [session.state for session, _ in work]
@@ -146,7 +149,10 @@ class ContextEngine:
         return deltas, rounds
 
     def _verify(self, sessions: Sequence[Session], drafts: Tensor, logits: Tensor) -> list[Round]:
-        """What AR would have written, as far as the drafts (R, L), on the host, agree; logits (R, L, vocab)."""
+        """What AR would have written, as far as the drafts (R, L), on the host, agree; logits (R, L, vocab).
+
+        A round ends before logits that are not finite, unless they are its first: AR would write what comes before them.
+        """
         length = drafts.shape[1]
         drawn, sound = _choose(
             [session.params for session in sessions for _ in range(length)], _chances(sessions, length), logits.flatten(0, 1)
@@ -155,9 +161,9 @@ class ContextEngine:
         out = []
         for row, (session, draft, chosen, fine) in enumerate(rows):
             own = chosen.tolist()
-            agree = [a == b for a, b in zip(draft[1:], own, strict=False)]
+            agree = [a == b and ok for a, b, ok in zip(draft[1:], own, fine[1:], strict=False)]
             kept = 1 + (agree.index(False) if False in agree else length - 1)
-            error = None if all(fine[:kept]) else NonFiniteLogits(NOT_FINITE)
+            error = None if fine[0] else NonFiniteLogits(NOT_FINITE)
             told: list[TokenLogprob] = []
             if session.params.logprobs is not None:
                 told = token_logprobs(logits[row, :kept], chosen[:kept], session.params.logprobs)
@@ -176,8 +182,9 @@ class ContextEngine:
             assert logits is not None
             for session, row in zip(behind, logits, strict=True):
                 session.logits, session.pending = row, None
-                session.rounds.append(STEP)
         drawn = self._draw(sessions)
+        for session in behind:
+            session.rounds.append(STEP)
         for session, token in zip(sessions, drawn, strict=True):
             session.pending = token if isinstance(token, int) else None
         return drawn
