@@ -278,15 +278,16 @@ class Sessions:
         if live.link is not None:
             live.link.held.pop(live.id, None)
             live.link = None
+            live.lease += 1
             if live.effort is not None:
                 self._loop.inbox.put(GoAlone(live.id))
 
     def _let_go(self, live: LiveSession, reason: link_pb2.EndReason.ValueType) -> None:
         """Take a session away from its worker, if it has one."""
-        link = live.link
+        link, ref = live.link, link_pb2.SessionRef(id=live.id, lease=live.lease)
         self._forget(live)
         if link is not None:
-            link.end(link_pb2.SessionRef(id=live.id, lease=live.lease), reason)
+            link.end(ref, reason)
 
     def _set_writing(self, live: LiveSession, writing: bool) -> None:
         self._loop.refining += writing - live.writing
@@ -326,22 +327,30 @@ class Sessions:
         ready = ReadySession(live.id, lease, self.address, live.room)
         clock = asyncio.get_running_loop().time
         give_up = clock() + BROKER_WAIT_S
-        while not live.over and live.lease == lease and live.link is None:
+
+        def waits() -> bool:
+            """Whether it still waits: a worker may pull the entry before Redis has answered here, or where it never does."""
+            return not live.over and live.lease == lease and live.link is None
+
+        while waits():
             try:
                 entry = await self._queue.push(ready, live.priority, wait_s=0)
             except BrokerUnavailable as error:
-                if clock() >= give_up:
-                    if live.effort is not None:  # nothing is lost but speed
-                        live.effort.rest()
-                        return
-                    live.fail(error)
-                    self.end(live)
+                if clock() < give_up:
+                    await asyncio.sleep(BROKER_RETRY_S)
+                    continue
+                if not waits():
                     return
-                await asyncio.sleep(BROKER_RETRY_S)
-                continue
+                if live.effort is not None:  # nothing is lost but speed
+                    live.effort.rest()
+                    return
+                live.fail(error)
+                self.end(live)
+                return
             except Exception as error:
                 log.error("session %s could not be queued", live.id, exc_info=error)
-                self._failed(live, "it could not be queued")
+                if waits():
+                    self._failed(live, "it could not be queued")
                 return
             if live.over or live.lease != lease:
                 await self._remove(entry)
