@@ -71,7 +71,7 @@ class LiveSession:
         self.failures = failures
         """What the request has met since its last block, on whatever replica or worker."""
         self.lease = 0
-        """Counts how often it was queued. What comes with another one, from whomever, is dropped."""
+        """Counts how often it was queued, and how often a worker lost it. What comes with another one is dropped."""
         self.entry_id: EntryId | None = None
         """Its entry in the ready queue, while it waits there."""
         self.waiting_since = 0.0
@@ -117,9 +117,16 @@ class LiveSession:
             self.over = True
 
     def show(self, step: BlockStep) -> None:
-        """Take a look at the next block. One that a client would not read soon is of no use, and is dropped."""
-        if not self.over and self._events.qsize() < RESUME_UNREAD:
-            self._events.put_nowait(step)
+        """Take a look at the next block. One that a client would not read soon is of no use, and is dropped.
+
+        Of a draft, the first token is text already, and all others may be refused: none is shown as committed.
+        """
+        if self.over or self._events.qsize() >= RESUME_UNREAD:
+            return
+        if self.effort is not None:
+            behind = step.token_ids[1:]
+            step = BlockStep(step.number, behind, (False,) * len(behind), step.confidence[1:])
+        self._events.put_nowait(step)
 
     def fail(self, error: TwoTowerError) -> None:
         """End the session with an error, unless it is over."""
