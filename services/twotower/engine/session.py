@@ -82,8 +82,6 @@ class Session:
         self.prompt = list(tokens[:prompt_end])
         self.params = params
         self.state = state
-        self.room = room_for(len(tokens), generated, params)
-        """Tokens that the state will hold at most."""
         self.transcript = Transcript(params, generated)
         self.written = list(tokens[prompt_end:])
         """What has been written so far; after the beginning, kept in the autoregressive modes only."""

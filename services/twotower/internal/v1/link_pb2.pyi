@@ -65,9 +65,7 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     """The worker does not hold that lease (any more)."""
     END_REASON_PAUSED: _EndReason.ValueType  # 3
     """The session waits for its client, who does not read; it is queued again later."""
-    END_REASON_FAILED: _EndReason.ValueType  # 4
-    """It cannot go on; the client has the error."""
-    END_REASON_RESTING: _EndReason.ValueType  # 5
+    END_REASON_RESTING: _EndReason.ValueType  # 4
     """Its drafts earn less than AR's own steps; it may be queued again later."""
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper):
@@ -80,9 +78,7 @@ END_REASON_LEASE_LOST: EndReason.ValueType  # 2
 """The worker does not hold that lease (any more)."""
 END_REASON_PAUSED: EndReason.ValueType  # 3
 """The session waits for its client, who does not read; it is queued again later."""
-END_REASON_FAILED: EndReason.ValueType  # 4
-"""It cannot go on; the client has the error."""
-END_REASON_RESTING: EndReason.ValueType  # 5
+END_REASON_RESTING: EndReason.ValueType  # 4
 """Its drafts earn less than AR's own steps; it may be queued again later."""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
 
