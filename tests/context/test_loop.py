@@ -26,7 +26,7 @@ from twotower.context.messages import (
 )
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.isolation import MAX_FAILURES
-from twotower.engine.session import Session
+from twotower.engine.session import Piece, Session
 from twotower.errors import Overloaded, Unavailable
 from twotower.model.state import ContextState
 from twotower.request import GenerationParams, Mode, Priority
@@ -92,7 +92,7 @@ def test_blocks_of_one_message_share_a_forward(towers: TinyTowers) -> None:
         context.open(name)
     context.until_idle()
     context.take(Committed)
-    context.loop.inbox.put(CommitBlocks([(name, BLOCK) for name in "abc"]))
+    context.loop.inbox.put(CommitBlocks([(name, Piece(BLOCK, 16)) for name in "abc"]))
     context.loop.iterate()
     (committed,) = context.take(Committed)
     assert sorted(committed.session_ids) == ["a", "b", "c"]
@@ -106,7 +106,7 @@ def test_what_a_session_has_read_and_written_is_what_it_is_alone(towers: TinyTow
     for name, prompt in prompts.items():
         context.open(name, prompt)
     context.until_idle()
-    context.loop.inbox.put(CommitBlocks([(name, BLOCK[::-1]) for name in "bd"]))
+    context.loop.inbox.put(CommitBlocks([(name, Piece(BLOCK[::-1], 16)) for name in "bd"]))
     context.until_idle()
     engine = ContextEngine(towers.context)
     for name, prompt in prompts.items():
@@ -172,10 +172,10 @@ def test_a_slot_is_never_read_or_written_for_a_session_that_has_left(
         for _ in range(leaves):
             context.loop.iterate()
         if leaves > 2:
-            context.loop.inbox.put(CommitBlocks([("leaves", BLOCK)]), CopyState("leaves", 1))
+            context.loop.inbox.put(CommitBlocks([("leaves", Piece(BLOCK, 16))]), CopyState("leaves", 1))
         context.loop.inbox.put(CloseSession("leaves"))
         context.open("next", other[::-1])
-        context.loop.inbox.put(CommitBlocks([("leaves", BLOCK)]), CopyState("leaves", 1))
+        context.loop.inbox.put(CommitBlocks([("leaves", Piece(BLOCK, 16))]), CopyState("leaves", 1))
         context.take(StateCopied)
         context.until_idle()
         assert not context.take(StateCopied)
@@ -199,12 +199,12 @@ def test_a_state_is_copied_when_nothing_is_left_to_do_to_it(towers: TinyTowers) 
     context.until_idle()
     (copied,) = context.take(StateCopied)
     assert (copied.lease, copied.length) == (7, len(PROMPT))
-    context.loop.inbox.put(CommitBlocks([("a", BLOCK)]), CopyState("a", 8))
+    context.loop.inbox.put(CommitBlocks([("a", Piece(BLOCK, 16))]), CopyState("a", 8))
     context.until_idle()
     (copied,) = context.take(StateCopied)
     assert copied.length == len(PROMPT) + 16
     before = {key: tensor.clone() for key, tensor in copied.copy.tensors.items()}
-    context.loop.inbox.put(CommitBlocks([("a", BLOCK)]))
+    context.loop.inbox.put(CommitBlocks([("a", Piece(BLOCK, 16))]))
     context.until_idle()
     assert all(torch.equal(tensor, before[key]) for key, tensor in copied.copy.tensors.items())
 
@@ -237,7 +237,7 @@ def test_only_the_session_that_fails_alone_fails(towers: TinyTowers, bad: str, m
     for name in "abcde":
         context.open(name)
     context.until_idle()
-    context.loop.inbox.put(CommitBlocks([(name, BLOCK) for name in "abcde"]))
+    context.loop.inbox.put(CommitBlocks([(name, Piece(BLOCK, 16)) for name in "abcde"]))
     context.until_idle()
     (failed,) = context.take(SessionFailed)
     assert failed.session_id == bad

@@ -196,7 +196,8 @@ async def test_a_session_rests_from_drafts_that_earn_little_and_comes_back(stack
 async def test_a_step_that_is_shown_is_of_what_comes_next_and_nothing_of_it_is_final(stack: Towers, local: LocalEngine) -> None:
     stack.start_worker()
     params = dataclasses.replace(DRAFTS, show_steps=True, steps=2)
-    text, steps = [], 0
+    text: list[int] = []
+    steps = 0
     async for event in stack.open([5, 6], params):
         text += event.block.token_ids
         if event.HasField("step"):

@@ -69,7 +69,7 @@ class LiveSession:
         self.draft_forwards = 0
         """Of the denoiser, for the draft that is being verified."""
         self.failures = failures
-        """What the request has met since its last block, on whatever replica or worker."""
+        """Failures of the request since the last block in which a worker had a part, on whatever replica or worker."""
         self.lease = 0
         """Counts how often it was queued, and how often a worker lost it. What comes with another one is dropped."""
         self.entry_id: EntryId | None = None
@@ -91,23 +91,19 @@ class LiveSession:
         self._events: asyncio.Queue[LiveEvent] = asyncio.Queue()
 
     @property
-    def ar(self) -> bool:
-        """Whether the context writes it alone."""
-        return self.params.mode is Mode.AR
+    def resting(self) -> bool:
+        """Whether the context writes it alone: always in AR mode; in speculative mode where drafts earn less, for a while."""
+        return self.params.mode is Mode.AR or (self.effort is not None and self.effort.resting)
 
     @property
     def wants_worker(self) -> bool:
         """Whether a worker is to write its next block, or to draft it."""
-        if self.ar or self.over or self.paused:
-            return False
-        return self.effort is None or not self.effort.resting
+        return not (self.resting or self.over or self.paused)
 
     def emit(
         self, tokens: Sequence[int], forwards: int, logprobs: Sequence[TokenLogprob] = (), use: DraftUse = NO_DRAFT
     ) -> None:
         """Take a finished block; when it was the last, the session is `over`."""
-        if self.effort is None or use.drafted:  # what the context writes alone absolves no worker
-            self.failures = 0
         shown = self.transcript.emit(tokens)
         self.last_token = shown[-1]
         self._events.put_nowait(ShownBlock(shown, forwards, logprobs[: len(shown)], use.shown(len(shown))))

@@ -24,7 +24,6 @@ from twotower.context.messages import (
     ContextResult,
     CopySent,
     CopyState,
-    GoAlone,
     OpenSession,
     PrefixLoaded,
     PrefixMet,
@@ -35,7 +34,7 @@ from twotower.context.messages import (
     StateCopied,
     StateSoonReady,
     TokenDecoded,
-    VerifyDrafts,
+    WorkerLeft,
 )
 from twotower.context.prefixes import CachedPrefix, PrefixCache
 from twotower.context.resident import ContextResident
@@ -46,11 +45,9 @@ from twotower.engine.pacing import Load, Outbound, Pacing
 from twotower.engine.progress import Progress
 from twotower.engine.scheduler import Plan, plan
 from twotower.engine.scoring import PromptScorer, Scoring
-from twotower.engine.session import Piece
 from twotower.engine.waiting import WaitingLine
 from twotower.errors import Overloaded, TwoTowerError, Unavailable
 from twotower.model.pool import StatePool
-from twotower.request import Mode
 from twotower.tracing.recorder import NO_TRACER
 from twotower.wire.state import state_tensors
 
@@ -143,18 +140,14 @@ class ContextLoop:
                 case CloseSession(session_id):
                     self._close(session_id)
                 case CommitBlocks(blocks):
-                    for session_id, tokens in blocks:
+                    for session_id, piece in blocks:
                         if (resident := self._residents.get(session_id)) is not None:
-                            resident.session.blocks.append(Piece(list(tokens), len(tokens)))
-                case VerifyDrafts(drafts):
-                    for session_id, tokens in drafts:
-                        if (resident := self._residents.get(session_id)) is not None and resident.held:
-                            resident.session.blocks.append(Piece(list(tokens), None))
+                            resident.session.blocks.append(piece)
                 case _ if (resident := self._residents.get(entry.session_id)) is None:
                     pass  # it is over
                 case CopyState(_, lease):
                     resident.copy_for = lease
-                case GoAlone():
+                case WorkerLeft():
                     resident.held = False
                     resident.copy_for = None
                 case SetPaused(_, paused):
@@ -224,7 +217,7 @@ class ContextLoop:
                 self._end([(resident, error)])
                 continue
             resident.copy_for = None
-            resident.held = resident.session.params.mode is Mode.SPECULATIVE
+            resident.held = True
             copied.append(StateCopied(resident.name, lease, state.length, copy))
         self._deliver(copied)
 
