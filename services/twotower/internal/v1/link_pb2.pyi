@@ -181,7 +181,7 @@ class SessionRef(_message.Message):
     LEASE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     lease: _builtins.int
-    """Counts how often the session was queued."""
+    """Counts how often the session was queued, and how often it left a worker."""
     def __init__(
         self,
         *,
