@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -347,3 +348,36 @@ def test_a_draw_that_fails_lets_each_session_begin_again_with_its_text(
         assert not context.take(SessionFailed)
     assert texts[0] == texts[1]
     assert [len(text) for text in texts[0]] == [12, 12]
+
+
+@pytest.mark.parametrize("mode", [Mode.DIFFUSION, Mode.SPECULATIVE])
+def test_states_that_a_failing_commit_has_changed_are_given_up_and_not_committed_again(
+    towers: TinyTowers, monkeypatch: pytest.MonkeyPatch, mode: Mode
+) -> None:
+    """Nobody knows how far it came: their gateways have them rebuilt. Others go on."""
+    context = _Context(towers)
+    for name in "abc":
+        context.open(name, params=dataclasses.replace(PARAMS, mode=mode))
+    context.loop.inbox.put(CopyState("a", 1), CopyState("b", 1))
+    for _ in range(8):
+        context.loop.iterate()
+    tower, left = context.loop._engine.tower, ["accept", "accept_all"]
+    for name in left.copy():
+
+        def fail_late(*args: Any, name: str = name, real: Any = getattr(tower, name)) -> Any:  # noqa: B008
+            changed = real(*args)
+            if left:
+                left.clear()
+                raise RuntimeError("out of memory")
+            return changed
+
+        monkeypatch.setattr(tower, name, fail_late)
+    pieces = []
+    for name in "ab":
+        pending = context.loop._residents[name].session.pending
+        pieces.append((name, Piece(BLOCK, 16) if pending is None else Piece([pending, *BLOCK[1:]], None)))
+    context.loop.inbox.put(CommitBlocks(pieces))
+    context.until_idle()
+    assert {failed.session_id for failed in context.take(SessionFailed)} == {"a", "b"}
+    assert not context.take(Committed)
+    assert set(context.loop._residents) == {"c"}

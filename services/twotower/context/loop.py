@@ -25,8 +25,8 @@ from twotower.context.messages import (
     CopySent,
     CopyState,
     OpenSession,
+    PrefixHit,
     PrefixLoaded,
-    PrefixMet,
     PrefixWanted,
     ScoreTokens,
     SessionFailed,
@@ -38,7 +38,7 @@ from twotower.context.messages import (
 )
 from twotower.context.prefixes import CachedPrefix, PrefixCache
 from twotower.context.resident import ContextResident
-from twotower.engine.context_engine import ContextEngine
+from twotower.engine.context_engine import ContextEngine, StatesLostError
 from twotower.engine.inbox import Inbox
 from twotower.engine.isolation import Isolation
 from twotower.engine.pacing import Load, Outbound, Pacing
@@ -192,10 +192,10 @@ class ContextLoop:
                 self._scorer.begin(Scoring(entry.session_id, entry.tokens, entry.top, state, entry.tell))
                 continue
             session = self._engine.open(entry.session_id, entry.tokens, entry.params, entry.generated, state, entry.rounds)
-            borders, met = self._prefixes.begin(session)
+            borders, hit = self._prefixes.begin(session)
             self._residents[session.id] = resident = ContextResident(session, borders)
-            if met is not None:
-                self._deliver([PrefixMet(borders.links[: met.chunks], met.snapshot)])
+            if hit is not None:
+                self._deliver([PrefixHit(borders.links[: hit.chunks], hit.snapshot)])
             elif borders.links and self._prefixes.shared:
                 resident.awaits_prefix = True
                 self._deliver([PrefixWanted(session.id, borders.links)])
@@ -252,8 +252,13 @@ class ContextLoop:
         self._announce([resident for resident in residents if len(resident.session.blocks) == 1])
         sessions = [resident.session for resident in residents]
         began = time.perf_counter()
-        with self._span("commit", batch=len(sessions)):
-            deltas, rounds = self._engine.advance([(session, session.blocks[0]) for session in sessions])
+        try:
+            with self._span("commit", batch=len(sessions)):
+                deltas, rounds = self._engine.advance([(session, session.blocks[0]) for session in sessions])
+        except StatesLostError as error:  # to run it again would take tokens into states that hold them already
+            log.error("a commit of %d sessions failed, and their states are lost", len(sessions), exc_info=error)
+            self._end([(resident, error) for resident in residents])
+            return
         failed: list[ContextResult] = []
         for resident, round_ in zip(residents, rounds, strict=True):
             resident.session.blocks.popleft()
