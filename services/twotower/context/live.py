@@ -113,7 +113,7 @@ class LiveSession:
             self.over = True
 
     def show(self, step: BlockStep) -> None:
-        """Take a look at the next block. One that a client would not read soon is of no use, and is dropped.
+        """Take a look at the next block. It is dropped where the client would not read it soon.
 
         Of a draft, the first token is text already, and all others may be refused: none is shown as committed.
         """

@@ -43,7 +43,7 @@ class ScoreTokens:
     session_id: str
     tokens: Sequence[int]
     top: int
-    """With so many of the likeliest tokens at each place."""
+    """How many of the likeliest tokens are returned at each place."""
     priority: Priority
     tell: Callable[[Sequence[TokenLogprob] | TwoTowerError], object]
     """Takes what each forward has found, in the prompt's order, or why there is no more; in the loop's thread."""
@@ -118,8 +118,8 @@ class PrefixWanted:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixMet:
-    """A cached beginning was met again: other replicas may meet it, too."""
+class PrefixHit:
+    """A prompt began with a cached prefix: other replicas may get such prompts, too."""
 
     links: Sequence[bytes]
     """Of all its chunks."""
@@ -175,4 +175,4 @@ class SessionFailed:
     error: TwoTowerError
 
 
-ContextResult = PrefixWanted | PrefixMet | StateSoonReady | Committed | TokenDecoded | StateCopied | SessionFailed
+ContextResult = PrefixWanted | PrefixHit | StateSoonReady | Committed | TokenDecoded | StateCopied | SessionFailed

@@ -1,7 +1,7 @@
 """The sessions of one context replica: how they are opened, queued, held by workers, written, and ended.
 
-The states are the loop's; what is here decides who may write, and tells the loop and the workers. All of it runs in the
-event loop, and nothing is decided across an await without looking again.
+The states belong to the loop. This module decides who may write, and sends that decision to the loop and to the workers. All of
+it runs in the event loop, and whatever was decided before an await is checked again behind it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from twotower.context.messages import (
     CopySent,
     CopyState,
     OpenSession,
+    PrefixHit,
     PrefixLoaded,
-    PrefixMet,
     PrefixWanted,
     SessionFailed,
     SetPaused,
@@ -195,13 +195,13 @@ class Sessions:
     def _take(self, result: ContextResult) -> None:
         if isinstance(result, Committed):
             self._committed(result)
-        elif isinstance(result, PrefixMet):
+        elif isinstance(result, PrefixHit):
             if self._redis is not None:
                 self._redis.store_later(result.links, len(result.links), result.snapshot)
         elif (live := self._sessions.get(result.session_id)) is None:
             if isinstance(result, StateCopied):
                 self.copy_sent(result.copy)
-            # It is over; the loop will hear, or has heard.
+            # The session is over: its CloseSession is in the inbox, or has been taken.
         elif isinstance(result, StateSoonReady):
             if live.wants_worker:
                 self._enqueue(live)
@@ -245,7 +245,7 @@ class Sessions:
             self.end(live)
 
     def _committed(self, result: Committed) -> None:
-        """Send each worker its rows; whoever has no worker any more is queued already, or will be."""
+        """Send each worker its rows. A session that has no worker any more is queued already, or will be."""
         rows: dict[WorkerLink, list[tuple[int, LiveSession, int]]] = defaultdict(list)
         for row, (session_id, length) in enumerate(zip(result.session_ids, result.lengths, strict=True)):
             live = self._sessions.get(session_id)
@@ -311,7 +311,7 @@ class Sessions:
     # The ready queue
 
     def _requeue(self, live: LiveSession) -> None:
-        """Queue a session that has lost its worker; who does not want one now is queued when it does."""
+        """Queue a session that has lost its worker. One that does not want a worker now is queued when it does."""
         if live.wants_worker:
             self._enqueue(live)
 

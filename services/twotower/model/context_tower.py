@@ -85,7 +85,7 @@ class ContextTower(nn.Module):
 
     @torch.inference_mode()
     def read(self, chunks: Sequence[Tensor], states: Sequence[ContextState]) -> Tensor:
-        """As `prefill`, for whoever wants to know what every position comes to.
+        """As `prefill`, for callers that need every position.
 
         Returns h (sum of L_i, hidden), of which `logits(h[i:j].unsqueeze(1))` makes logits: those of all positions may be
         more than there is memory for.

@@ -730,7 +730,7 @@ class CommittedBlock(_message.Message):
     GENERATED_FIELD_NUMBER: _builtins.int
     DRAFT_FIELD_NUMBER: _builtins.int
     kept: _builtins.int
-    """The first so many tokens of the block that were taken into the state."""
+    """How many of the first tokens of the block were taken into the state."""
     length: _builtins.int
     """Tokens that the state holds now."""
     generated: _builtins.int
