@@ -49,7 +49,7 @@ class _Transfer:
     wanted: Callable[[], bool] = lambda: True
     """Whether anybody still waits for it."""
     sent: Callable[[], None] = lambda: None
-    """Called once, when the tensors are of no use here any more."""
+    """Called once, when the tensors are not needed here any more."""
 
 
 class WorkerLink:
@@ -162,7 +162,7 @@ class WorkerLink:
     async def run(self, read: Read, write: Write) -> None:
         """Until the worker ends the stream; the outlet is the caller's to close.
 
-        Raises LeaseLost when the worker is silent, Incompatible when it talks nonsense.
+        Raises LeaseLost when the worker is silent, Incompatible when a message of it does not fit the protocol or the session.
         """
         tasks = [asyncio.create_task(work) for work in (self._read(read), self._send(write), self._watch())]
         why = "the worker has gone"
@@ -239,7 +239,7 @@ class WorkerLink:
         self._sessions.blocks_done(taken)
 
     def _show(self, blocks: Sequence[link_pb2.BlockStepped]) -> None:
-        """Blocks on their way. What does not belong to the block that is due is of no use, and is dropped."""
+        """Blocks on their way. What does not belong to the block that is due is dropped."""
         for block in blocks:
             live = self.holds(block.session)
             if live is None or not live.writing or block.generated != live.transcript.generated:

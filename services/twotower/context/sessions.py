@@ -1,7 +1,7 @@
 """The sessions of one context replica: how they are opened, queued, held by workers, written, and ended.
 
-The states are the loop's; what is here decides who may write, and tells the loop and the workers. All of it runs in the
-event loop, and nothing is decided across an await without looking again.
+The states belong to the loop. This module decides who may write, and sends that decision to the loop and to the workers. All of
+it runs in the event loop, and whatever was decided before an await is checked again behind it.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from twotower.context.messages import (
     ContextResult,
     CopySent,
     CopyState,
-    GoAlone,
     OpenSession,
+    PrefixHit,
     PrefixLoaded,
-    PrefixMet,
     PrefixWanted,
     SessionFailed,
     SetPaused,
     StateCopied,
     StateSoonReady,
     TokenDecoded,
-    VerifyDrafts,
+    WorkerLeft,
 )
 from twotower.engine.context_engine import Round
 from twotower.engine.effort import Times
-from twotower.errors import BrokerUnavailable, NonFiniteLogits, RequestFailed
+from twotower.engine.session import Piece
+from twotower.errors import BrokerUnavailable, NonFiniteLogits, RequestFailed, TwoTowerError
 from twotower.internal.v1 import link_pb2
 from twotower.prefix.redis_tier import RedisTier
 from twotower.request import DraftUse, TokenLogprob
@@ -108,8 +108,7 @@ class Sessions:
     def has_read(self, live: LiveSession) -> None:
         """The gateway has taken an event."""
         if live.resume():
-            if live.params.mode.autoregressive:
-                self._loop.inbox.put(SetPaused(live.id, False))
+            self._loop.inbox.put(SetPaused(live.id, False))
             if live.wants_worker and live.link is None and live.entry_id is None:
                 self._enqueue(live)
 
@@ -133,25 +132,24 @@ class Sessions:
 
         A draft is verified first.
         """
-        commits: list[tuple[str, Sequence[int]]] = []
-        drafts: list[tuple[str, Sequence[int]]] = []
+        pieces: list[tuple[str, Piece]] = []
         for live, block, logprobs in blocks:
             self._set_writing(live, False)
+            tokens = list(block.token_ids)
             if live.effort is not None:
                 live.draft_forwards = block.forwards
                 if block.forwards and block.seconds > 0:
                     self._loop.times.measured("step", block.seconds / block.forwards)
-                drafts.append((live.id, block.token_ids))
+                pieces.append((live.id, Piece(tokens, None)))
                 continue
-            live.emit(block.token_ids, block.forwards, logprobs)
+            live.failures = 0
+            live.emit(tokens, block.forwards, logprobs)
             if live.over:
                 self.end(live)
             else:
-                commits.append((live.id, block.token_ids))
-        if commits:
-            self._loop.inbox.put(CommitBlocks(commits))
-        if drafts:
-            self._loop.inbox.put(VerifyDrafts(drafts))
+                pieces.append((live.id, Piece(tokens, len(tokens))))
+        if pieces:
+            self._loop.inbox.put(CommitBlocks(pieces))
 
     def detached(self, link: WorkerLink, detached: link_pb2.Detached) -> None:
         """A worker lets go of a session."""
@@ -159,11 +157,8 @@ class Sessions:
         if live is None:
             return
         self._forget(live)
-        if detached.reason == link_pb2.DETACH_REASON_NOT_FINITE and live.effort is not None:
-            live.effort.give_up()  # the text is the context's: it goes on without drafts
-        elif detached.reason == link_pb2.DETACH_REASON_NOT_FINITE:
-            live.fail(NonFiniteLogits(detached.detail))
-            self.end(live)
+        if detached.reason == link_pb2.DETACH_REASON_NOT_FINITE:
+            self._give_up(live, NonFiniteLogits(detached.detail))
         elif detached.reason == link_pb2.DETACH_REASON_HANDED_BACK:
             self._requeue(live)
         else:
@@ -200,15 +195,15 @@ class Sessions:
     def _take(self, result: ContextResult) -> None:
         if isinstance(result, Committed):
             self._committed(result)
-        elif isinstance(result, PrefixMet):
+        elif isinstance(result, PrefixHit):
             if self._redis is not None:
                 self._redis.store_later(result.links, len(result.links), result.snapshot)
         elif (live := self._sessions.get(result.session_id)) is None:
             if isinstance(result, StateCopied):
                 self.copy_sent(result.copy)
-            # It is over; the loop will hear, or has heard.
+            # The session is over: its CloseSession is in the inbox, or has been taken.
         elif isinstance(result, StateSoonReady):
-            if live.wants_worker or (live.effort is None and not live.ar):
+            if live.wants_worker:
                 self._enqueue(live)
         elif isinstance(result, TokenDecoded):
             self._decoded(live, result)
@@ -235,7 +230,7 @@ class Sessions:
             self.end(live)
         elif live.paused:
             self._loop.inbox.put(SetPaused(live.id, True))
-        elif live.effort is not None and live.effort.resting:
+        elif live.effort is not None and live.resting:
             live.effort.stepped()
             if live.wants_worker:
                 self._enqueue(live)
@@ -243,13 +238,14 @@ class Sessions:
     def _verified(self, live: LiveSession, verified: Round) -> None:
         """Show what a round has written."""
         assert live.effort is not None
+        live.failures = 0
         live.emit(verified.tokens, live.draft_forwards, verified.logprobs, verified.use(live.params.block_size))
         live.effort.verified(len(verified.tokens), self._loop.times)
         if live.over:
             self.end(live)
 
     def _committed(self, result: Committed) -> None:
-        """Send each worker its rows; whoever has no worker any more is queued already, or will be."""
+        """Send each worker its rows. A session that has no worker any more is queued already, or will be."""
         rows: dict[WorkerLink, list[tuple[int, LiveSession, int]]] = defaultdict(list)
         for row, (session_id, length) in enumerate(zip(result.session_ids, result.lengths, strict=True)):
             live = self._sessions.get(session_id)
@@ -259,10 +255,9 @@ class Sessions:
                 continue
             if live.paused:  # a client that does not read must not keep a worker's slot
                 self._let_go(live, link_pb2.END_REASON_PAUSED)
-                if live.effort is not None:
-                    self._loop.inbox.put(SetPaused(live.id, True))
+                self._loop.inbox.put(SetPaused(live.id, True))
                 continue
-            if live.effort is not None and live.effort.resting:
+            if live.resting:
                 self._let_go(live, link_pb2.END_REASON_RESTING)
                 continue
             self._set_writing(live, True)
@@ -278,15 +273,15 @@ class Sessions:
         if live.link is not None:
             live.link.held.pop(live.id, None)
             live.link = None
-            if live.effort is not None:
-                self._loop.inbox.put(GoAlone(live.id))
+            live.lease += 1
+            self._loop.inbox.put(WorkerLeft(live.id))
 
     def _let_go(self, live: LiveSession, reason: link_pb2.EndReason.ValueType) -> None:
         """Take a session away from its worker, if it has one."""
-        link = live.link
+        link, ref = live.link, link_pb2.SessionRef(id=live.id, lease=live.lease)
         self._forget(live)
         if link is not None:
-            link.end(link_pb2.SessionRef(id=live.id, lease=live.lease), reason)
+            link.end(ref, reason)
 
     def _set_writing(self, live: LiveSession, writing: bool) -> None:
         self._loop.refining += writing - live.writing
@@ -297,21 +292,26 @@ class Sessions:
         live.failures += 1
         if live.over:
             return
-        if live.failures >= MAX_FAILURES and live.effort is not None:
-            log.warning("session %s goes on without drafts, after %d failures: %s", live.id, live.failures, why)
-            live.effort.give_up()
-            return
         if live.failures >= MAX_FAILURES:
-            live.fail(RequestFailed(f"the request failed {live.failures} times without a block between; the last time: {why}"))
-            self.end(live)
+            times = f"{live.failures} times without a block between"
+            self._give_up(live, RequestFailed(f"the request failed {times}; the last time: {why}"))
             return
         log.warning("session %s goes on elsewhere (failure %d): %s", live.id, live.failures, why)
         self._requeue(live)
 
+    def _give_up(self, live: LiveSession, error: TwoTowerError) -> None:
+        """No worker can write the session: it ends; in speculative mode the context writes the rest of it alone."""
+        if live.effort is None:
+            live.fail(error)
+            self.end(live)
+        else:
+            log.warning("session %s goes on without drafts: %s", live.id, error)
+            live.effort.give_up()
+
     # The ready queue
 
     def _requeue(self, live: LiveSession) -> None:
-        """Queue a session that has lost its worker; who does not want one now is queued when it does."""
+        """Queue a session that has lost its worker. One that does not want a worker now is queued when it does."""
         if live.wants_worker:
             self._enqueue(live)
 
@@ -326,22 +326,30 @@ class Sessions:
         ready = ReadySession(live.id, lease, self.address, live.room)
         clock = asyncio.get_running_loop().time
         give_up = clock() + BROKER_WAIT_S
-        while not live.over and live.lease == lease and live.link is None:
+
+        def waits() -> bool:
+            """Whether it still waits: a worker may pull the entry before Redis has answered here, or where it never does."""
+            return not live.over and live.lease == lease and live.link is None
+
+        while waits():
             try:
                 entry = await self._queue.push(ready, live.priority, wait_s=0)
             except BrokerUnavailable as error:
-                if clock() >= give_up:
-                    if live.effort is not None:  # nothing is lost but speed
-                        live.effort.rest()
-                        return
-                    live.fail(error)
-                    self.end(live)
+                if clock() < give_up:
+                    await asyncio.sleep(BROKER_RETRY_S)
+                    continue
+                if not waits():
                     return
-                await asyncio.sleep(BROKER_RETRY_S)
-                continue
+                if live.effort is not None:  # nothing is lost but speed
+                    live.effort.rest()
+                    return
+                live.fail(error)
+                self.end(live)
+                return
             except Exception as error:
                 log.error("session %s could not be queued", live.id, exc_info=error)
-                self._failed(live, "it could not be queued")
+                if waits():
+                    self._failed(live, "it could not be queued")
                 return
             if live.over or live.lease != lease:
                 await self._remove(entry)

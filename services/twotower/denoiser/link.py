@@ -73,7 +73,7 @@ class ContextLink:
         self._put(link_pb2.WorkerMessage(detach=link_pb2.Detach(sessions=[detached])))
 
     def hand_in(self, finished: BlocksFinished) -> None:
-        """Send the blocks that one forward finished, as far as their sessions are still here."""
+        """Send the blocks that one forward finished, of those sessions that are still here."""
         done = link_pb2.BlocksDone()
         for held, block in finished.blocks:
             session = self._sessions.get(held)
@@ -93,7 +93,7 @@ class ContextLink:
             self._put(link_pb2.WorkerMessage(done=done))
 
     def show(self, shown: BlocksShown) -> None:
-        """Send blocks on their way, as far as their sessions are still here."""
+        """Send blocks on their way, of those sessions that are still here."""
         stepped = link_pb2.BlocksStepped()
         for held, generated, step in shown.blocks:
             if held in self._sessions:
