@@ -22,6 +22,7 @@ from twotower.errors import Overloaded, TwoTowerError, Unavailable
 from twotower.events import Accepted, Block, Event, Finished
 from twotower.gateway import openai_replies as replies
 from twotower.gateway.bodies import Bodies
+from twotower.gateway.brain import Brain
 from twotower.gateway.core import Core, Prepared
 from twotower.gateway.http_envelope import Envelope
 from twotower.gateway.json_body import parse_json
@@ -35,7 +36,7 @@ SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 RETRY_STATUSES = (429, 503)
 
 
-def make_app(core: Core, bodies: Bodies) -> ASGIApp:
+def make_app(core: Core, bodies: Bodies, brain: Brain) -> ASGIApp:
     """The ASGI application."""
 
     async def healthz(request: Request) -> Response:
@@ -50,6 +51,9 @@ def make_app(core: Core, bodies: Bodies) -> ASGIApp:
     async def metrics(request: Request) -> Response:
         return Response(generate_latest(core.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    async def pool(request: Request) -> Response:
+        return JSONResponse(brain.body())
+
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [replies.model_body(core.model)]})
 
@@ -61,6 +65,7 @@ def make_app(core: Core, bodies: Bodies) -> ASGIApp:
         routes=[
             Route("/v1/completions", Completions(core, bodies), methods=["POST"]),
             Route("/v1/models", models),
+            Route("/v1/pool", pool),
             Route("/v1/models/{model:path}", model),
             Route("/healthz", healthz),
             Route("/readyz", readyz),

@@ -70,6 +70,18 @@ class Metrics:
         )
         self.contexts = Gauge("twotower_gateway_contexts_live", "Contexts that announce themselves", registry=registry)
         self.denoisers = Gauge("twotower_gateway_denoisers_live", "Denoisers that announce themselves", registry=registry)
+        self.denoisers_wanted = Gauge(
+            "twotower_denoisers_wanted", "Denoisers that are wanted, for whoever scales them", registry=registry
+        )
+        self.contexts_wanted = Gauge(
+            "twotower_contexts_wanted", "Contexts that are wanted, for whoever scales them", registry=registry
+        )
+        self.held = Gauge(
+            "twotower_gateway_requests_held",
+            "Requests that wait for a first replica, by its role",
+            ("role",),
+            registry=registry,
+        )
 
     def count_route(self, expected_tokens: int) -> None:
         """A session was opened on a context that is thought to hold so many tokens of its prompt."""
