@@ -45,12 +45,17 @@ class DenoiserMetrics:
         self.repeated = Counter(
             "twotower_denoiser_blocks_repeated", "Finished blocks that equal the one before in their session", registry=registry
         )
+        self.drafts = Counter(
+            "twotower_denoiser_drafts",
+            "Finished drafts of speculative mode, which no other metric of blocks counts",
+            registry=registry,
+        )
         self.refine_seconds = Histogram(
             "twotower_denoiser_block_refine_seconds", "From a block's start to its end", buckets=SECONDS, registry=registry
         )
         self.step_seconds = Histogram(
             "twotower_denoiser_step_seconds",
-            "Mean time of a block's forwards, what it waited between them included",
+            "Mean time of a block's forwards, each with all that shared it",
             buckets=SECONDS,
             registry=registry,
         )
@@ -80,17 +85,20 @@ class DenoiserMetrics:
             registry=registry,
         )
 
-    def finished(self, block: FinishedBlock, seconds: float) -> None:
-        """A block is finished, `seconds` after it was started."""
+    def finished(self, block: FinishedBlock, seconds: float, computing_s: float) -> None:
+        """A block is finished, `seconds` after it was started; its forwards took `computing_s`."""
         now = self._clock()
+        self.refine_seconds.observe(seconds)
+        self.step_seconds.observe(computing_s / max(1, block.forwards))
+        self.refine_s.add(seconds, now)
+        if block.draft:
+            self.drafts.inc()
+            return
         self.sickness.add(block)
         self.generation_tokens.inc(block.tokens)
         self.block_forwards.observe(block.forwards)
         self.out_of_steps.inc(block.out_of_steps)
         self.repeated.inc(block.repeats)
-        self.refine_seconds.observe(seconds)
-        self.step_seconds.observe(seconds / max(1, block.forwards))
-        self.refine_s.add(seconds, now)
         self._row_forwards.add(block.forwards, now)
         self._block_tokens.add(block.tokens, now)
 

@@ -29,11 +29,13 @@ class FinishedBlock:
     gamma: float
     repeats: bool
     """It equals the block before it."""
+    draft: bool = False
+    """It is only a draft, in as few forwards as pay off."""
 
     @property
     def telling(self) -> bool:
         """Whether a healthy denoiser would take fewer forwards than tokens for it, where steps allow that."""
-        return self.tokens >= 4 and self.gamma <= MOST_GAMMA
+        return not self.draft and self.tokens >= 4 and self.gamma <= MOST_GAMMA
 
     @property
     def out_of_steps(self) -> bool:
