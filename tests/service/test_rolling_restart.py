@@ -23,6 +23,7 @@ from twotower.engine.local import LocalEngine
 from twotower.events import Block
 from twotower.gateway.config import GatewayConfig
 from twotower.launcher.process import ServiceProcess
+from twotower.reference.metrics import metric_entries
 from twotower.request import GenerationParams
 from twotower.settings.build import build, environment
 from twotower.tasks import end_tasks
@@ -143,9 +144,24 @@ async def test_a_rolling_restart_fails_no_request(tmp_path: Path) -> None:
             await asyncio.gather(*clients)
         finally:
             await end_tasks(*clients)
+        await _metrics_are_offered(running)
         assert sum("Traceback" in line for line in running.log) == 0, "\n".join(running.log)
         await asyncio.gather(*(service.stop(30.0) for service in running.services.values()))
         redis = await connect(server.url)
         left = [key async for key in redis.scan_iter() if ":replica" in key or ":order" in key]
         await redis.aclose()
         assert left == []  # each withdrew
+
+
+async def _metrics_are_offered(running: Fleet) -> None:
+    """At the port that each tower has logged, the names of the reference, with what was done."""
+    async with httpx.AsyncClient() as client:
+        for role, counter in (("context", "prompt_tokens"), ("denoiser", "generation_tokens")):
+            (*_, line) = (line for line in running.log if f"[{role}-0]" in line and "metrics on " in line)
+            text = (await client.get(line.rpartition(" ")[2])).text
+            samples = {name: float(value) for name, value in (row.rsplit(" ", 1) for row in text.splitlines() if row[0] != "#")}
+            assert samples[f"twotower_{role}_{counter}_total"] > 0
+            assert samples[f"twotower_{role}_draining"] == 0
+            declared = {entry.name for entry in metric_entries() if entry.module == f"{role}/metrics.py"}
+            kinds = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
+            assert declared <= kinds
