@@ -39,6 +39,7 @@ from twotower.request import GenerationParams
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
 from twotower.service.drain import Drain
+from twotower.service.gpu_metrics import offer_gpu_metrics
 from twotower.service.metrics_port import metrics_port
 from twotower.service.tower import TowerKind, tower_process
 from twotower.sizes import parse_bytes
@@ -103,6 +104,7 @@ async def run(config: ContextConfig) -> None:
                 forwards=lambda: progress.forwards,
                 draining=lambda: service.draining,
             )
+            offer_gpu_metrics(process.tower.device, metrics.registry)
             scoring = ScoringService(loop.inbox, process.checkpoint.limits, pool, lambda: service.draining)
             async with process.working(loop, progress) as working:
                 try:
