@@ -136,7 +136,7 @@ def test_a_bad_value_is_refused_by_name(values: dict[str, Any], named: str, majo
     [
         ({"checkpoint": {"source": "pvc"}}, "checkpoint.pvc.claimName"),
         ({"checkpoint": {"source": "image"}}, "checkpoint.image.reference"),
-        ({"checkpoint": {"source": "fetch"}}, "checkpoint.revision"),
+        ({"checkpoint": {"source": "fetch", "fetch": {"command": ["true"]}}}, "checkpoint.revision"),
         ({"checkpoint": {"source": "fetch", "revision": "a"}}, "checkpoint.fetch.command"),
         ({"redis": {"mode": "external"}}, "redis.external"),
         ({"ingress": {"enabled": True}}, "ingress.hosts"),
