@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 GPU_TESTS := tests/kernels tests/model tests/engine tests/conformance
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train test test-slow test-gpu test-faults bench docs lint format proto proto-check proto-release clean
+.PHONY: help setup demo train test test-slow test-gpu test-faults test-lm-eval bench docs lint format proto proto-check proto-release clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -54,6 +54,13 @@ test-gpu: setup  ## All that a CUDA device can check: kernels, towers, graphs, t
 TRAIN ?=
 train: setup  ## Train both towers anew on math, code and knowledge, into runs/suite; interrupted, it goes on (see docs/training.md)
 	$(BIN)/twotower train all --out runs/suite --run-dir runs/suite-run --minutes $(or $(MINUTES),14) $(TRAIN)
+
+LM_EVAL := .venv-lm-eval
+
+test-lm-eval: setup  ## EleutherAI's lm-eval against a stack, in an environment of its own
+	test -x $(LM_EVAL)/bin/lm_eval || { $(BIN)/python -m venv --clear --without-pip $(LM_EVAL) && \
+	  $(BIN)/pip --python $(LM_EVAL)/bin/python install --quiet 'lm_eval[api]==0.4.13' 'transformers>=5'; }
+	$(BIN)/python -m tests.lm_eval $(LM_EVAL)/bin/lm_eval
 
 bench: setup  ## The ratios this project promises, measured here (about ten minutes) and plotted over time in docs/benchmarks
 	$(BIN)/twotower bench record --out docs/benchmarks $(BENCH)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from twotower.request import FinishReason, TokenLogprob
+from twotower.request import NO_DRAFT, BlockStep, DraftUse, FinishReason, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A finished block; in AR mode one token."""
+    """A finished block; in AR mode one token, in speculative mode what a round, or an AR step, wrote."""
 
     index: int
     """Counted from 0."""
@@ -32,6 +32,18 @@ class Block:
     forwards: int
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each token, if the request asked for them."""
+    use: DraftUse = NO_DRAFT
+    """In speculative mode, what it took; `forwards` are the denoiser's then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A block on its way, if the request asked for such events; some may be missing, or come again."""
+
+    block: int
+    """Counted from 0."""
+    step: BlockStep
+    """Cut at max_tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +58,10 @@ class Finished:
     """From acceptance to the last block."""
     text: str = ""
     """Text held back until the end was known."""
+    rounds: int = 0
+    """In speculative mode,"""
+    use: DraftUse = NO_DRAFT
+    """and what they took, and the AR steps between them."""
 
 
-Event = Accepted | Block | Finished
+Event = Accepted | Block | Shown | Finished

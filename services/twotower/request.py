@@ -5,6 +5,7 @@ No torch, no gRPC, no Redis here.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
 from collections.abc import Sequence
@@ -34,7 +35,14 @@ class Mode(enum.Enum):
 
     DIFFUSION = "diffusion"
     AR = "ar"
+    SPECULATIVE = "speculative"
+    """The denoiser drafts, the context tower verifies: AR's text, to the token."""
     MOCK_AR = "mock-ar"
+
+    @property
+    def autoregressive(self) -> bool:
+        """Whether every token is the context tower's own choice."""
+        return self in (Mode.AR, Mode.SPECULATIVE)
 
 
 class FinishReason(enum.Enum):
@@ -72,6 +80,7 @@ class GenerationParams:
     max_tokens: int = 256
     block_size: int = 16
     steps: int = 16
+    """Forwards of the denoiser for a block, at most. In speculative mode 0: chosen for each draft by what drafts earn."""
     gamma: float = 0.8
     temperature: float = 0.0
     top_k: int = 0
@@ -83,6 +92,32 @@ class GenerationParams:
     """Generation ends after the first of these; empty: at `max_tokens` only."""
     logprobs: int | None = None
     """Tell each token's log probability, and so many of the likeliest at its place; None: neither."""
+    show_steps: bool = False
+    """Show each block as it is after every forward."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftUse:
+    """What a round of speculative mode took, or an AR step in that mode; of other modes nothing is counted."""
+
+    drafted: int = 0
+    """Tokens that the denoiser proposed."""
+    accepted: int = 0
+    """Of these, how many became text."""
+    context_forwards: int = 0
+    """Forwards of the context tower."""
+
+    def __add__(self, other: DraftUse) -> DraftUse:
+        return DraftUse(
+            self.drafted + other.drafted, self.accepted + other.accepted, self.context_forwards + other.context_forwards
+        )
+
+    def shown(self, tokens: int) -> DraftUse:
+        """The same, where only so many of the tokens that it earned are shown."""
+        return dataclasses.replace(self, accepted=min(self.accepted, tokens))
+
+
+NO_DRAFT = DraftUse()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +128,21 @@ class TokenLogprob:
     """Natural logarithm of its probability at temperature 1; of a block's token, with the mask id excluded."""
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest tokens at its place and their logprobs, the likeliest first; of equal ones, the lower id."""
+    step: int = 1
+    """The forward of its block that committed it, counted from 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStep:
+    """A block after one of its forwards: provisional where it is not committed."""
+
+    number: int
+    """Which of the block's forwards, counted from 1."""
+    token_ids: tuple[int, ...]
+    """Where a position is not committed, the likeliest token there."""
+    committed: tuple[bool, ...]
+    confidence: tuple[float, ...]
+    """Of each token, its probability; of a committed one, in the forward that committed it."""
 
 
 def check_request(prompt: Sequence[int], params: GenerationParams, limits: ModelLimits) -> list[str]:
@@ -117,13 +167,15 @@ def check_request(prompt: Sequence[int], params: GenerationParams, limits: Model
         )
     if not 1 <= params.block_size <= MAX_BLOCK_SIZE:
         raise InvalidArgument("block_size", f"must be in [1, {MAX_BLOCK_SIZE}], not {params.block_size}")
+    if params.mode is Mode.SPECULATIVE and params.block_size < 2:
+        raise InvalidArgument("block_size", 'must be at least 2 in mode "speculative": the first token of a draft is known')
     usable = max(limits.block_size, params.max_tokens)
     if params.mode is Mode.DIFFUSION and params.block_size > usable:
         raise InvalidArgument(
             "block_size",
             f"must be at most {usable} with max_tokens {params.max_tokens}: the rest of the block would be cut off",
         )
-    if params.steps < 1:
+    if params.steps < (0 if params.mode is Mode.SPECULATIVE else 1):
         raise InvalidArgument("steps", f"must be at least 1, not {params.steps}")
     if not (0.0 <= params.gamma <= 1.0):  # also refuses NaN
         raise InvalidArgument("gamma", f"must be in [0, 1], not {params.gamma}")
@@ -142,9 +194,10 @@ def check_request(prompt: Sequence[int], params: GenerationParams, limits: Model
             raise InvalidArgument("eos_token_ids", f"token {token} is outside the vocabulary [0, {limits.vocab_size})")
     if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:
         raise InvalidArgument("logprobs", f"must be in [0, {MAX_LOGPROBS}], not {params.logprobs}")
-    if params.mode is Mode.DIFFUSION and params.block_size > limits.block_size:
+    if params.mode in (Mode.DIFFUSION, Mode.SPECULATIVE) and params.block_size > limits.block_size:
+        worse = "text" if params.mode is Mode.DIFFUSION else "drafts"
         trained = limits.block_size
-        return [f"block_size {params.block_size} is above the {trained} this checkpoint was trained with: expect worse text"]
+        return [f"block_size {params.block_size} is above the {trained} this checkpoint was trained with: expect worse {worse}"]
     return []
 
 

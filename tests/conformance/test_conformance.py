@@ -21,19 +21,19 @@ def test_the_reference_in_one_process(hybrid_8l: Path) -> None:
     misses: list[str] = []
     tally = run_local(hybrid_8l, misses.append)
     assert misses == []
-    assert str(tally) == "37/37 cases, 23/23 states"
+    assert str(tally) == "43/43 cases, 23/23 states"
 
 
 @pytest.mark.parametrize("options", ["--denoisers 1", "--denoisers 3 --contexts 2 --concurrency 8"])
 def test_the_reference_through_services(hybrid_8l: Path, options: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["conformance", str(hybrid_8l), "--services", *options.split()]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "32/32 cases, 0/0 states"
+    assert capsys.readouterr().out.splitlines()[-1] == "38/38 cases, 0/0 states"
 
 
 def test_several_sets_are_added_up(hybrid_8l: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_cases(write_tiny_checkpoint(tmp_path))
     assert main(["conformance", str(tmp_path), str(hybrid_8l), "--local"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "53/53 cases, 23/23 states"
+    assert capsys.readouterr().out.splitlines()[-1] == "62/62 cases, 23/23 states"
 
 
 def test_a_wrong_token_a_wrong_count_and_a_wrong_state_are_misses(
@@ -52,7 +52,7 @@ def test_a_wrong_token_a_wrong_count_and_a_wrong_state_are_misses(
     save_file(states, path / "states.safetensors")
     assert main(["conformance", str(path), "--local"]) == 1
     *lines, last = capsys.readouterr().out.splitlines()
-    assert last == "34/37 cases, 21/23 states"
+    assert last == "39/43 cases, 21/23 states"
     assert any("case 0" in line and "from token 3" in line for line in lines)
     assert any("case 2" in line and "forwards" in line for line in lines)
     assert any("commit.2.ssm" in line for line in lines)

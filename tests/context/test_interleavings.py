@@ -7,6 +7,7 @@ says so, one step at a time, so that Hypothesis finds, and shrinks, the order in
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -42,6 +43,8 @@ PARAMS = [
     GenerationParams(max_tokens=60, gamma=0.2, temperature=0.8, seed=3),
     GenerationParams(max_tokens=24, gamma=0.5, block_size=8, steps=8),
     GenerationParams(max_tokens=10, mode=Mode.AR),
+    GenerationParams(max_tokens=30, mode=Mode.SPECULATIVE, steps=2),
+    GenerationParams(max_tokens=24, mode=Mode.SPECULATIVE, steps=0, temperature=0.8, seed=5, block_size=8),
 ]
 SLOTS = 3
 WORKERS = 2
@@ -135,7 +138,7 @@ class Client:
                 if isinstance(event, ShownBlock):
                     self.tokens += event.tokens
                     assert self.tokens == self._expected[: len(self.tokens)], "a wrong text"
-                else:
+                elif isinstance(event, FinishReason):
                     self.finished = event
         finally:
             self._world.sessions.end(self.live)
@@ -186,6 +189,18 @@ class Machine:
             task.cancel()
         for wire in self.wires:
             wire.cut()
+
+
+def _rounds(generated: int) -> list[int]:
+    """How that many tokens may have been written elsewhere: by rounds, and by AR steps between them."""
+    rounds: list[int] = []
+    left = generated - 1
+    for kept in itertools.cycle((3, 0, 1, 5)):
+        if left < max(kept, 1):
+            return rounds + [0] * left
+        rounds.append(kept)
+        left -= max(kept, 1)
+    return rounds
 
 
 class World:
@@ -252,15 +267,18 @@ class World:
         tokens, one = PROMPTS[prompt], PARAMS[params]
         key = (prompt, params)
         if key not in self._expected:
-            self._expected[key] = self._local.generate(tokens, one).token_ids
+            alone = dataclasses.replace(one, mode=Mode.AR, steps=1) if one.mode is Mode.SPECULATIVE else one
+            self._expected[key] = self._local.generate(tokens, alone).token_ids
         expected = self._expected[key]
         block = one.block_size if one.mode is Mode.DIFFUSION else 1
         done = (len(expected) // 2) // block * block if moved else 0
         known = [*tokens, *expected[:done]]
-        live = LiveSession(str(next(self._names)), len(known), one, generated=done)
+        last = known[-1] if done else None
+        live = LiveSession(str(next(self._names)), len(known), one, generated=done, last_token=last)
+        rounds = _rounds(done) if one.mode is Mode.SPECULATIVE else []
 
         async def begin() -> None:
-            self.sessions.open(live, known)
+            self.sessions.open(live, known, rounds)
             self.clients.append(Client(self, live, expected[done:]))
 
         self.run(begin())

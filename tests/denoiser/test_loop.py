@@ -82,7 +82,7 @@ class _Denoiser:
         for held, block in finished:
             session = self.sessions[held]
             session.emit(block.tokens.tolist())
-            rows.append(Row(held, length or session.state.length, session.generated))
+            rows.append(Row(held, length or session.state.length, session.generated, len(block.tokens)))
         self.loop.inbox.put(Extend(rows, deltas.length, self.received(delta_tensors(deltas))))
 
     def until(self, kind: type[R], count: int = 1) -> list[R]:
@@ -243,7 +243,7 @@ def test_logits_that_are_not_finite_fail_their_session(towers: TinyTowers) -> No
                 layer.ssm.fill_(torch.nan)
         return begin(params, state, generated)
 
-    denoiser.loop.engine.start = spoil  # type: ignore[method-assign]
+    denoiser.loop.engine.start = spoil  # type: ignore[method-assign,assignment]
     (failed,) = denoiser.until(SessionsFailed)
     ((who, error),) = failed.sessions
     assert who == bad

@@ -133,8 +133,11 @@ def _frame(**fields: Any) -> link_pb2.ContextMessage:
 WELCOME = link_pb2.ContextMessage(welcome=link_pb2.Welcome(silence_s=5))
 SESSION = link_pb2.SessionRef(id="odd", lease=1)
 STATE = link_pb2.ContextMessage(state=link_pb2.State(session=SESSION, params=params_to_pb(PARAMS), length=1))
-ROW = link_pb2.CommittedBlock(session=SESSION, kept=3, length=17, generated=16)
-PART = link_pb2.ContextMessage(committed=link_pb2.BlocksCommitted(rows=[ROW], block_size=16))
+
+
+def _committed(**fields: Any) -> link_pb2.ContextMessage:
+    row = link_pb2.CommittedBlock(session=SESSION, length=17, generated=16, **fields)
+    return link_pb2.ContextMessage(committed=link_pb2.BlocksCommitted(rows=[row], block_size=16))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +150,10 @@ PART = link_pb2.ContextMessage(committed=link_pb2.BlocksCommitted(rows=[ROW], bl
         ([WELCOME, STATE, _frame(name="weights")], "frame 'weights' of layer 0: not expected"),
         ([WELCOME, WELCOME], "welcome is not expected here"),
         ([WELCOME, _frame(dtype=1, shape=[1])], "frames is not expected here"),
-        ([WELCOME, PART], "committed.kept"),
+        ([WELCOME, _committed(kept=0)], "committed.kept"),
+        ([WELCOME, _committed(kept=17)], "committed.kept"),
+        ([WELCOME, _committed(kept=3, draft=link_pb2.Draft(token=96, steps=1))], "draft.token"),
+        ([WELCOME, _committed(kept=3, draft=link_pb2.Draft(token=5))], "draft.steps"),
         ([WELCOME, link_pb2.ContextMessage()], "an empty one is not expected here"),
     ],
 )

@@ -36,7 +36,12 @@ def test_scores() -> None:
         score.add(_completion(40, forwards, 1.5), "The answer is 6.", NumberCheck(5), 1)
     diffusion.add(_completion(40, 10, 1.0), "7 7 7 7 7 7 7 7 7 7 The answer is 5.", NumberCheck(5), 2)  # right, and degenerate
     assert (ar.accuracy, diffusion.accuracy, diffusion.degenerate) == (1 / 2, 1 / 3, 1)
-    comparison = Comparison(1, ar, diffusion, Settings(1, False), Settings(2, True))
+    speculative = Score(seconds=2.0, rounds=4, accepted=36)
+    speculative.add(_completion(40, 4, 0.5), "The answer is 5.", NumberCheck(5), 0)
+    settings = Settings(1, False), Settings(2, True), Settings(2, False)
+    comparison = Comparison(1, ar, diffusion, speculative, *settings)
+    assert comparison.speculative_speedup == pytest.approx((40 / 2.0) / (80 / 4.0))
+    assert speculative.tokens_per_round == pytest.approx(10.0)
     assert comparison.retention == pytest.approx(2 / 3)
     assert comparison.speedup == pytest.approx((120 / 1.0) / (80 / 4.0))
     assert diffusion.tokens_per_forward == pytest.approx(4.0)
@@ -49,9 +54,10 @@ def test_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = f"eval --checkpoint {checkpoint} --problems 3 --batch 1 2 --max-tokens 20 --compile no --json"
     assert main(words.split()) == 0
     told = json.loads(capsys.readouterr().out)
-    assert {"ar", "diffusion", "retention", "speedup", "batch", "batches", "settings"} <= told.keys()
+    assert {"ar", "diffusion", "speculative", "retention", "speedup", "batch", "batches", "settings"} <= told.keys()
     assert told["ar"]["tokens_per_forward"] == 1.0
     assert told["diffusion"]["tokens_per_s"] > 0
+    assert told["speculative"]["accuracy"] == told["ar"]["accuracy"]
     assert [other["batch"] for other in told["batches"]] == [2]
 
 

@@ -29,7 +29,7 @@ class Answer:
 
 
 def mixed(count: int, seed: int = 11) -> list[Ask]:
-    """Short and long texts, greedy and sampled, both modes, and prompts that begin alike."""
+    """Short and long texts, greedy and sampled, all modes, and prompts that begin alike."""
     found = islice(problems("eval", seed), count + 4)
     preamble = "".join(f"{problem.question}\n{problem.solution}\n\n" for problem in islice(found, 4))
     asks = []
@@ -45,6 +45,10 @@ def mixed(count: int, seed: int = 11) -> list[Ask]:
                 settings |= {"temperature": 0.8, "seed": i}
             case 4:
                 settings |= {"max_tokens": 3 * MAX_TOKENS, "ignore_eos": True}
+            case 5:
+                settings |= {"mode": "speculative", "temperature": 0.8 * (i // 8 % 2), "seed": i}
+            case 6:
+                settings |= {"mode": "speculative", "max_tokens": 2 * MAX_TOKENS, "ignore_eos": True}
         asks.append(Ask(prompt, settings))
     return asks
 

@@ -220,6 +220,7 @@ async def test_without_a_denoiser_only_ar_is_served(checkpoint: Path) -> None:
         with pytest.raises(Unavailable, match="no denoiser is live"):
             await _drain(client.generate([5]))
         await _drain(client.generate([5], mode=Mode.AR))
+        await _drain(client.generate([5], mode=Mode.SPECULATIVE))
 
 
 async def _until_refused(client: Any) -> None:

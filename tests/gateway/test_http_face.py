@@ -63,6 +63,8 @@ async def test_a_completion_is_what_openai_says_and_a_little_more(checkpoint: Pa
             "completion_tokens": len(ids),
             "total_tokens": prompt_tokens + len(ids),
             "forwards": FORWARDS * blocks,
+            "blocks": blocks,
+            "tokens_per_forward": round(len(ids) / (FORWARDS * blocks), 3),
         },
     }
 
@@ -350,7 +352,8 @@ async def test_the_openai_client(checkpoint: Path, tokenizer: Tokenizer) -> None
             assert whole.choices[0].finish_reason == "stop"
             assert whole.usage is not None
             assert whole.usage.completion_tokens == len(context.script)
-            assert whole.usage.model_extra == {"forwards": FORWARDS * -(-len(context.script) // BLOCK)}
+            blocks, rate = -(-len(context.script) // BLOCK), (whole.usage.model_extra or {})["tokens_per_forward"]
+            assert whole.usage.model_extra == {"forwards": FORWARDS * blocks, "blocks": blocks, "tokens_per_forward": rate}
             stream = await client.completions.create(
                 model="tiny", prompt=[5, 6], max_tokens=50, stream=True, stream_options={"include_usage": True}, stop=["zzz"]
             )

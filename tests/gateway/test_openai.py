@@ -9,14 +9,15 @@ import pytest
 
 from twotower.errors import InvalidArgument
 from twotower.gateway.json_body import parse_json
-from twotower.gateway.openai import DEFAULT_MAX_TOKENS, CompletionCall, parse_completion
+from twotower.gateway.openai import DEFAULT_MAX_TOKENS, parse_completion
+from twotower.gateway.openai_fields import Call
 from twotower.gateway.request import Request
 from twotower.request import Mode, Priority
 
 MAX_REQUESTS = 64
 
 
-def parse(**fields: Any) -> CompletionCall:
+def parse(**fields: Any) -> Call:
     return parse_completion(parse_json(json.dumps({"prompt": "x", **fields}).encode()), MAX_REQUESTS)
 
 
@@ -45,7 +46,17 @@ def test_all_fields() -> None:
         "x", DEFAULT_MAX_TOKENS, Mode.AR, 3, 8, 4, 0.5, 1.0, 5, 0.9, 7, ("a", "b"),
         eos_token_ids=(5,), priority=Priority.LOW, logprobs=5,
     )  # fmt: skip
-    assert call == CompletionCall((request,), n=1, model="m", stream=True, include_usage=True, timeout_s=2.5)
+    assert call == Call(
+        (request,),
+        n=1,
+        model="m",
+        stream=True,
+        include_usage=True,
+        continuous_usage=False,
+        timeout_s=2.5,
+        logprobs=5,
+        details=False,
+    )
     assert isinstance(call.requests[0].max_tokens, int)
 
 
@@ -89,7 +100,7 @@ BAD: list[tuple[str, Any]] = [
     *[("eos_token_ids", value) for value in (2, ["2"], [True], [2.5])],
     *[("n", value) for value in (9, 0, -1, True, "1", 1.5)],
     *[("best_of", value) for value in (3, "1", True)],
-    *[("echo", value) for value in (True, 0)],
+    *[("echo", value) for value in ("yes", 0)],
     *[("logprobs", value) for value in (True, "5", 1.5, [])],
     *[("timeout_s", value) for value in (0, -1, "soon", True, 1e18, 1e300)],
     *[("service_tier", value) for value in ("scale", "", 1)],
@@ -115,7 +126,7 @@ def test_what_is_wrong_is_named(field: str, value: Any) -> None:
     ("field", "options"),
     [
         ("stream_options", True),
-        ("include_usage", {"include_usage": 1}),
+        ("stream_options.include_usage", {"include_usage": 1}),
         ("stream_options.other", {"other": True}),
         ("stream_options.include_obfuscation", {"include_obfuscation": True}),
     ],
@@ -139,3 +150,16 @@ def test_a_prompt_is_needed() -> None:
 def test_what_is_no_json_object(body: bytes) -> None:
     with pytest.raises(InvalidArgument, match="body: "):
         parse_json(body)
+
+
+def test_an_echo_without_anything_behind_it_needs_no_denoiser() -> None:
+    call = parse(echo=True, max_tokens=0, logprobs=1)
+    assert (call.echo, call.generates, call.logprobs) == (True, False, 1)
+    assert (call.requests[0].mode, call.requests[0].max_tokens) == (Mode.AR, 1)
+    assert parse(echo=True, max_tokens=1).generates
+    assert parse(max_tokens=0).generates  # the core refuses it
+
+
+def test_details_need_logprobs_that_nobody_else_sees() -> None:
+    assert (parse(details=True).logprobs, parse(details=True).requests[0].logprobs) == (None, 0)
+    assert (parse(details=True, logprobs=3).logprobs, parse(details=True, logprobs=3).requests[0].logprobs) == (3, 3)

@@ -111,7 +111,9 @@ def test_workers_have_the_bits_and_all_tokens_are_a_commit(tmp_path: Path, form:
         assert all(map(torch.equal, before, [tensor for state in states for tensor in _tensors(state)]))
         assert found.logits is not None
         assert found.logits.shape == (len(states), size, tower.config.vocab_size)
-        deltas = tower.accept(states, found, counts)
+        accepted = tower.accept(states, found, counts)
+        assert accepted.counts == tuple(counts)
+        deltas = [accepted.row(i) for i in range(len(states))]
         for state, worker, delta, count in zip(states, workers, deltas, counts, strict=True):
             assert delta.length == count
             spec = delta_spec(tower.config, tower.dtype, 1, count)

@@ -24,6 +24,7 @@ CANNOT_RUN = {
     r"^make lint$": "CI begins with it; it takes a minute",
     r"^make train ": "it trains for 14 minutes; tests/train/test_cli.py runs its command on a tiny shape",
     r"^twotower train .*--max-number": "the model card's own runs of 26 to 78 minutes; the options are parsed",
+    r"^pip install 'lm_eval|^lm_eval ": "it needs an environment of its own; make test-lm-eval makes one and runs it",
 }
 """Commands that are not run here, and why. Those of `make` must have a recipe, and those of `twotower` options that exist."""
 

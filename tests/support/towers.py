@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from twotower.broker.connection import connect
 from twotower.broker.ready_queue import ReadyQueue
 from twotower.context.loop import ContextLoop
 from twotower.context.prefixes import PrefixCache
+from twotower.context.scoring import ScoringService
 from twotower.context.service import ContextService
 from twotower.context.sessions import Sessions
 from twotower.denoiser.loop import DenoiserLoop
@@ -27,7 +28,7 @@ from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.progress import Progress
 from twotower.engine.refinement import Refinement
 from twotower.engine.thread import EngineThread
-from twotower.internal.v1 import context_pb2, context_pb2_grpc
+from twotower.internal.v1 import context_pb2, context_pb2_grpc, scoring_pb2_grpc
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.pool import PoolSize, StatePool, pages_for
 from twotower.model.weights import load_context_tower, load_denoiser_tower
@@ -114,10 +115,16 @@ class Towers:
         self.workers.append(running)
         return running
 
-    def open(self, prompt: list[int], params: GenerationParams, generated: int = 0) -> AsyncIterator[context_pb2.SessionEvent]:
+    def open(
+        self, prompt: list[int], params: GenerationParams, generated: int = 0, rounds: Sequence[int] = ()
+    ) -> AsyncIterator[context_pb2.SessionEvent]:
         """A session's events."""
         request = context_pb2.OpenRequest(
-            request_id="test", prompt=inference_pb2.TokenIds(ids=prompt), generated=generated, params=params_to_pb(params)
+            request_id="test",
+            prompt=inference_pb2.TokenIds(ids=prompt),
+            generated=generated,
+            params=params_to_pb(params),
+            rounds=rounds,
         )
         return self.stub.Open(request)  # type: ignore[no-any-return]
 
@@ -168,6 +175,8 @@ async def towers(
         transports = ContextTransports(TransportConfig.of(transport), "127.0.0.1", CPU)
         service = ContextService(checkpoint, sessions, pool, transports, NO_TRACER, silence_s)
         context_pb2_grpc.add_ContextTowerServicer_to_server(service, rpc.server)
+        scoring = ScoringService(loop.inbox, checkpoint.limits, pool, lambda: service.draining)
+        scoring_pb2_grpc.add_ScoringServicer_to_server(scoring, rpc.server)
         await rpc.start(["twotower.internal.v1.ContextTower"])
         sessions.address = rpc.address
         working = asyncio.create_task(thread.run(loop.run))

@@ -14,6 +14,7 @@ from tokenizers import decoders, models
 
 from tests.support.tokenizers import VOCAB_SIZE, write_byte_tokenizer
 from twotower.errors import CheckpointError, InvalidArgument
+from twotower.text.places import TokenPlaces
 from twotower.text.stream import Detokenizer, TextStream
 from twotower.text.tokenizer import Tokenizer
 
@@ -251,3 +252,77 @@ def test_a_file_that_would_cut_prompts_does_not(tokenizer: Tokenizer, tmp_path: 
     cutting.save(str(tmp_path / "tokenizer.json"))
     text = "the quick brown fox"
     assert Tokenizer.load(tmp_path / "tokenizer.json").encode(text) == tokenizer.encode(text)
+
+
+def test_a_part_of_a_character_is_named_by_its_bytes(tokenizer: Tokenizer) -> None:
+    assert [tokenizer.name(byte_ids(tokenizer, byte)[0]) for byte in (0xE6, 0xFF)] == ["bytes:\\xe6", "bytes:\\xff"]
+    parts = tokenizer.encode("日")
+    assert b"".join(tokenizer.bytes_of(part) for part in parts).decode() == "日"
+    assert tokenizer.bytes_of(tokenizer.encode("the")[0]).decode() == tokenizer.name(tokenizer.encode("the")[0])
+    assert tokenizer.bytes_of(EOS) == b"</s>"
+    inner = tokenizers.Tokenizer(models.BPE({"<unk>": 0, "<0xE6>": 1, "a": 2}, [], byte_fallback=True))
+    inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    fallback = Tokenizer(inner)
+    assert (fallback.name(1), fallback.bytes_of(1), fallback.name(2)) == ("bytes:\\xe6", b"\xe6", "a")
+
+
+def places_of(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], int]:
+    places = TokenPlaces(tokenizer)
+    told = [place for token in ids for place in places.push(token)]
+    return told + places.finish(), places.length
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (b"ab", [0, 1]),
+        (b"a\xe6\x97\xa5b", [0, 1, 1, 1, 2]),
+        (b"\xe6b", [0, 1]),  # a lone byte, and what is right behind it
+        (b"\xe6\x97b", [0, 0, 1]),
+        (b"\xe6\xe6\x97\xa5b", [0, 1, 1, 1, 2]),
+        (b"\xff\xff\xff\xff\xffa", [0, 1, 2, 3, 4, 5]),
+        (b"\xf0\x9f\x99\x82\xf0", [0, 0, 0, 0, 1]),
+        (b"\xf0\x9fa\x82", [0, 0, 1, 2]),
+    ],
+)
+def test_places_behind_lone_bytes(tokenizer: Tokenizer, raw: bytes, expected: list[int]) -> None:
+    ids = [i for byte in raw for i in byte_ids(tokenizer, byte)]
+    assert places_of(tokenizer, ids) == (expected, len(raw.decode(errors="replace")))
+
+
+@settings(max_examples=200, deadline=None)
+@given(raw=st.binary(max_size=40), marks=st.lists(st.integers(0, 40), max_size=3))
+def test_every_token_is_found_at_its_place(tokenizer: Tokenizer, raw: bytes, marks: list[int]) -> None:
+    """Any bytes, each a token, with end-of-sequence tokens between: places are those of Python's own decoder."""
+    ids = [i for byte in raw for i in byte_ids(tokenizer, byte)]
+    spans: list[int] = []
+    for start in range(len(raw)):
+        # Characters that begin at or before this byte, but for the one that it begins.
+        spans.append(len(raw.decode(errors="replace")) - _characters_from(raw, start))
+    places, length = places_of(tokenizer, ids)
+    assert (places, length) == (spans, len(raw.decode(errors="replace")))
+    for mark in marks:
+        ids.insert(min(mark, len(ids)), EOS)
+    places, _ = places_of(tokenizer, ids)
+    assert len(places) == len(ids)
+    assert places == sorted(places)
+    assert [place for place, token in zip(places, ids, strict=True) if token != EOS] == spans
+
+
+def _characters_from(raw: bytes, start: int) -> int:
+    """Characters of `raw` from the one that holds the byte at `start` on."""
+    position, text = 0, raw.decode(errors="replace")
+    for count, character in enumerate(text):
+        size = _size(raw, position, character)
+        if position + size > start:
+            return len(text) - count
+        position += size
+    raise AssertionError(start)
+
+
+def _size(raw: bytes, position: int, character: str) -> int:
+    """Bytes of the character that stands at `position`: of a replacement, the longest beginning of a character."""
+    encoded = character.encode()
+    if raw.startswith(encoded, position):
+        return len(encoded)
+    return max(n for n in range(1, 4) if raw[position : position + n].decode(errors="replace") == "\ufffd")

@@ -94,8 +94,9 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.tt_grouped_experts.argtypes = [pointer, count, *(pointer,) * 5, *(count,) * 5, number]
     library.tt_block_scan.argtypes = [
         *(pointer, count, count, *(pointer,) * 5, number, *(pointer,) * 4, *(single,) * 3),
-        *(*(pointer,) * 5, *(count,) * 6, number, number),
+        *(*(pointer,) * 6, *(count,) * 6, number, number),
     ]
+    library.tt_time_steps.argtypes = [pointer, count, count, pointer, single, single, pointer, *(count,) * 4]
     library.tt_prefill_scan.argtypes = [
         *(pointer, count, *(pointer,) * 6, number, *(pointer,) * 4, *(single,) * 3),
         *(pointer, *(count,) * 5, number, number),
@@ -112,7 +113,13 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         *(pointer, count, count, pointer, count, pointer, count, pointer),
         *(*(count,) * 5, number, single, number),
     ]
-    for function in (library.tt_linear, library.tt_apply_factors, library.tt_modulated_norm, library.tt_best):
+    for function in (
+        library.tt_linear,
+        library.tt_time_steps,
+        library.tt_apply_factors,
+        library.tt_modulated_norm,
+        library.tt_best,
+    ):
         function.restype = None
     for function in (
         library.tt_grouped_experts,

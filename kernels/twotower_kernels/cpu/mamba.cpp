@@ -1,7 +1,8 @@
 // Mamba-2 over short blocks and prompts, everything between in_proj and out_proj, in one pass over each group of heads.
 //
 // A block is one chunk of at most 64 positions, and a prompt's chunk a row of such: within it, products over pairs of positions; from before it, one product
-// with the seed S. S and all sums are fp32; x, b and c are rounded to bf16 where the torch layer rounds them. A group's
+// with the seed S. What takes a state along, which is the context tower's part, goes position by position instead (`step_group`): its
+// bits do not depend on how the tokens are cut into blocks. S and all sums are fp32; x, b and c are rounded to bf16 where the torch layer rounds them. A group's
 // result depends on nothing but its own row, so that a row has the same bits in any batch.
 
 #include <math.h>
@@ -186,6 +187,13 @@ struct Scratch {
   }
 };
 
+float time_step(const Layer& layer, bf16 projected, int64_t head) {
+  const float raw = widen(projected) + layer.dt_bias[head];
+  const float soft = raw > 20 ? raw : log1pf(expf(raw));
+  const float low = soft < layer.dt_low ? layer.dt_low : soft;  // keeps NaN
+  return low > layer.dt_high ? layer.dt_high : low;
+}
+
 // One group's output over `length` <= 64 positions from a seed. z: projected at the first position, rows `step` apart; tail
 // (channels, kernel), ssm (heads, head_dim, n); out: (.., inner) at the first position. The new tail of the group's channels goes to
 // `new_tail`, which may be `tail` itself, or nowhere. Leaves x, b and dt in `s`.
@@ -203,12 +211,7 @@ void scan_group(const Layer& layer, int64_t g, const bf16* z, int64_t step, int6
   pair_scores(s.c, s.b, length, n, s.b_t, s.scores);
   for (int64_t h = 0; h < own; h++) {
     const int64_t head = g * own + h;
-    for (int64_t i = 0; i < length; i++) {
-      const float raw = widen(z[i * step + inner + channels + head]) + layer.dt_bias[head];
-      const float soft = raw > 20 ? raw : log1pf(expf(raw));
-      const float low = soft < layer.dt_low ? layer.dt_low : soft;  // keeps NaN
-      s.dt[h * length + i] = low > layer.dt_high ? layer.dt_high : low;
-    }
+    for (int64_t i = 0; i < length; i++) s.dt[h * length + i] = time_step(layer, z[i * step + inner + channels + head], head);
     decayed(s.scores, s.dt + h * length, layer.a[head], length, s.pairs, s.since);
     within(s.pairs, s.x + h * head_dim, layer.d[head], length, head_dim, s.y + h * head_dim, count);
     from_seed(ssm + head * head_dim * n, s.c, s.since, length, head_dim, n, s.y + h * head_dim, count);
@@ -240,24 +243,80 @@ void advance(float* ssm, const float* x, int64_t row, const float* b, const floa
   }
 }
 
+// As scan_group, position by position: a position has the bits that it has in a block of its own, from the S that tt_apply_factors
+// leaves behind those before it. dt, decay: (length, heads) at the first position. Leaves x and b in `s`.
+void step_group(const Layer& layer, int64_t g, const bf16* z, int64_t step, int64_t length, const bf16* tail, const float* ssm,
+                const float* dt, const float* decay, const Scratch& s, bf16* new_tail, bf16* out) {
+  const int64_t inner = layer.inner(), own = layer.own(), count = layer.count(), head_dim = layer.head_dim, n = layer.n;
+  const bf16* xbc = z + inner;
+  const auto conv = [&](int64_t first, int64_t many, float* to) {
+    convolve(xbc + first, step, tail, layer.weight, layer.bias, first, many, length, layer.kernel, to, new_tail);
+  };
+  conv(g * count, count, s.x);
+  conv(inner + g * n, n, s.b);
+  conv(inner + (layer.groups + g) * n, n, s.c);
+  for (int64_t h = 0; h < own; h++) {
+    const int64_t head = g * own + h;
+    for (int64_t p = 0; p < head_dim; p += 4) {
+      float* rows = s.b_t;  // four rows of S; it has room for n rows of 16
+      memcpy(rows, ssm + (head * head_dim + p) * n, 4 * n * sizeof(float));
+      for (int64_t i = 0; i < length; i++) {
+        const float of = dt[i * layer.heads + head];
+        const float* x = s.x + i * count + h * head_dim + p;
+        const __m512 fade = _mm512_set1_ps(decay[i * layer.heads + head]);
+        __m512 dtx[4], acc[4];
+#pragma GCC unroll 4
+        for (int o = 0; o < 4; o++) dtx[o] = _mm512_set1_ps(of * x[o]), acc[o] = _mm512_setzero_ps();
+        for (int64_t k = 0; k < n; k += kFloats) {
+          const __m512 b = _mm512_loadu_ps(s.b + i * n + k), c = _mm512_loadu_ps(s.c + i * n + k);
+#pragma GCC unroll 4
+          for (int o = 0; o < 4; o++) {
+            float* at = rows + o * n + k;
+            const __m512 moved = _mm512_fmadd_ps(dtx[o], b, _mm512_mul_ps(_mm512_loadu_ps(at), fade));
+            _mm512_storeu_ps(at, moved);
+            acc[o] = _mm512_fmadd_ps(moved, c, acc[o]);
+          }
+        }
+        for (int o = 0; o < 4; o++) s.y[i * count + h * head_dim + p + o] = fmaf(layer.d[head], x[o], _mm512_reduce_add_ps(acc[o]));
+      }
+    }
+  }
+  for (int64_t i = 0; i < length; i++)
+    gated_norm(s.y + i * count, z + i * step + g * count, layer.norm + g * count, layer.eps, count, s.gated,
+               out + i * inner + g * count);
+}
+
 }  // namespace
 
 extern "C" {
+
+// dt (batch, length, heads) fp32 of a block, from dt_bias (heads) and the limits; projected as for tt_block_scan.
+void tt_time_steps(const bf16* projected, int64_t row, int64_t step, const float* dt_bias, float dt_low, float dt_high, float* dt,
+                   int64_t batch, int64_t length, int64_t width, int64_t heads) {
+  Layer layer{};
+  layer.dt_bias = dt_bias, layer.dt_low = dt_low, layer.dt_high = dt_high;
+  for (int64_t r = 0; r < batch; r++)
+    for (int64_t i = 0; i < length; i++)
+      for (int64_t h = 0; h < heads; h++)
+        dt[(r * length + i) * heads + h] = time_step(layer, projected[r * row + i * step + width - heads + h], h);
+}
 
 // A block of `length` <= 64 positions in `batch` rows. channels = heads * head_dim + 2 * groups * n; head_dim and n are multiples of 16.
 //
 // projected (batch, length, z | xBC | dt) bf16, its first two axes `row` and `step` elements apart; tails (.., channels, kernel) bf16
 // and ssm (.., heads, head_dim, n): row i starts from slots[i], or from i without slots; neither is changed.
 // conv_weight (channels, kernel) and conv_bias (channels), or null, are bf16 if `conv_bf16`, else fp32. dt_bias, a, d (heads), norm (heads * head_dim): fp32.
-// out (batch, length, heads * head_dim) bf16. Where x is not null, the factors are written: x (batch, length, heads, head_dim),
-// b (batch, length, groups, n), dt (batch, length, heads) fp32, new_tails (batch, channels, kernel). 1 if memory ran out, 0 if done.
+// out (batch, length, heads * head_dim) bf16. Where x is not null, it goes position by position, with dt of tt_time_steps and decay =
+// exp(dt a), both (batch, length, heads) fp32, and the factors are written: x (batch, length, heads, head_dim), b (batch, length, groups, n),
+// new_tails (batch, channels, kernel). 1 if memory ran out, 0 if done.
 int tt_block_scan(const bf16* projected, int64_t row, int64_t step, const bf16* tails, const float* ssm, const int64_t* slots,
                   const void* conv_weight, const void* conv_bias, int conv_bf16, const float* dt_bias, const float* a, const float* d,
-                  const float* norm, float eps, float dt_low, float dt_high, bf16* out, bf16* x, bf16* b, float* dt, bf16* new_tails,
-                  int64_t batch, int64_t length, int64_t heads, int64_t head_dim, int64_t groups, int64_t n, int kernel, int threads) {
+                  const float* norm, float eps, float dt_low, float dt_high, bf16* out, bf16* x, bf16* b, const float* dt, const float* decay,
+                  bf16* new_tails, int64_t batch, int64_t length, int64_t heads, int64_t head_dim, int64_t groups, int64_t n, int kernel,
+                  int threads) {
   const Layer layer{heads, head_dim, groups, n,    kernel, {conv_weight, conv_bf16 != 0}, {conv_bias, conv_bf16 != 0},
                     dt_bias, a,      d,      norm, eps,    dt_low,                        dt_high};
-  const int64_t inner = layer.inner(), channels = layer.channels(), own = layer.own(), count = layer.count();
+  const int64_t inner = layer.inner(), channels = layer.channels(), count = layer.count();
   int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -272,13 +331,16 @@ int tt_block_scan(const bf16* projected, int64_t row, int64_t step, const bf16* 
       for (int64_t g = 0; g < groups; g++) {
         if (!memory) continue;
         const int64_t slot = slots ? slots[r] : r;
-        scan_group(layer, g, projected + r * row, step, length, tails + slot * channels * kernel, ssm + slot * inner * n, s,
-                   x ? new_tails + r * channels * kernel : nullptr, out + r * length * inner);
+        const bf16 *from = projected + r * row, *tail = tails + slot * channels * kernel;
+        const float* seed = ssm + slot * inner * n;
         if (x) {
+          const int64_t first = r * length * heads;
+          step_group(layer, g, from, step, length, tail, seed, dt + first, decay + first, s, new_tails + r * channels * kernel,
+                     out + r * length * inner);
           store_rows(s.x, count, length, x + r * length * inner + g * count, inner);
           store_rows(s.b, n, length, b + r * length * groups * n + g * n, groups * n);
-          for (int64_t i = 0; i < length; i++)
-            for (int64_t h = 0; h < own; h++) dt[(r * length + i) * heads + g * own + h] = s.dt[h * length + i];
+        } else {
+          scan_group(layer, g, from, step, length, tail, seed, s, nullptr, out + r * length * inner);
         }
       }
     }

@@ -32,11 +32,19 @@ def block_scan(
 def block_scan_factors(
     projected: Tensor, conv_tail: Tensor, ssm: Tensor, weights: ScanWeights, *, slots: Tensor | None = None
 ) -> tuple[Tensor, ScanFactors]:
-    """As `twotower_kernels.block.block_scan_factors`."""
+    """As `twotower_kernels.block.block_scan_factors`, position by position.
+
+    So a token's bits, and those of the state behind it, do not depend on the block that it was read in: a
+    verified draft has the bits of AR's steps.
+    """
     library = _block_library_for(projected, conv_tail, ssm, weights)
     if library is None:
         return plain.block_scan_factors(projected, conv_tail, ssm, weights, slots=slots)
     factors = empty_factors(projected, conv_tail, ssm, weights.groups)
+    library.tt_time_steps(
+        *(projected.data_ptr(), projected.stride(0), projected.stride(1), weights.dt_bias.data_ptr()),
+        *(*weights.time_step_limit, factors.dt.data_ptr(), *projected.shape, weights.dt_bias.shape[0]),
+    )
     return _run(library, projected, conv_tail, ssm, weights, slots, factors), factors
 
 
@@ -127,11 +135,12 @@ def _run(
     slots: Tensor | None,
     factors: ScanFactors | None,
 ) -> Tensor:
-    """`factors`, contiguous, are filled if given."""
+    """`factors`, contiguous and with their dt, are filled if given."""
     batch, length, _ = projected.shape
     _, heads, head_dim, n = ssm.shape
     assert slots is None or (slots.dtype == torch.int64 and slots.is_contiguous() and slots.shape == (batch,))
     out = projected.new_empty(batch, length, heads * head_dim)
+    decay = None if factors is None else (factors.dt * weights.a).exp()  # to the bits of `apply_factors_`
     failed = library.tt_block_scan(
         projected.data_ptr(),
         projected.stride(0),
@@ -141,7 +150,7 @@ def _run(
         address(slots),
         *_addresses(weights),
         out.data_ptr(),
-        *((None,) * 4 if factors is None else map(address, (factors.x, factors.b, factors.dt, factors.conv))),
+        *((None,) * 5 if factors is None else map(address, (factors.x, factors.b, factors.dt, decay, factors.conv))),
         batch,
         length,
         heads,

@@ -14,7 +14,7 @@ from typing import Any
 from twotower.broker.connection import connect
 from twotower.broker.heartbeat import heartbeat
 from twotower.broker.registry import Registry, Replica, ReplicaKind
-from twotower.internal.v1 import context_pb2, context_pb2_grpc
+from twotower.internal.v1 import context_pb2, context_pb2_grpc, scoring_pb2, scoring_pb2_grpc
 from twotower.request import FinishReason, Mode, cut_block
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
@@ -32,7 +32,7 @@ async def at_once(block: int) -> None:
     """Give every block without waiting."""
 
 
-class SimulatedContext(context_pb2_grpc.ContextTowerServicer):
+class SimulatedContext(context_pb2_grpc.ContextTowerServicer, scoring_pb2_grpc.ScoringServicer):
     """Gives the tokens of `tokens_of` in blocks, from where the request says it is. Logprobs count the tokens' places.
 
     `before`: awaited before each block of a call, with the block's number in that call, and before the end;
@@ -55,6 +55,7 @@ class SimulatedContext(context_pb2_grpc.ContextTowerServicer):
         """Serve; returns the address."""
         self.server = RpcServer("127.0.0.1", 0)
         context_pb2_grpc.add_ContextTowerServicer_to_server(self, self.server.server)
+        scoring_pb2_grpc.add_ScoringServicer_to_server(self, self.server.server)
         await self.server.start(["twotower.internal.v1.ContextTower"])
         return self.server.address
 
@@ -73,6 +74,13 @@ class SimulatedContext(context_pb2_grpc.ContextTowerServicer):
                 yield event
         finally:
             self.running -= 1
+
+    async def Score(self, request: scoring_pb2.ScoreRequest, context: Any) -> AsyncIterator[scoring_pb2.ScoredTokens]:
+        """Log probabilities that count the prompt's tokens, the likeliest of which are the first ids."""
+        top = [inference_pb2.TopLogprob(token_id=token, logprob=-1.0) for token in range(request.top)]
+        places = range(1, len(request.prompt.ids))
+        told = [inference_pb2.TokenLogprobs(logprob=-float(place), top=top) for place in places]
+        yield scoring_pb2.ScoredTokens(logprobs=told)
 
     async def _events(self, request: context_pb2.OpenRequest) -> AsyncIterator[context_pb2.SessionEvent]:
         params, script = params_from_pb(request.params), list(self.tokens_of(request))

@@ -10,6 +10,7 @@ from twotower.cli import (
     bench_prefix,
     bench_record,
     bench_serving,
+    bench_speculative,
     bench_stalls,
     bench_streams,
     bench_transport,
@@ -26,6 +27,7 @@ def add_parser(commands: Parts[argparse.ArgumentParser]) -> None:
     bench_prefix.add_part(parts)
     bench_transport.add_part(parts)
     bench_streams.add_part(parts)
+    bench_speculative.add_part(parts)
     bench_stalls.add_part(parts)
     bench_device.add_parts(parts)
     bench_record.add_part(parts)

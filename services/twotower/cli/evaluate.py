@@ -1,4 +1,4 @@
-"""`twotower eval`: quality and speed of both modes, on problems no training has seen."""
+"""`twotower eval`: quality and speed of all modes, on problems no training has seen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the command."""
-    parser = commands.add_parser("eval", help="measure quality and speed, AR against diffusion", allow_abbrev=False)
+    parser = commands.add_parser(
+        "eval", help="measure quality and speed, AR against diffusion and speculative", allow_abbrev=False
+    )
     add_checkpoint(parser)
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the problems, none of which training has seen")
     parser.add_argument("--problems", type=int, default=200, metavar="N", help="default 200")
@@ -136,7 +138,9 @@ def _row(c: Comparison) -> str:
         f"batch {c.batch}: AR {ar.accuracy:.1%} at {ar.tokens_per_s:,.0f} tokens/s; "
         f"diffusion {diffusion.accuracy:.1%} at {diffusion.tokens_per_s:,.0f} tokens/s, "
         f"{diffusion.tokens_per_forward:.2f} tokens a forward; "
-        f"retention {c.retention:.1%}, speedup {c.speedup:.2f}x ({ar.problems} problems; "
+        f"retention {c.retention:.1%}, speedup {c.speedup:.2f}x; "
+        f"speculative {c.speculative.accuracy:.1%} at {c.speculative.tokens_per_s:,.0f} tokens/s, "
+        f"{c.speculative.tokens_per_round:.1f} tokens a round, speedup {c.speculative_speedup:.2f}x ({ar.problems} problems; "
         f"AR {_settings(c.ar_settings)}, diffusion {_settings(c.diffusion_settings)})"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ from twotower.cli.options import (
     not_given,
 )
 from twotower.errors import InvalidArgument, Unavailable
-from twotower.events import Accepted, Block, Event, Finished
-from twotower.request import MAX_TIMEOUT_S, Mode, Priority, TokenLogprob
+from twotower.events import Accepted, Block, Event, Finished, Shown
+from twotower.request import MAX_TIMEOUT_S, NO_DRAFT, Mode, Priority, TokenLogprob
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -40,7 +41,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--mode", default=Mode.DIFFUSION.value, choices=[mode.value for mode in Mode])
     parser.add_argument("--gamma", type=float, metavar="G", help="confidence that commits a position (default 0.8)")
     parser.add_argument("--block-size", type=int, metavar="L", help="tokens a block (default: the checkpoint's)")
-    parser.add_argument("--steps", type=int, metavar="T", help="most forwards a block (default: the block size)")
+    parser.add_argument(
+        "--steps", type=int, metavar="T", help="most forwards a block (default: the block size; speculative: what drafts earn)"
+    )
     parser.add_argument("--max-tokens", type=int, metavar="N", help=f"default {DEFAULT_MAX_TOKENS}")
     parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default 0)")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens (default: all)")
@@ -120,6 +123,8 @@ class _Result:
             for warning in event.warnings:
                 print(f"warning: {warning}", file=sys.stderr)
             return
+        if isinstance(event, Shown):
+            return  # not asked for
         if isinstance(event, Block):
             self._token_ids += event.token_ids
             self._logprobs += event.logprobs
@@ -144,6 +149,7 @@ class _Result:
             "finish_reason": end.finish_reason.value,
             "forwards": end.forwards,
             "blocks": end.blocks,
+            **({"rounds": end.rounds, **dataclasses.asdict(end.use)} if end.use != NO_DRAFT else {}),
             "seconds": round(end.seconds, 6),
             **({"logprobs": [_logprob_json(told) for told in self._logprobs]} if self._logprobs else {}),
             **({"warnings": list(self._warnings)} if self._warnings else {}),
@@ -151,17 +157,32 @@ class _Result:
 
     def summary(self) -> str:
         end = self._finished()
+        if end.use != NO_DRAFT:
+            return f"{self._ids()}[{_speculative_summary(end)}]"
         rate = end.completion_tokens / end.forwards if end.forwards else 0.0
-        tokens = "" if any(self._text) else f"token ids: {' '.join(map(str, self._token_ids))}\n"
         return (
-            f"{tokens}[{end.completion_tokens} tokens, {end.blocks} blocks, {end.forwards} forwards, "
+            f"{self._ids()}[{end.completion_tokens} tokens, {end.blocks} blocks, {end.forwards} forwards, "
             f"{rate:.2f} tokens a forward, {end.seconds:.2f} s, finish: {end.finish_reason.value}]"
         )
+
+    def _ids(self) -> str:
+        """What is shown where no text could be."""
+        return "" if any(self._text) else f"token ids: {' '.join(map(str, self._token_ids))}\n"
 
     def _finished(self) -> Finished:
         if self._end is None:
             raise Unavailable("the generation broke off without an end")
         return self._end
+
+
+def _speculative_summary(end: Finished) -> str:
+    use = end.use
+    each = f", {(use.accepted + end.rounds) / end.rounds:.2f} tokens a round" if end.rounds else ""
+    return (
+        f"{end.completion_tokens} tokens, {end.rounds} rounds{each}, {use.accepted} of {use.drafted} drafted tokens accepted, "
+        f"{end.forwards} forwards of the denoiser and {use.context_forwards} of the context tower, "
+        f"{end.seconds:.2f} s, finish: {end.finish_reason.value}"
+    )
 
 
 def _logprob_json(told: TokenLogprob) -> dict[str, Any]:

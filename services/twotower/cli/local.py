@@ -11,7 +11,7 @@ from twotower.events import Accepted, Block, Event, Finished
 from twotower.gateway.preparation import Preparation, text_stream
 from twotower.gateway.request import Request
 from twotower.model.checkpoint import Checkpoint
-from twotower.request import FinishReason
+from twotower.request import NO_DRAFT, FinishReason
 from twotower.text.tokenizer import Tokenizer
 
 
@@ -42,15 +42,17 @@ def generate(
     )
     yield Accepted("local", len(checked.prompt), checked.warnings)
     started = time.perf_counter()
-    tokens = forwards = blocks = 0
+    tokens = forwards = blocks = rounds = 0
+    use = NO_DRAFT
     reason = FinishReason.LENGTH
     for written in engine.blocks(checked.prompt, checked.params):
         piece = text.push(written.token_ids) if text else ""
-        yield Block(blocks, tuple(written.token_ids), piece, written.forwards, written.logprobs)
+        yield Block(blocks, tuple(written.token_ids), piece, written.forwards, written.logprobs, written.use)
+        use, rounds = use + written.use, rounds + (written.use.drafted > 0)
         tokens, forwards, blocks = tokens + len(written.token_ids), forwards + written.forwards, blocks + 1
         stopped = text is not None and text.stopped
         reason = FinishReason.STOP if stopped else written.finish_reason or reason
         if stopped:
             break
     rest = text.finish() if text else ""
-    yield Finished(reason, tokens, forwards, blocks, time.perf_counter() - started, rest)
+    yield Finished(reason, tokens, forwards, blocks, time.perf_counter() - started, rest, rounds, use)

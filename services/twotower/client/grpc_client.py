@@ -12,13 +12,14 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from twotower.errors import InvalidArgument, TwoTowerError, Unavailable
-from twotower.events import Accepted, Block, Event, Finished
+from twotower.events import Accepted, Block, Event, Finished, Shown
 from twotower.request import Mode, Priority
 from twotower.rpc.channel import open_channel
 from twotower.rpc.errors import error_from_rpc, raised_by_peer
 from twotower.v1 import inference_pb2, inference_pb2_grpc
 from twotower.wire.logprobs import logprobs_from_pb
-from twotower.wire.params import FINISH_FROM_PB, MODE_TO_PB, PRIORITY_TO_PB
+from twotower.wire.params import FINISH_FROM_PB, MODE_TO_PB, PRIORITY_TO_PB, draft_use_from_pb
+from twotower.wire.steps import step_from_pb
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +72,12 @@ class GatewayClient:
         ignore_eos: bool = False,
         eos_token_ids: Sequence[int] = (),
         logprobs: int | None = None,
+        stream_steps: bool = False,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Stream a generation: Accepted, Blocks, Finished. None: the server's default.
+
+        stream_steps: between them, each block on its way, as Shown.
 
         Closing the iterator cancels the generation. Raises TwoTowerError; Unavailable where no gateway answers.
         """
@@ -95,6 +99,7 @@ class GatewayClient:
                 ignore_eos=ignore_eos,
                 eos_token_ids=eos_token_ids,
                 logprobs=logprobs,
+                stream_steps=stream_steps,
             )
             if isinstance(prompt, str):
                 request.text = prompt
@@ -159,8 +164,18 @@ def _event_from_pb(message: inference_pb2.GenerateEvent) -> Event:
         return Accepted(accepted.request_id, accepted.prompt_tokens, tuple(accepted.warnings))
     if message.HasField("block"):
         block = message.block
-        return Block(block.index, tuple(block.token_ids), block.text, block.forwards, logprobs_from_pb(block.logprobs))
+        logprobs, use = logprobs_from_pb(block.logprobs), draft_use_from_pb(block.draft)
+        return Block(block.index, tuple(block.token_ids), block.text, block.forwards, logprobs, use)
+    if message.HasField("step"):
+        return Shown(message.step.block, step_from_pb(message.step))
     done = message.finished
     return Finished(
-        FINISH_FROM_PB[done.finish_reason], done.completion_tokens, done.forwards, done.blocks, done.seconds, done.text
+        FINISH_FROM_PB[done.finish_reason],
+        done.completion_tokens,
+        done.forwards,
+        done.blocks,
+        done.seconds,
+        done.text,
+        done.rounds,
+        draft_use_from_pb(done.draft),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,17 +39,24 @@ class Case:
 
 
 def load_cases(directory: Path) -> list[Case]:
-    """All cases of a set. Raises InvalidArgument."""
+    """All cases of a set, those of AR once more in speculative mode. Raises InvalidArgument."""
     path = directory / "cases.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, list) or not raw:
             raise ValueError("expected a list of cases")
-        return [_case(i, entry) for i, entry in enumerate(raw)]
+        cases = [_case(i, entry) for i, entry in enumerate(raw)]
+        return cases + [_speculative(case) for case in cases if case.params.mode is Mode.AR]
     except (FileNotFoundError, NotADirectoryError):
         raise InvalidArgument("DIR", f"{path} does not exist") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidArgument("DIR", f"{path} does not hold cases: {error!r}") from None
+
+
+def _speculative(case: Case) -> Case:
+    """The same request in speculative mode, every draft in one forward: whatever they are, the tokens are AR's."""
+    params = dataclasses.replace(case.params, mode=Mode.SPECULATIVE, steps=1)
+    return Case(case.name.replace("(ar,", "(ar, speculative,"), case.prompt, params, case.token_ids, None)
 
 
 def _case(index: int, raw: dict[str, Any]) -> Case:

@@ -25,6 +25,7 @@ from twotower.wire.frames import Key
 from twotower.wire.logprobs import check_logprobs, logprobs_from_pb
 from twotower.wire.params import params_to_pb
 from twotower.wire.state import delta_tensors
+from twotower.wire.steps import step_fits, step_from_pb
 
 if TYPE_CHECKING:
     from twotower.context.sessions import Sessions
@@ -86,7 +87,11 @@ class WorkerLink:
     def send_state(self, live: LiveSession, copied: StateCopied) -> None:
         """A session's whole state."""
         state = link_pb2.State(
-            session=_ref(live), params=params_to_pb(live.params), length=copied.length, generated=live.transcript.generated
+            session=_ref(live),
+            params=params_to_pb(live.params),
+            length=copied.length,
+            generated=live.transcript.generated,
+            draft=self._draft(live),
         )
 
         async def tensors() -> Sequence[tuple[Key, Tensor]]:
@@ -108,13 +113,19 @@ class WorkerLink:
 
     def send_committed(self, deltas: DeltaBatch, rows: Sequence[tuple[int, LiveSession, int]]) -> None:
         """What a commit made of this worker's blocks: rows of `deltas`, with their sessions and the lengths of their states."""
-        committed = link_pb2.BlocksCommitted(block_size=deltas.length)
-        for _, live, length in rows:
-            generated = live.transcript.generated
-            committed.rows.add(session=_ref(live), kept=deltas.length, length=length, generated=generated)
+        own = [row for row, _, _ in rows]
+        kept = [deltas.length if deltas.counts is None else deltas.counts[row] for row in own]
+        committed = link_pb2.BlocksCommitted(block_size=max(kept))
+        for count, (_, live, length) in zip(kept, rows, strict=True):
+            committed.rows.add(
+                session=_ref(live),
+                kept=count,
+                length=length,
+                generated=live.transcript.generated,
+                draft=self._draft(live),
+            )
 
         async def tensors() -> Sequence[tuple[Key, Tensor]]:
-            own = [row for row, _, _ in rows]
             return await off_loop(deltas.num_bytes, deltas.device, lambda: delta_tensors(deltas.select(own)))
 
         def header(placed: link_pb2.Placed | None) -> link_pb2.ContextMessage:
@@ -123,6 +134,12 @@ class WorkerLink:
             return link_pb2.ContextMessage(committed=committed)
 
         self._put(_Transfer("send delta", [live.id for _, live, _ in rows], tensors, header))
+
+    def _draft(self, live: LiveSession) -> link_pb2.Draft | None:
+        """What is known of the session's next block, if that is a draft."""
+        if live.effort is None or live.last_token is None:
+            return None
+        return link_pb2.Draft(token=live.last_token, steps=live.effort.choose() or 1)
 
     def _put(self, item: _Transfer) -> None:
         if self._says_arrived:
@@ -175,6 +192,8 @@ class WorkerLink:
                         self._sessions.attach(self, ref)
                 case "done":
                     self._take_blocks(message.done.blocks)
+                case "stepped":
+                    self._show(message.stepped.blocks)
                 case "detach":
                     for detached in message.detach.sessions:
                         self._sessions.detached(self, detached)
@@ -219,8 +238,17 @@ class WorkerLink:
         taken = [(live, block, self._checked(live, block)) for live, block in held]
         self._sessions.blocks_done(taken)
 
+    def _show(self, blocks: Sequence[link_pb2.BlockStepped]) -> None:
+        """Blocks on their way. What does not belong to the block that is due is of no use, and is dropped."""
+        for block in blocks:
+            live = self.holds(block.session)
+            if live is None or not live.writing or block.generated != live.transcript.generated:
+                continue
+            if step_fits(block.step, live.params.block_size, self._limits.vocab_size):
+                live.show(step_from_pb(block.step))
+
     def _checked(self, live: LiveSession, block: link_pb2.BlockDone) -> Sequence[TokenLogprob]:
-        """The block's logprobs, if asked for. Raises Incompatible if it is not the block that is due."""
+        """The block's logprobs, if asked for; of a draft none. Raises Incompatible if it is not the block that is due."""
         generated, params = live.transcript.generated, live.params
         if not live.writing:
             raise Incompatible("done.session: a block that is not due")
@@ -231,8 +259,10 @@ class WorkerLink:
         vocab = self._limits.vocab_size
         if any(not 0 <= token < vocab for token in block.token_ids):
             raise Incompatible(f"done.token_ids: a token is outside the vocabulary [0, {vocab})")
+        if live.effort is not None and block.token_ids[0] != live.last_token:
+            raise Incompatible(f"done.token_ids: the draft begins with {block.token_ids[0]}, not with {live.last_token}")
         logprobs = logprobs_from_pb(block.logprobs)
-        check_logprobs(logprobs, params.block_size, params.logprobs, vocab)
+        check_logprobs(logprobs, params.block_size, None if live.effort is not None else params.logprobs, vocab)
         return logprobs
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from twotower.broker.ready_queue import EntryId
+from twotower.engine.effort import Effort, Times
 from twotower.engine.session import Transcript, room_for
 from twotower.errors import TwoTowerError
-from twotower.request import FinishReason, GenerationParams, Mode, Priority, TokenLogprob
+from twotower.request import NO_DRAFT, BlockStep, DraftUse, FinishReason, GenerationParams, Mode, Priority, TokenLogprob
 
 if TYPE_CHECKING:
     from twotower.context.link import WorkerLink
@@ -23,16 +24,17 @@ RESUME_UNREAD = 16
 
 @dataclass(frozen=True, slots=True)
 class ShownBlock:
-    """A block, or an AR token, as the gateway shows it."""
+    """A block, an AR token, or what a round wrote, as the gateway shows it."""
 
     tokens: Sequence[int]
     forwards: int
     logprobs: Sequence[TokenLogprob]
     """One for each token, if asked for."""
+    use: DraftUse = NO_DRAFT
 
 
-LiveEvent = ShownBlock | FinishReason | TwoTowerError
-"""A block, the end, or why the session failed."""
+LiveEvent = ShownBlock | BlockStep | FinishReason | TwoTowerError
+"""A block, a look at the next one, the end, or why the session failed."""
 
 
 class LiveSession:
@@ -47,14 +49,25 @@ class LiveSession:
         *,
         generated: int = 0,
         failures: int = 0,
+        last_token: int | None = None,
+        times: Times | None = None,
     ) -> None:
-        """tokens: how many are known, of which the last `generated` were written elsewhere."""
+        """tokens: how many are known, of which the last `generated` were written elsewhere; last_token: the last of these.
+
+        times: of what a draft takes and earns.
+        """
         self.id = session_id
         self.params = params
         self.priority = priority
         self.room = room_for(tokens, generated, params)
         """Tokens that its state must have room for."""
         self.transcript = Transcript(params, generated)
+        self.last_token = last_token
+        """The last one that is written: a draft begins with it."""
+        self.effort = Effort(params.block_size, params.steps, times) if params.mode is Mode.SPECULATIVE else None
+        """In speculative mode, what its drafts may cost."""
+        self.draft_forwards = 0
+        """Of the denoiser, for the draft that is being verified."""
         self.failures = failures
         """What the request has met since its last block, on whatever replica or worker."""
         self.lease = 0
@@ -82,15 +95,31 @@ class LiveSession:
         """Whether the context writes it alone."""
         return self.params.mode is Mode.AR
 
-    def emit(self, tokens: Sequence[int], forwards: int, logprobs: Sequence[TokenLogprob] = ()) -> None:
+    @property
+    def wants_worker(self) -> bool:
+        """Whether a worker is to write its next block, or to draft it."""
+        if self.ar or self.over or self.paused:
+            return False
+        return self.effort is None or not self.effort.resting
+
+    def emit(
+        self, tokens: Sequence[int], forwards: int, logprobs: Sequence[TokenLogprob] = (), use: DraftUse = NO_DRAFT
+    ) -> None:
         """Take a finished block; when it was the last, the session is `over`."""
-        self.failures = 0
+        if self.effort is None or use.drafted:  # what the context writes alone absolves no worker
+            self.failures = 0
         shown = self.transcript.emit(tokens)
-        self._events.put_nowait(ShownBlock(shown, forwards, logprobs[: len(shown)]))
+        self.last_token = shown[-1]
+        self._events.put_nowait(ShownBlock(shown, forwards, logprobs[: len(shown)], use.shown(len(shown))))
         self.paused = self.paused or self._events.qsize() >= MAX_UNREAD
         if self.transcript.finish_reason is not None:
             self._events.put_nowait(self.transcript.finish_reason)
             self.over = True
+
+    def show(self, step: BlockStep) -> None:
+        """Take a look at the next block. One that a client would not read soon is of no use, and is dropped."""
+        if not self.over and self._events.qsize() < RESUME_UNREAD:
+            self._events.put_nowait(step)
 
     def fail(self, error: TwoTowerError) -> None:
         """End the session with an error, unless it is over."""

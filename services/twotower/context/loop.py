@@ -7,6 +7,7 @@ iterations and nowhere else: no plan can name a slot that another session has by
 from __future__ import annotations
 
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -23,15 +24,18 @@ from twotower.context.messages import (
     ContextResult,
     CopySent,
     CopyState,
+    GoAlone,
     OpenSession,
     PrefixLoaded,
     PrefixMet,
     PrefixWanted,
+    ScoreTokens,
     SessionFailed,
     SetPaused,
     StateCopied,
     StateSoonReady,
     TokenDecoded,
+    VerifyDrafts,
 )
 from twotower.context.prefixes import CachedPrefix, PrefixCache
 from twotower.context.resident import ContextResident
@@ -41,9 +45,12 @@ from twotower.engine.isolation import Isolation
 from twotower.engine.pacing import Load, Outbound, Pacing
 from twotower.engine.progress import Progress
 from twotower.engine.scheduler import Plan, plan
+from twotower.engine.scoring import PromptScorer, Scoring
+from twotower.engine.session import Piece
 from twotower.engine.waiting import WaitingLine
 from twotower.errors import Overloaded, TwoTowerError, Unavailable
 from twotower.model.pool import StatePool
+from twotower.request import Mode
 from twotower.tracing.recorder import NO_TRACER
 from twotower.wire.state import state_tensors
 
@@ -82,12 +89,15 @@ class ContextLoop:
         """None ends the loop."""
         self.refining = 0
         """Sessions whose next block a denoiser writes; kept by `Sessions`."""
+        self.times = engine.times
+        """What AR steps and verifications take, measured here; `Sessions` adds the denoisers' forwards."""
         self.outbound = outbound or Outbound()
-        self._waiting: WaitingLine[OpenSession] = WaitingLine()
+        self._waiting: WaitingLine[OpenSession | ScoreTokens] = WaitingLine()
         self._residents: dict[str, ContextResident] = {}
         self._isolation: Isolation[ContextResident] = Isolation("forward of the context tower", lambda resident: resident.name)
         self._ahead: Plan[ContextResident] = Plan()
         """What the next iteration would run; made anew whenever something has come or gone."""
+        self._scorer = PromptScorer(engine.tower, chunk=chunk, budget=budget)
         self._copies = CopyBuffers(MAX_COPIES)
         self._stopped = False
 
@@ -128,18 +138,25 @@ class ContextLoop:
                     self._stopped = True
                 case CopySent(copy):
                     self._copies.give_back(copy)
-                case OpenSession():
+                case OpenSession() | ScoreTokens():
                     self._open(entry)
                 case CloseSession(session_id):
                     self._close(session_id)
                 case CommitBlocks(blocks):
                     for session_id, tokens in blocks:
                         if (resident := self._residents.get(session_id)) is not None:
-                            resident.session.blocks.append(list(tokens))
+                            resident.session.blocks.append(Piece(list(tokens), len(tokens)))
+                case VerifyDrafts(drafts):
+                    for session_id, tokens in drafts:
+                        if (resident := self._residents.get(session_id)) is not None and resident.held:
+                            resident.session.blocks.append(Piece(list(tokens), None))
                 case _ if (resident := self._residents.get(entry.session_id)) is None:
                     pass  # it is over
                 case CopyState(_, lease):
                     resident.copy_for = lease
+                case GoAlone():
+                    resident.held = False
+                    resident.copy_for = None
                 case SetPaused(_, paused):
                     resident.paused = paused
                 case PrefixLoaded(_, chunks, snapshot):
@@ -151,10 +168,13 @@ class ContextLoop:
         if entries or admitted:
             self._ahead = self._plan()
 
-    def _open(self, entry: OpenSession) -> None:
+    def _open(self, entry: OpenSession | ScoreTokens) -> None:
         if len(self._waiting) >= self._max_waiting and (self._waiting or not self._fits(entry)):
             error = Overloaded(f"all state memory is taken, and {len(self._waiting)} sessions wait for it already")
-            self._deliver([SessionFailed(entry.session_id, error)])
+            if isinstance(entry, ScoreTokens):
+                entry.tell(error)
+            else:
+                self._deliver([SessionFailed(entry.session_id, error)])
         else:
             self._waiting.add(entry.session_id, entry, entry.priority)
             self._admit()
@@ -163,17 +183,22 @@ class ContextLoop:
         self._waiting.leave(session_id)
         if (resident := self._residents.pop(session_id, None)) is not None:
             self._pool.release(resident.session.state)
+        elif (state := self._scorer.leave(session_id)) is not None:
+            self._pool.release(state)
 
-    def _fits(self, entry: OpenSession) -> bool:
-        return self._pool.fits(ContextResident.room_of(entry))
+    def _fits(self, entry: OpenSession | ScoreTokens) -> bool:
+        return self._pool.fits(_room_of(entry))
 
     def _admit(self) -> bool:
         """Give memory to those who wait and fit; whether anybody did."""
         admitted = False
         for entry in self._waiting.admit(self._fits):
             admitted = True
-            state = self._pool.acquire(ContextResident.room_of(entry))
-            session = self._engine.open(entry.session_id, entry.tokens, entry.params, entry.generated, state)
+            state = self._pool.acquire(_room_of(entry))
+            if isinstance(entry, ScoreTokens):
+                self._scorer.begin(Scoring(entry.session_id, entry.tokens, entry.top, state, entry.tell))
+                continue
+            session = self._engine.open(entry.session_id, entry.tokens, entry.params, entry.generated, state, entry.rounds)
             borders, met = self._prefixes.begin(session)
             self._residents[session.id] = resident = ContextResident(session, borders)
             if met is not None:
@@ -199,6 +224,7 @@ class ContextLoop:
                 self._end([(resident, error)])
                 continue
             resident.copy_for = None
+            resident.held = resident.session.params.mode is Mode.SPECULATIVE
             copied.append(StateCopied(resident.name, lease, state.length, copy))
         self._deliver(copied)
 
@@ -209,33 +235,47 @@ class ContextLoop:
 
     def _load(self) -> Load:
         ahead = self._ahead
-        return Load(len(ahead.commits), ahead.prompts, len(ahead.decodes), self.refining, len(self._residents))
+        prompts = ahead.prompts + len(self._scorer)
+        return Load(len(ahead.commits), prompts, len(ahead.decodes), self.refining, len(self._residents))
 
     # run and deliver: a forward of each kind, and its results at once. A failure reaches those it concerns, and no one else.
 
     def _run(self, ahead: Plan[ContextResident]) -> None:
         by_size: dict[int, list[ContextResident]] = defaultdict(list)
         for resident in sorted(ahead.commits, key=lambda resident: resident.session.state.slot):
-            by_size[len(resident.session.blocks[0])].append(resident)
+            by_size[len(resident.session.blocks[0].tokens)].append(resident)
         for residents in by_size.values():
             self._end(self._isolation.run(residents, self._commit))
         if ahead.decodes:
             self._decode(ahead.decodes)
         if ahead.chunks:
             self._read(ahead.chunks)
+        for state in self._scorer.step():
+            self._pool.release(state)
         self._copy_states()
 
     def _commit(self, residents: Sequence[ContextResident]) -> None:
         """A block of each, all of one size."""
         self._announce([resident for resident in residents if len(resident.session.blocks) == 1])
         sessions = [resident.session for resident in residents]
+        began = time.perf_counter()
         with self._span("commit", batch=len(sessions)):
-            deltas = self._engine.commit_together([(session, session.blocks[0]) for session in sessions])
-        for session in sessions:
-            session.blocks.popleft()
-        self._deliver([Committed([s.id for s in sessions], [s.state.length for s in sessions], deltas)])
+            deltas, rounds = self._engine.advance([(session, session.blocks[0]) for session in sessions])
+        failed: list[ContextResult] = []
+        for resident, round_ in zip(residents, rounds, strict=True):
+            resident.session.blocks.popleft()
+            if round_ is not None and round_.error is not None:
+                failed.append(self._failed(resident, round_.error))
+            elif round_ is not None:
+                resident.session.emit(round_.tokens)
+        if any(rounds):
+            self.times.measured("commit", time.perf_counter() - began)
+        committed = Committed([s.id for s in sessions], [s.state.length for s in sessions], deltas, rounds)
+        self._deliver([*failed, committed])
 
     def _decode(self, residents: Sequence[ContextResident]) -> None:
+        behind = [resident.session.pending is not None for resident in residents]
+        began = time.perf_counter()
         try:
             with self._span("decode", batch=len(residents)):
                 drawn = self._engine.decode([resident.session for resident in residents])
@@ -243,13 +283,15 @@ class ContextLoop:
             self._lost(residents, error)
             return
         self._isolation.clear()
+        if all(behind):
+            self.times.measured("token", time.perf_counter() - began)
         results: list[ContextResult] = []
-        for resident, token in zip(residents, drawn, strict=True):
+        for resident, token, forwards in zip(residents, drawn, behind, strict=True):
             self._residents[resident.name] = self._residents.pop(resident.name)  # those who did not run are next
             resident.alone = resident.alone and len(residents) > 1
             if isinstance(token, int):
                 resident.session.emit([token])
-                results.append(TokenDecoded(resident.name, token, resident.session.logprobs))
+                results.append(TokenDecoded(resident.name, token, resident.session.logprobs, int(forwards)))
             else:
                 results.append(self._failed(resident, token))
         self._deliver(results)
@@ -303,3 +345,8 @@ class ContextLoop:
 
     def _span(self, name: str, **attributes: int) -> AbstractContextManager[Span]:
         return self.tracer.start_as_current_span(name, attributes=attributes)
+
+
+def _room_of(entry: OpenSession | ScoreTokens) -> int:
+    """Tokens that its state must have room for."""
+    return len(entry.tokens) if isinstance(entry, ScoreTokens) else ContextResident.room_of(entry)

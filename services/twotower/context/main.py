@@ -18,13 +18,14 @@ from twotower.context.config import ContextConfig
 from twotower.context.loop import ContextLoop
 from twotower.context.messages import ContextResult
 from twotower.context.prefixes import PrefixCache
+from twotower.context.scoring import ScoringService
 from twotower.context.service import ContextService
 from twotower.context.sessions import Sessions
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.pacing import ContextPacing, Outbound, Pacing
 from twotower.engine.progress import Progress
 from twotower.garbage import spare_what_is_loaded
-from twotower.internal.v1 import context_pb2, context_pb2_grpc
+from twotower.internal.v1 import context_pb2, context_pb2_grpc, scoring_pb2_grpc
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.memory import prefix_budget, state_budget
 from twotower.model.pool import StatePool
@@ -87,9 +88,10 @@ async def run(config: ContextConfig) -> None:
             service = ContextService(
                 process.checkpoint, sessions, pool, transports, tracer, config.silence_s, paced=turns.shared
             )
+            scoring = ScoringService(loop.inbox, process.checkpoint.limits, pool, lambda: service.draining)
             async with process.working(loop, progress) as working:
                 try:
-                    await _serve(config, service, pool, prefixes, process.registry, stop, working)
+                    await _serve(config, service, scoring, pool, prefixes, process.registry, stop, working)
                 finally:
                     loop.inbox.put(None)
                     transports.close()
@@ -100,6 +102,7 @@ async def run(config: ContextConfig) -> None:
 async def _serve(
     config: ContextConfig,
     service: ContextService,
+    scoring: ScoringService,
     pool: StatePool,
     prefixes: PrefixCache,
     registry: Registry,
@@ -108,6 +111,7 @@ async def _serve(
 ) -> None:
     server, sessions = RpcServer(config.service.host, config.port), service.sessions
     context_pb2_grpc.add_ContextTowerServicer_to_server(service, server.server)
+    scoring_pb2_grpc.add_ScoringServicer_to_server(scoring, server.server)
     await server.start([SERVICE_NAME])
     # Known once the port is bound; every queued session names it.
     sessions.address = address = config.advertise or server.address

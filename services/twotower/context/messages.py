@@ -5,12 +5,13 @@ Entries are taken between two iterations. Results are delivered in batches, in t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from twotower.context.copies import Copy
+from twotower.engine.context_engine import Round
 from twotower.errors import TwoTowerError
 from twotower.model.delta_batch import DeltaBatch
 from twotower.request import GenerationParams, Priority, TokenLogprob
@@ -30,6 +31,21 @@ class OpenSession:
     generated: int
     params: GenerationParams
     priority: Priority
+    rounds: Sequence[int] = ()
+    """In speculative mode, how these became part of the state (see `Session.rounds`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreTokens:
+    """A prompt waits for state memory, and then to be read for the log probabilities of its tokens. Not a session."""
+
+    session_id: str
+    tokens: Sequence[int]
+    top: int
+    """With so many of the likeliest tokens at each place."""
+    priority: Priority
+    tell: Callable[[Sequence[TokenLogprob] | TwoTowerError], object]
+    """Takes what each forward has found, in the prompt's order, or why there is no more; in the loop's thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +64,23 @@ class CommitBlocks:
 
 
 @dataclass(frozen=True, slots=True)
+class VerifyDrafts:
+    """Drafts that one denoiser forward finished, of which the context tower keeps what it would have written itself."""
+
+    drafts: Sequence[tuple[str, Sequence[int]]]
+    """Each with its session."""
+
+
+@dataclass(frozen=True, slots=True)
+class GoAlone:
+    """No worker drafts for the session any more: in speculative mode the context tower writes on by AR steps."""
+
+    session_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class CopyState:
-    """A worker needs the state, once nothing is left to be done to it."""
+    """A worker needs the state, once nothing is left to be done to it. In speculative mode the next block is a draft."""
 
     session_id: str
     lease: int
@@ -57,7 +88,7 @@ class CopyState:
 
 @dataclass(frozen=True, slots=True)
 class SetPaused:
-    """The client does not read (or does again) what an AR session writes."""
+    """The client does not read (or does again) what the context tower writes alone."""
 
     session_id: str
     paused: bool
@@ -80,7 +111,18 @@ class CopySent:
     copy: Copy
 
 
-ContextEntry = CopySent | OpenSession | CloseSession | CommitBlocks | CopyState | SetPaused | PrefixLoaded
+ContextEntry = (
+    CopySent
+    | OpenSession
+    | ScoreTokens
+    | CloseSession
+    | CommitBlocks
+    | VerifyDrafts
+    | GoAlone
+    | CopyState
+    | SetPaused
+    | PrefixLoaded
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +157,19 @@ class Committed:
     lengths: Sequence[int]
     """Tokens that each state holds now."""
     deltas: DeltaBatch
+    rounds: Sequence[Round | None]
+    """What those came to that were drafts."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenDecoded:
-    """An AR session's next token."""
+    """The next token of a session that the context tower writes alone."""
 
     session_id: str
     token: int
     logprobs: Sequence[TokenLogprob]
+    forwards: int
+    """That it took: none where the prompt's reading gave it."""
 
 
 @dataclass(frozen=True, slots=True)

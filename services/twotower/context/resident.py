@@ -23,6 +23,8 @@ class ContextResident:
         """Its client does not read."""
         self.alone = False
         """See `Schedulable`."""
+        self.held = False
+        """In speculative mode: a worker drafts its next tokens, and no AR step may write them."""
         self.announced = False
         """`StateSoonReady` has been delivered."""
         self.copy_for: int | None = None
@@ -40,7 +42,7 @@ class ContextResident:
 
     @property
     def over(self) -> bool:
-        """In AR mode, the last token is written. Otherwise a session is closed when it is over."""
+        """In the autoregressive modes, the last token is written. Otherwise a session is closed when it is over."""
         return self.session.finish_reason is not None
 
     @property
@@ -56,14 +58,17 @@ class ContextResident:
     @property
     def block(self) -> Sequence[int] | None:
         """See `Schedulable`."""
-        return self.session.blocks[0] if self.session.blocks and not self.session.prefill_left else None
+        return self.session.blocks[0].tokens if self.session.blocks and not self.session.prefill_left else None
 
     @property
     def decodes(self) -> bool:
         """See `Schedulable`."""
-        return self.session.params.mode is Mode.AR and not self.session.prefill_left and not self.paused
+        by_steps = self.session.params.mode.autoregressive and not self.held
+        return by_steps and not self.session.prefill_left and not self.paused
 
     @property
     def settled(self) -> bool:
-        """The state holds all that is written."""
-        return not self.session.prefill_left and not self.session.blocks
+        """The state holds all that a worker needs: what is written, or in speculative mode all but the last token."""
+        if self.session.prefill_left or self.session.blocks or self.over:
+            return False
+        return self.session.params.mode is Mode.DIFFUSION or self.session.pending is not None

@@ -16,11 +16,12 @@ from twotower.errors import Draining, Incompatible, InvalidArgument, TwoTowerErr
 from twotower.internal.v1 import context_pb2, context_pb2_grpc, link_pb2
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.pool import PAGE, StatePool
-from twotower.request import FinishReason, Priority, check_request
+from twotower.request import BlockStep, FinishReason, Mode, Priority, check_request
 from twotower.transport.ends import ContextTransports
 from twotower.wire.handshake import check_hello
 from twotower.wire.logprobs import logprobs_to_pb
-from twotower.wire.params import FINISH_TO_PB, PRIORITY_FROM_PB, params_from_pb
+from twotower.wire.params import FINISH_TO_PB, PRIORITY_FROM_PB, draft_use_to_pb, params_from_pb
+from twotower.wire.steps import step_to_pb
 
 
 class ContextService(context_pb2_grpc.ContextTowerServicer):
@@ -52,7 +53,7 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
         if self.draining:
             raise Draining("this context is draining")
         live, tokens = self._checked(request)
-        self.sessions.open(live, tokens)
+        self.sessions.open(live, tokens, request.rounds)
         try:
             while True:
                 event = await live.next_event()
@@ -63,6 +64,9 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
                     self.sessions.end(live)
                     yield context_pb2.SessionEvent(end=context_pb2.SessionEnd(finish_reason=FINISH_TO_PB[event]))
                     return
+                if isinstance(event, BlockStep):
+                    yield context_pb2.SessionEvent(step=step_to_pb(event))
+                    continue
                 yield context_pb2.SessionEvent(block=_block_to_pb(event))
         finally:
             self.sessions.end(live)
@@ -100,9 +104,21 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
             raise InvalidArgument("generated", f"{generated} tokens leave none of max_tokens {params.max_tokens}")
         if generated % block_tokens(params):
             raise InvalidArgument("generated", f"must be whole blocks of {block_tokens(params)} tokens, not {generated}")
+        rounds = request.rounds
+        if rounds and (params.mode is not Mode.SPECULATIVE or sum(max(n, 1) for n in rounds) != generated - 1):
+            raise InvalidArgument("rounds", f"do not make the {generated} tokens that were generated")
+        if any(not 0 <= n <= params.block_size for n in rounds):
+            raise InvalidArgument("rounds", f"must be in [0, {params.block_size}] each")
         priority = PRIORITY_FROM_PB.get(request.priority, Priority.NORMAL)
         live = LiveSession(
-            uuid.uuid4().hex, len(tokens), params, priority, generated=generated, failures=max(0, request.failures)
+            uuid.uuid4().hex,
+            len(tokens),
+            params,
+            priority,
+            generated=generated,
+            failures=max(0, request.failures),
+            last_token=tokens[-1] if generated else None,
+            times=self.sessions.times,
         )
         if not self._pool.ever_fits(live.room):
             most = self._pool.size.pages * PAGE
@@ -113,4 +129,9 @@ class ContextService(context_pb2_grpc.ContextTowerServicer):
 
 
 def _block_to_pb(block: ShownBlock) -> context_pb2.SessionBlock:
-    return context_pb2.SessionBlock(token_ids=block.tokens, forwards=block.forwards, logprobs=logprobs_to_pb(block.logprobs))
+    return context_pb2.SessionBlock(
+        token_ids=block.tokens,
+        forwards=block.forwards,
+        logprobs=logprobs_to_pb(block.logprobs),
+        draft=draft_use_to_pb(block.use),
+    )

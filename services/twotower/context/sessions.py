@@ -24,6 +24,7 @@ from twotower.context.messages import (
     ContextResult,
     CopySent,
     CopyState,
+    GoAlone,
     OpenSession,
     PrefixLoaded,
     PrefixMet,
@@ -33,11 +34,14 @@ from twotower.context.messages import (
     StateCopied,
     StateSoonReady,
     TokenDecoded,
+    VerifyDrafts,
 )
+from twotower.engine.context_engine import Round
+from twotower.engine.effort import Times
 from twotower.errors import BrokerUnavailable, NonFiniteLogits, RequestFailed
 from twotower.internal.v1 import link_pb2
 from twotower.prefix.redis_tier import RedisTier
-from twotower.request import TokenLogprob
+from twotower.request import DraftUse, TokenLogprob
 from twotower.tasks import end_tasks
 
 log = logging.getLogger(__name__)
@@ -77,13 +81,18 @@ class Sessions:
         """The session, unless it is over."""
         return self._sessions.get(session_id)
 
+    @property
+    def times(self) -> Times:
+        """Of what a draft takes and earns here."""
+        return self._loop.times
+
     # Gateways
 
-    def open(self, live: LiveSession, tokens: Sequence[int]) -> None:
-        """Hold a session, and have its prompt read once there is room."""
+    def open(self, live: LiveSession, tokens: Sequence[int], rounds: Sequence[int] = ()) -> None:
+        """Hold a session, and have its prompt read once there is room; rounds: see `OpenSession`."""
         self._sessions[live.id] = live
         self.empty.clear()
-        self._loop.inbox.put(OpenSession(live.id, tokens, live.transcript.generated, live.params, live.priority))
+        self._loop.inbox.put(OpenSession(live.id, tokens, live.transcript.generated, live.params, live.priority, rounds))
 
     def end(self, live: LiveSession) -> None:
         """The session is over, or its gateway has gone. Safe to call again."""
@@ -99,9 +108,9 @@ class Sessions:
     def has_read(self, live: LiveSession) -> None:
         """The gateway has taken an event."""
         if live.resume():
-            if live.ar:
+            if live.params.mode.autoregressive:
                 self._loop.inbox.put(SetPaused(live.id, False))
-            elif live.link is None and live.entry_id is None:
+            if live.wants_worker and live.link is None and live.entry_id is None:
                 self._enqueue(live)
 
     # Workers
@@ -120,10 +129,20 @@ class Sessions:
             self._loop.inbox.put(CopyState(live.id, live.lease))
 
     def blocks_done(self, blocks: Sequence[tuple[LiveSession, link_pb2.BlockDone, Sequence[TokenLogprob]]]) -> None:
-        """Take checked blocks that one forward finished: each is shown at once, and committed unless it is the last."""
+        """Take checked blocks that one forward finished: each is shown at once, and committed unless it is the last.
+
+        A draft is verified first.
+        """
         commits: list[tuple[str, Sequence[int]]] = []
+        drafts: list[tuple[str, Sequence[int]]] = []
         for live, block, logprobs in blocks:
             self._set_writing(live, False)
+            if live.effort is not None:
+                live.draft_forwards = block.forwards
+                if block.forwards and block.seconds > 0:
+                    self._loop.times.measured("step", block.seconds / block.forwards)
+                drafts.append((live.id, block.token_ids))
+                continue
             live.emit(block.token_ids, block.forwards, logprobs)
             if live.over:
                 self.end(live)
@@ -131,6 +150,8 @@ class Sessions:
                 commits.append((live.id, block.token_ids))
         if commits:
             self._loop.inbox.put(CommitBlocks(commits))
+        if drafts:
+            self._loop.inbox.put(VerifyDrafts(drafts))
 
     def detached(self, link: WorkerLink, detached: link_pb2.Detached) -> None:
         """A worker lets go of a session."""
@@ -138,7 +159,9 @@ class Sessions:
         if live is None:
             return
         self._forget(live)
-        if detached.reason == link_pb2.DETACH_REASON_NOT_FINITE:
+        if detached.reason == link_pb2.DETACH_REASON_NOT_FINITE and live.effort is not None:
+            live.effort.give_up()  # the text is the context's: it goes on without drafts
+        elif detached.reason == link_pb2.DETACH_REASON_NOT_FINITE:
             live.fail(NonFiniteLogits(detached.detail))
             self.end(live)
         elif detached.reason == link_pb2.DETACH_REASON_HANDED_BACK:
@@ -185,14 +208,10 @@ class Sessions:
                 self.copy_sent(result.copy)
             # It is over; the loop will hear, or has heard.
         elif isinstance(result, StateSoonReady):
-            if not live.ar:
+            if live.wants_worker or (live.effort is None and not live.ar):
                 self._enqueue(live)
         elif isinstance(result, TokenDecoded):
-            live.emit([result.token], 1, result.logprobs)
-            if live.over:
-                self.end(live)
-            elif live.paused:
-                self._loop.inbox.put(SetPaused(live.id, True))
+            self._decoded(live, result)
         elif isinstance(result, StateCopied):
             if live.link is not None and live.lease == result.lease:
                 self._set_writing(live, True)
@@ -206,15 +225,45 @@ class Sessions:
             live.fail(result.error)
             self.end(live)
 
+    def _decoded(self, live: LiveSession, result: TokenDecoded) -> None:
+        """Show what the context has written alone."""
+        if live.effort is None:
+            live.emit([result.token], 1, result.logprobs)
+        else:
+            live.emit([result.token], 0, result.logprobs, DraftUse(context_forwards=result.forwards))
+        if live.over:
+            self.end(live)
+        elif live.paused:
+            self._loop.inbox.put(SetPaused(live.id, True))
+        elif live.effort is not None and live.effort.resting:
+            live.effort.stepped()
+            if live.wants_worker:
+                self._enqueue(live)
+
+    def _verified(self, live: LiveSession, verified: Round) -> None:
+        """Show what a round has written."""
+        assert live.effort is not None
+        live.emit(verified.tokens, live.draft_forwards, verified.logprobs, verified.use(live.params.block_size))
+        live.effort.verified(len(verified.tokens), self._loop.times)
+        if live.over:
+            self.end(live)
+
     def _committed(self, result: Committed) -> None:
         """Send each worker its rows; whoever has no worker any more is queued already, or will be."""
         rows: dict[WorkerLink, list[tuple[int, LiveSession, int]]] = defaultdict(list)
         for row, (session_id, length) in enumerate(zip(result.session_ids, result.lengths, strict=True)):
             live = self._sessions.get(session_id)
+            if live is not None and (verified := result.rounds[row]) is not None:
+                self._verified(live, verified)
             if live is None or live.link is None or not live.has_state:  # a copy of the whole state is still to come
                 continue
             if live.paused:  # a client that does not read must not keep a worker's slot
                 self._let_go(live, link_pb2.END_REASON_PAUSED)
+                if live.effort is not None:
+                    self._loop.inbox.put(SetPaused(live.id, True))
+                continue
+            if live.effort is not None and live.effort.resting:
+                self._let_go(live, link_pb2.END_REASON_RESTING)
                 continue
             self._set_writing(live, True)
             rows[live.link].append((row, live, length))
@@ -229,6 +278,8 @@ class Sessions:
         if live.link is not None:
             live.link.held.pop(live.id, None)
             live.link = None
+            if live.effort is not None:
+                self._loop.inbox.put(GoAlone(live.id))
 
     def _let_go(self, live: LiveSession, reason: link_pb2.EndReason.ValueType) -> None:
         """Take a session away from its worker, if it has one."""
@@ -246,6 +297,10 @@ class Sessions:
         live.failures += 1
         if live.over:
             return
+        if live.failures >= MAX_FAILURES and live.effort is not None:
+            log.warning("session %s goes on without drafts, after %d failures: %s", live.id, live.failures, why)
+            live.effort.give_up()
+            return
         if live.failures >= MAX_FAILURES:
             live.fail(RequestFailed(f"the request failed {live.failures} times without a block between; the last time: {why}"))
             self.end(live)
@@ -256,8 +311,8 @@ class Sessions:
     # The ready queue
 
     def _requeue(self, live: LiveSession) -> None:
-        """Queue a session that has lost its worker; one whose client does not read is queued when it does."""
-        if not live.over and not live.paused:
+        """Queue a session that has lost its worker; who does not want one now is queued when it does."""
+        if live.wants_worker:
             self._enqueue(live)
 
     def _enqueue(self, live: LiveSession) -> None:
@@ -276,6 +331,9 @@ class Sessions:
                 entry = await self._queue.push(ready, live.priority, wait_s=0)
             except BrokerUnavailable as error:
                 if clock() >= give_up:
+                    if live.effort is not None:  # nothing is lost but speed
+                        live.effort.rest()
+                        return
                     live.fail(error)
                     self.end(live)
                     return

@@ -13,7 +13,7 @@ import grpc
 from opentelemetry.trace import Span, Tracer
 
 from twotower.broker.ready_queue import ReadySession
-from twotower.denoiser.messages import Begin, BlocksFinished, Extend, Held, Row
+from twotower.denoiser.messages import Begin, BlocksFinished, BlocksShown, Draft, Extend, Held, Row
 from twotower.errors import Incompatible, NonFiniteLogits, TwoTowerError
 from twotower.internal.v1 import context_pb2_grpc, link_pb2
 from twotower.rpc.channel import open_channel
@@ -25,6 +25,7 @@ from twotower.wire.handshake import make_hello
 from twotower.wire.logprobs import logprobs_to_pb
 from twotower.wire.params import params_from_pb
 from twotower.wire.state import delta_spec, state_spec
+from twotower.wire.steps import step_to_pb
 
 if TYPE_CHECKING:
     from twotower.denoiser.worker import Worker
@@ -85,10 +86,20 @@ class ContextLink:
                 generated=block.generated,
                 token_ids=block.tokens.tolist(),
                 forwards=block.forwards,
+                seconds=block.seconds,
                 logprobs=logprobs_to_pb(block.logprobs),
             )
         if done.blocks:
             self._put(link_pb2.WorkerMessage(done=done))
+
+    def show(self, shown: BlocksShown) -> None:
+        """Send blocks on their way, as far as their sessions are still here."""
+        stepped = link_pb2.BlocksStepped()
+        for held, generated, step in shown.blocks:
+            if held in self._sessions:
+                stepped.blocks.add(session=_ref(held), generated=generated, step=step_to_pb(step))
+        if stepped.blocks:
+            self._put(link_pb2.WorkerMessage(stepped=stepped))
 
     def hand_back(self) -> None:
         """Let go of every session whose block is not under way here: the context has all that it needs."""
@@ -192,6 +203,7 @@ class ContextLink:
 
     async def _take_state(self, call: Any, inlet: Inlet, state: link_pb2.State) -> None:
         held, device = _held(state.session), self._worker.device
+        draft = _draft(state, self._worker.config.vocab_size)
         placed = state.tensors if state.HasField("tensors") else None
         expected = state_spec(self._worker.config, self._worker.dtype, state.length)
         received = await inlet.receive(placed, expected, device, lambda: _read(call))
@@ -205,14 +217,16 @@ class ContextLink:
         session.awaited.set_attribute("bytes", received.size)
         session.awaited.end()
         session.refining = True
-        begin = Begin(held, self._address, params, session.ready.tokens, state.length, state.generated, received)
+        begin = Begin(held, self._address, params, session.ready.tokens, state.length, state.generated, received, draft)
         self._worker.loop.inbox.put(begin)
 
     async def _take_committed(self, call: Any, inlet: Inlet, committed: link_pb2.BlocksCommitted) -> None:
         placed = committed.tensors if committed.HasField("tensors") else None
         size, rows = committed.block_size, committed.rows
-        if any(row.kept != size for row in rows):
-            raise Incompatible("committed.kept: blocks of which a part is kept are not expected here")
+        if any(not 1 <= row.kept <= size for row in rows):
+            raise Incompatible(f"committed.kept: must be in [1, {size}], the positions of the tensors")
+        vocab = self._worker.config.vocab_size
+        own = [Row(_held(row.session), row.length, row.generated, row.kept, _draft(row, vocab)) for row in rows]
         expected = delta_spec(self._worker.config, self._worker.dtype, len(rows), size)
         received = await inlet.receive(placed, expected, self._worker.device, lambda: _read(call))
         for row in rows:
@@ -221,7 +235,6 @@ class ContextLink:
                 session.awaited.set_attribute("bytes", received.size // len(rows))
                 session.awaited.end()
                 session.refining = True
-        own = [Row(_held(row.session), row.length, row.generated) for row in rows]
         self._worker.loop.inbox.put(Extend(own, size, received))
 
 
@@ -249,3 +262,15 @@ def _ref(held: Held) -> link_pb2.SessionRef:
 
 def _held(ref: link_pb2.SessionRef) -> Held:
     return Held(ref.id, ref.lease)
+
+
+def _draft(message: link_pb2.State | link_pb2.CommittedBlock, vocab: int) -> Draft | None:
+    """What is known of the next block, if that is a draft. Raises Incompatible."""
+    if not message.HasField("draft"):
+        return None
+    draft = message.draft
+    if not 0 <= draft.token < vocab:
+        raise Incompatible(f"draft.token: {draft.token} is outside the vocabulary [0, {vocab})")
+    if draft.steps < 1:
+        raise Incompatible(f"draft.steps: must be at least 1, not {draft.steps}")
+    return Draft(draft.token, draft.steps)

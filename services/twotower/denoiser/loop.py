@@ -6,7 +6,9 @@ forwards and nowhere else.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from twotower.denoiser.messages import (
     Begin,
     BlocksFinished,
+    BlocksShown,
     DenoiserEntry,
     DenoiserResult,
     Extend,
@@ -35,7 +38,7 @@ from twotower.errors import Incompatible
 from twotower.model.delta_batch import apply_batch
 from twotower.model.pool import StatePool
 from twotower.model.state import ContextState
-from twotower.request import GenerationParams
+from twotower.request import BlockStep, GenerationParams
 from twotower.tracing.recorder import NO_TRACER
 from twotower.wire.state import delta_from, fill_state
 
@@ -154,7 +157,7 @@ class DenoiserLoop:
         """Give a session a slot, and put its state there."""
         state = self._pool.acquire(begin.room)
         self._rates = _same_if_equal(self._rates, fill_state(state, begin.state.tensors, begin.length))
-        block = self.engine.start(begin.params, state, begin.generated)
+        block = self.engine.start(begin.params, state, begin.generated, *(begin.draft or ()))
         self._residents[begin.held] = DenoiserResident(begin, state, self._rates, block)
         self._deliver([TensorsRead(begin.state)])
 
@@ -164,6 +167,8 @@ class DenoiserLoop:
         try:
             if here:
                 deltas = delta_from(extend.deltas.tensors, self.engine.tower.config, extend.block_size)
+                if any(row.kept != extend.block_size for row in extend.rows):
+                    deltas = dataclasses.replace(deltas, counts=tuple(row.kept for row in extend.rows))
                 with self.tracer.start_as_current_span("apply", attributes={"batch": len(here)}):
                     mine = deltas.select([row for row, _ in here])
                     apply_batch([r.state for _, r in here], mine, here[0][1].rates, self.engine.tower.kernels)
@@ -174,19 +179,24 @@ class DenoiserLoop:
         finally:
             self._deliver([TensorsRead(extend.deltas)])
         for row, resident in here:
-            length, generated = extend.rows[row].length, extend.rows[row].generated
+            length, generated, draft = extend.rows[row].length, extend.rows[row].generated, extend.rows[row].draft
             if resident.state.length != length:
                 wrong = Incompatible(f"committed.length: {length}, the state here has {resident.state.length}")
                 self._fail([(resident, wrong)])
             else:
-                resident.block = self.engine.start(resident.params, resident.state, generated)
+                resident.block = self.engine.start(resident.params, resident.state, generated, *(draft or ()))
 
     def _step(self, residents: Sequence[DenoiserResident]) -> None:
+        blocks = [resident.block for resident in residents if resident.block is not None]
+        began = time.perf_counter()
         with self.tracer.start_as_current_span("step", attributes={"batch": len(residents)}):
-            self.engine.step([resident.block for resident in residents if resident.block is not None])
+            self.engine.step(blocks)
+        for block in blocks:
+            block.seconds += time.perf_counter() - began
 
     def _hand_in(self, worked: Sequence[DenoiserResident]) -> None:
-        """What a forward finished: one message for each context."""
+        """What a forward finished: one message for each context, and one before it of what its clients want to see."""
+        self._show(worked)
         finished: dict[str, list[tuple[Held, Refinement]]] = defaultdict(list)
         for resident in worked:
             block = resident.block
@@ -198,6 +208,14 @@ class DenoiserLoop:
                 finished[resident.context].append((resident.held, block))
                 resident.block = None
         self._deliver([BlocksFinished(context, blocks) for context, blocks in finished.items()])
+
+    def _show(self, worked: Sequence[DenoiserResident]) -> None:
+        shown: dict[str, list[tuple[Held, int, BlockStep]]] = defaultdict(list)
+        for resident in worked:
+            block = resident.block
+            if block is not None and block.step is not None and block.error is None and resident.held in self._residents:
+                shown[resident.context].append((resident.held, block.generated, block.step))
+        self._deliver([BlocksShown(context, blocks) for context, blocks in shown.items()])
 
     def _fail(self, failed: Sequence[tuple[DenoiserResident, Exception]]) -> None:
         for resident, _ in failed:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from twotower.engine.refinement import Refinement
-from twotower.request import GenerationParams
+from twotower.request import BlockStep, GenerationParams
 from twotower.transport.interface import Received
 
 
@@ -16,6 +16,15 @@ class Held(NamedTuple):
 
     session_id: str
     lease: int
+
+
+class Draft(NamedTuple):
+    """What is known of a draft."""
+
+    token: int
+    """Its first one."""
+    steps: int
+    """Forwards that it may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +40,8 @@ class Begin:
     length: int
     generated: int
     state: Received
+    draft: Draft | None = None
+    """The block is a draft."""
 
 
 class Row(NamedTuple):
@@ -40,6 +51,10 @@ class Row(NamedTuple):
     length: int
     """Tokens that the state holds with it."""
     generated: int
+    kept: int
+    """Tokens of the block that were taken into the state."""
+    draft: Draft | None = None
+    """The next block is a draft."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +63,7 @@ class Extend:
 
     rows: Sequence[Row]
     block_size: int
+    """Positions of a row in the tensors."""
     deltas: Received
 
 
@@ -67,6 +83,15 @@ class BlocksFinished:
 
     context: str
     blocks: Sequence[tuple[Held, Refinement]]
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksShown:
+    """Blocks of one context's sessions as one forward left them, for clients that watch."""
+
+    context: str
+    blocks: Sequence[tuple[Held, int, BlockStep]]
+    """Each with the tokens generated before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,4 +115,4 @@ class TensorsRead:
     received: Received
 
 
-DenoiserResult = BlocksFinished | SessionsFailed | SlotsFree | TensorsRead
+DenoiserResult = BlocksFinished | BlocksShown | SessionsFailed | SlotsFree | TensorsRead

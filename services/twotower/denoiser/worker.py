@@ -15,7 +15,16 @@ from opentelemetry.trace import Tracer
 from twotower.broker.ready_queue import EntryId, ReadyQueue, ReadySession
 from twotower.denoiser.link import ContextLink, dial
 from twotower.denoiser.loop import DenoiserLoop
-from twotower.denoiser.messages import BlocksFinished, DenoiserResult, Held, Leave, SessionsFailed, SlotsFree, TensorsRead
+from twotower.denoiser.messages import (
+    BlocksFinished,
+    BlocksShown,
+    DenoiserResult,
+    Held,
+    Leave,
+    SessionsFailed,
+    SlotsFree,
+    TensorsRead,
+)
 from twotower.engine.progress import Progress
 from twotower.errors import BrokerUnavailable
 from twotower.model.checkpoint import Checkpoint
@@ -135,6 +144,9 @@ class Worker:
                     link.hand_in(result)
                     if self._draining:
                         link.hand_back()
+            elif isinstance(result, BlocksShown):
+                if (link := self._links.get(result.context)) is not None:
+                    link.show(result)
             elif isinstance(result, TensorsRead):
                 result.received.release()
             elif isinstance(result, SlotsFree):

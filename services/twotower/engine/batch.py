@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.effort import Effort, Times
 from twotower.engine.refinement import Refinement
-from twotower.engine.session import Session, room_for
+from twotower.engine.session import Piece, Session, room_for
 from twotower.errors import InvalidArgument
 from twotower.model.pool import PoolSize, StatePool, pages_for
-from twotower.request import FinishReason, GenerationParams, Mode
+from twotower.request import NO_DRAFT, DraftUse, FinishReason, GenerationParams, Mode
 
 
 @dataclass(slots=True)
@@ -29,6 +30,10 @@ class Completion:
     forwards: int = 0
     """Of the denoiser; in AR mode, of the context tower."""
     blocks: int = 0
+    rounds: int = 0
+    """Drafts that were verified, in speculative mode."""
+    use: DraftUse = NO_DRAFT
+    """Of all rounds, and AR steps, in speculative mode."""
     first_block_s: float = 0.0
     """From its start (its prefill included) to its first block."""
     seconds: float = 0.0
@@ -38,17 +43,23 @@ class Completion:
 class _Running:
     """A request that holds one of the batch's places."""
 
-    def __init__(self, index: int, session: Session) -> None:
+    def __init__(self, index: int, session: Session, times: Times) -> None:
+        """times: of what a draft takes and earns."""
         self.session = session
         self.result = Completion(index)
         self.block: Refinement | None = None
+        params = session.params
+        self.effort = Effort(params.block_size, params.steps, times) if params.mode is Mode.SPECULATIVE else None
         self._started = time.perf_counter()
 
-    def take(self, tokens: list[int], forwards: int) -> bool:
+    def take(self, tokens: list[int], forwards: int, use: DraftUse = NO_DRAFT) -> bool:
         """A finished block; True if the request goes on."""
         result = self.result
-        result.token_ids += self.session.emit(tokens)
+        shown = self.session.emit(tokens)
+        result.token_ids += shown
         result.forwards += forwards
+        result.use += use.shown(len(shown))
+        result.rounds += use.drafted > 0
         result.blocks += 1
         result.seconds = time.perf_counter() - self._started
         result.first_block_s = result.first_block_s or result.seconds
@@ -83,12 +94,17 @@ def generate_batch(
         while len(running) < batch and (request := next(waiting, None)) is not None:
             index, prompt = request
             state = pool.acquire(room_for(len(prompt), 0, params)) if pool else None
-            running.append(_Running(index, context.open(str(index), list(prompt), params, state=state)))
+            session = context.open(str(index), list(prompt), params, state=state)
+            running.append(_Running(index, session, context.times))
         _read(context, [one.session for one in running], prefill_chunk, prefill_budget)
         if not running:
             return
-        step = _decode if params.mode is Mode.AR else _refine
-        ended = step(context, denoiser, running)
+        if params.mode is Mode.AR:
+            ended = _decode(context, running)
+        elif params.mode is Mode.SPECULATIVE:
+            ended = _speculate(context, denoiser, running)
+        else:
+            ended = _refine(context, denoiser, running)
         running = [one for one in running if one not in ended]
         if pool:
             for one in ended:
@@ -119,7 +135,7 @@ def _read(context: ContextEngine, sessions: Sequence[Session], chunk: int, budge
         context.read(chunks)
 
 
-def _decode(context: ContextEngine, denoiser: DenoiserEngine, running: list[_Running]) -> list[_Running]:
+def _decode(context: ContextEngine, running: list[_Running]) -> list[_Running]:
     """One AR token for each; returns those that ended."""
     ended = []
     for one, token in zip(running, context.decode([one.session for one in running]), strict=True):
@@ -150,4 +166,55 @@ def _refine(context: ContextEngine, denoiser: DenoiserEngine, running: list[_Run
             ended.append(one)
     if commits:
         context.commit(commits)
+    return ended
+
+
+def _speculate(context: ContextEngine, denoiser: DenoiserEngine, running: list[_Running]) -> list[_Running]:
+    """A denoiser forward for each draft, a verification for those that are done, an AR step for the others; who ended."""
+    clock, times = time.perf_counter, context.times
+    steps: list[_Running] = []
+    drafts: list[_Running] = []
+    ended: list[_Running] = []
+    for one in running:
+        session, effort = one.session, one.effort
+        assert effort is not None
+        if one.block is None and session.pending is not None and (forwards := effort.choose()):
+            one.block = denoiser.start(session.params, session.state, session.generated, session.pending, forwards)
+        (steps if one.block is None else drafts).append(one)
+    if steps:
+        behind = [one for one in steps if one.session.pending is not None]
+        started = clock()
+        for one, token in zip(steps, context.decode([one.session for one in steps]), strict=True):
+            if not isinstance(token, int):
+                raise token
+            assert one.effort is not None
+            one.effort.stepped()
+            if not one.take([token], 0, DraftUse(context_forwards=int(one in behind))):
+                ended.append(one)
+        if len(behind) == len(steps):
+            times.measured("token", clock() - started)
+    if not drafts:
+        return ended
+    started = clock()
+    denoiser.step([one.block for one in drafts if one.block is not None])
+    times.measured("step", clock() - started)
+    done = [(one, one.block) for one in drafts if one.block is not None and one.block.done]
+    for one, block in done:
+        one.block = None
+        if block.error is not None and one.effort is not None:  # the text is the context's: it goes on without
+            one.effort.give_up()
+    done = sorted(((o, b) for o, b in done if b.error is None), key=lambda pair: pair[0].session.state.slot)
+    if not done:
+        return ended
+    started = clock()
+    _, rounds = context.advance([(one.session, Piece(block.tokens.tolist(), None)) for one, block in done])
+    times.measured("commit", clock() - started)
+    for (one, block), verified in zip(done, rounds, strict=True):
+        assert verified is not None
+        assert one.effort is not None
+        if verified.error is not None:
+            raise verified.error
+        one.effort.verified(len(verified.tokens), times)
+        if not one.take(verified.tokens, block.forwards, verified.use(block.tokens.shape[0])):
+            ended.append(one)
     return ended

@@ -4,23 +4,42 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from twotower.engine.commit_graphs import CommitGraphs
+from twotower.engine.effort import Times
 from twotower.engine.graphs import WarmUp, common_pool
 from twotower.engine.logprobs import token_logprobs
-from twotower.engine.sampling import filters, uniforms
-from twotower.engine.session import Session
+from twotower.engine.sampling import ar_uniforms, filters
+from twotower.engine.session import STEP, Piece, Session
 from twotower.errors import NonFiniteLogits
 from twotower.model.context_tower import ContextTower
 from twotower.model.delta_batch import DeltaBatch
 from twotower.model.pool import StatePool
 from twotower.model.rows import rows_of
 from twotower.model.state import ContextState, Delta
-from twotower.request import GenerationParams, Mode
+from twotower.request import DraftUse, GenerationParams, TokenLogprob
 from twotower_kernels.unmask import draw
+
+NOT_FINITE = "the context tower's logits are not finite"
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What a draft came to: the tokens that AR's steps would have written."""
+
+    tokens: list[int]
+    """Drawn, not yet emitted: those of the draft that agree, and the one that follows them."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each token, if asked for."""
+    error: NonFiniteLogits | None = None
+
+    def use(self, block_size: int) -> DraftUse:
+        """What it took, of a draft of so many tokens, the first of which was known."""
+        return DraftUse(block_size - 1, len(self.tokens) - 1, 1)
 
 
 class ContextEngine:
@@ -32,6 +51,8 @@ class ContextEngine:
         use = tower.device.type == "cuda" if graphs is None else graphs
         self._graphs = CommitGraphs(tower) if use and tower.kernels.paged else None
         self.decay_rates = tower.decay_rates()
+        self.times = Times()
+        """What AR steps and verifications took here, and the denoisers' forwards, as far as whoever runs them says so."""
 
     def open(
         self,
@@ -40,12 +61,13 @@ class ContextEngine:
         params: GenerationParams,
         generated: int = 0,
         state: ContextState | None = None,
+        rounds: Sequence[int] = (),
     ) -> Session:
-        """A session that has read nothing yet; tokens and generated as `Session` takes them.
+        """A session that has read nothing yet; tokens, generated and rounds as `Session` takes them.
 
         state: an empty one of a pool; None: one of its own, which grows.
         """
-        return Session(session_id, tokens, params, state or self.tower.new_state(), generated)
+        return Session(session_id, tokens, params, state or self.tower.new_state(), generated, rounds)
 
     def prefill(self, session: Session, budget: int) -> int:
         """Read up to `budget` more tokens of the prompt; returns how many."""
@@ -62,7 +84,7 @@ class ContextEngine:
         for session, count in chunks:
             start = session.state.length
             tokens.append(torch.tensor(session.prompt[start : start + count], dtype=torch.int64, device=self.tower.device))
-            need_logits.append(start + count == len(session.prompt) and session.params.mode is Mode.AR)
+            need_logits.append(start + count == len(session.prompt) and session.params.mode.autoregressive)
         logits = self.tower.prefill(tokens, [session.state for session, _ in chunks], need_logits=need_logits)
         for (session, _), row in zip(chunks, logits, strict=True):
             session.logits = row
@@ -98,6 +120,50 @@ class ContextEngine:
         verified = self.tower.verify(tokens.to(self.tower.device), states, need_logits=False)
         return self.tower.accept_all(states, verified)
 
+    @torch.inference_mode()
+    def advance(self, work: Sequence[tuple[Session, Piece]]) -> tuple[DeltaBatch, list[Round | None]]:
+        """Take what is kept of each piece into its session's state, in one forward over pieces of one size.
+
+        A draft is verified: its row of the second result is what it came to, and the session's `pending` token is the
+        last one of that. When the forward raises, no state has changed (but see `commit_together`).
+        """
+        drafts = [session for session, piece in work if piece.kept is None]
+        if not drafts and all(piece.kept == len(piece.tokens) for _, piece in work):
+            return self.commit_together([(session, piece.tokens) for session, piece in work]), [None] * len(work)
+        states = [session.state for session, _ in work]
+        tokens = torch.tensor([piece.tokens for _, piece in work], dtype=torch.int64)
+        wanted = [piece.kept is None for _, piece in work]
+        verified = self.tower.verify(tokens.to(self.tower.device), states, need_logits=wanted)
+        found = iter(() if verified.logits is None else self._verify(drafts, tokens[wanted], verified.logits))
+        rounds = [next(found) if want else None for want in wanted]
+        counts = [len(round_.tokens) if round_ else piece.kept or 0 for round_, (_, piece) in zip(rounds, work, strict=True)]
+        whole = not self.tower.kernels.paged and min(counts) == verified.length
+        deltas = self.tower.accept_all(states, verified) if whole else self.tower.accept(states, verified, counts)
+        for round_, (session, _) in zip(rounds, work, strict=True):
+            if round_ is not None:
+                session.pending = round_.tokens[-1]
+                session.rounds.append(len(round_.tokens))
+        return deltas, rounds
+
+    def _verify(self, sessions: Sequence[Session], drafts: Tensor, logits: Tensor) -> list[Round]:
+        """What AR would have written, as far as the drafts (R, L), on the host, agree; logits (R, L, vocab)."""
+        length = drafts.shape[1]
+        drawn, sound = _choose(
+            [session.params for session in sessions for _ in range(length)], _chances(sessions, length), logits.flatten(0, 1)
+        )
+        rows = zip(sessions, drafts.tolist(), drawn.view(-1, length), sound.view(-1, length).tolist(), strict=True)
+        out = []
+        for row, (session, draft, chosen, fine) in enumerate(rows):
+            own = chosen.tolist()
+            agree = [a == b for a, b in zip(draft[1:], own, strict=False)]
+            kept = 1 + (agree.index(False) if False in agree else length - 1)
+            error = None if all(fine[:kept]) else NonFiniteLogits(NOT_FINITE)
+            told: list[TokenLogprob] = []
+            if session.params.logprobs is not None:
+                told = token_logprobs(logits[row, :kept], chosen[:kept], session.params.logprobs)
+            out.append(Round(own[:kept], tuple(told), error))
+        return out
+
     def decode(self, sessions: Sequence[Session]) -> list[int | NonFiniteLogits]:
         """The next AR token of each prefilled session: drawn, not yet emitted. One forward for all that need one.
 
@@ -110,6 +176,7 @@ class ContextEngine:
             assert logits is not None
             for session, row in zip(behind, logits, strict=True):
                 session.logits, session.pending = row, None
+                session.rounds.append(STEP)
         drawn = self._draw(sessions)
         for session, token in zip(sessions, drawn, strict=True):
             session.pending = token if isinstance(token, int) else None
@@ -147,17 +214,30 @@ class ContextEngine:
     @torch.inference_mode()
     def _draw(self, sessions: Sequence[Session]) -> list[int | NonFiniteLogits]:
         logits = torch.stack([_require(session.logits) for session in sessions])
-        temperature = torch.tensor([session.params.temperature for session in sessions], device=logits.device)
-        chances = [uniforms(s.params.seed, s.generated, 0, 1) if s.params.temperature > 0 else torch.zeros(1) for s in sessions]
-        choice = filters([session.params for session in sessions], logits.device)
-        drawn = draw(logits, temperature, torch.cat(chances).double().to(logits.device), **choice)
+        drawn, sound = _choose([session.params for session in sessions], _chances(sessions, 1), logits)
         for i, session in enumerate(sessions):
             if session.params.logprobs is not None:
                 session.logprobs = tuple(token_logprobs(logits[i : i + 1], drawn[i : i + 1], session.params.logprobs))
-        tokens = drawn.tolist()
-        sound = logits.isfinite().all(-1).tolist()
-        error = NonFiniteLogits("the context tower's logits are not finite")
-        return [token if ok else error for token, ok in zip(tokens, sound, strict=True)]
+        return [token if ok else NonFiniteLogits(NOT_FINITE) for token, ok in zip(drawn.tolist(), sound.tolist(), strict=True)]
+
+
+def _chances(sessions: Sequence[Session], count: int) -> Tensor:
+    """What the next `count` tokens of each session are drawn with, one session behind the other: fp64, 0 where greedy."""
+    return torch.cat(
+        [
+            ar_uniforms(s.params.seed, s.generated, count)
+            if s.params.temperature > 0
+            else torch.zeros(count, dtype=torch.float64)
+            for s in sessions
+        ]
+    )
+
+
+def _choose(params: Sequence[GenerationParams], chances: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """AR's tokens (N,) int64 from logits (N, vocab), by each row's parameters and chance; and whether a row is finite."""
+    temperature = torch.tensor([one.temperature for one in params], device=logits.device)
+    drawn = draw(logits, temperature, chances.to(logits.device), **filters(params, logits.device))
+    return drawn, logits.isfinite().all(-1)
 
 
 def _require(logits: Tensor | None) -> Tensor:

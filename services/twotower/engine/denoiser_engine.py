@@ -24,7 +24,8 @@ from twotower.engine.graphs import (
 )
 from twotower.engine.logprobs import token_logprobs
 from twotower.engine.refinement import Refinement
-from twotower.engine.sampling import Filters, filters, uniforms
+from twotower.engine.sampling import Filters, filters
+from twotower.engine.steps import step_of
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.pool import StatePool
 from twotower.model.rows import PagedRows
@@ -54,9 +55,16 @@ class DenoiserEngine:
         use = tower.device.type == "cuda" if graphs is None else graphs
         self._graphs: Graphs[_Stepped] | None = Graphs(tower.device) if use and tower.kernels.paged else None
 
-    def start(self, params: GenerationParams, state: ContextState, generated: int) -> Refinement:
-        """A block of masks behind `state`, `generated` tokens into the session."""
-        return Refinement(params, state, generated, self.mask_id)
+    def start(
+        self,
+        params: GenerationParams,
+        state: ContextState,
+        generated: int,
+        known: int | None = None,
+        steps: int | None = None,
+    ) -> Refinement:
+        """A block of masks behind `state`, `generated` tokens into the session; known, steps: see `Refinement`."""
+        return Refinement(params, state, generated, self.mask_id, known, steps)
 
     def step(self, blocks: Iterable[Refinement]) -> None:
         """One forward for each block; blocks of one size share it."""
@@ -81,8 +89,11 @@ class DenoiserEngine:
         tokens, masked, finite = told[:, :size], told[:, size : 2 * size].bool(), told[:, -1].tolist()
         rows = zip(blocks, tokens.unbind(), masked.unbind(), masked.sum(-1).tolist(), strict=True)
         for i, (block, new, still, left) in enumerate(rows):
-            asked = block.params.logprobs is not None
+            asked = block.tells_logprobs
             logprobs = self._logprobs(block, stepped.logits[i], new, before[i] & ~still) if asked else None
+            if block.params.show_steps and finite[i]:
+                number = block.forwards + 1
+                block.step = step_of(number, stepped.logits[i], new, still, before[i], self.mask_id, block.step)
             block.advance(new, still, left, bool(finite[i]), logprobs)
 
     def _replay(self, pool: StatePool, blocks: Sequence[Refinement], before: Tensor) -> _Stepped:
@@ -152,7 +163,8 @@ class DenoiserEngine:
         assert block.params.logprobs is not None
         places = chosen.nonzero().squeeze(-1)
         of_places, at = logits[places.to(logits.device)], tokens[places].to(logits.device)
-        return dict(zip(places.tolist(), token_logprobs(of_places, at, block.params.logprobs, self.mask_id), strict=True))
+        told = token_logprobs(of_places, at, block.params.logprobs, self.mask_id, step=block.forwards + 1)
+        return dict(zip(places.tolist(), told, strict=True))
 
 
 def _rows(blocks: Sequence[Refinement], masked: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,5 +182,5 @@ def _rows(blocks: Sequence[Refinement], masked: Tensor) -> tuple[Tensor, Tensor]
     )
     for row, block in zip(reals, blocks, strict=True):
         if block.params.temperature > 0:
-            row[:size] = uniforms(block.params.seed, block.generated, block.forwards, size)
+            row[:size] = block.uniforms
     return ints, reals

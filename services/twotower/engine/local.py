@@ -11,19 +11,27 @@ import torch
 
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.effort import Effort
 from twotower.engine.logprobs import token_logprobs
-from twotower.engine.session import Session
+from twotower.engine.session import Piece, Session
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.weights import load_context_tower, load_denoiser_tower, resolve_device, resolve_dtype
-from twotower.request import FinishReason, GenerationParams, Mode, TokenLogprob, check_request
+from twotower.request import NO_DRAFT, DraftUse, FinishReason, GenerationParams, Mode, TokenLogprob, check_request
 
-Written = tuple[list[int], int, tuple[TokenLogprob, ...]]
-"""A block before it is cut: tokens, their cost in forwards, and their logprobs if asked for."""
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A block before it is cut."""
+
+    tokens: list[int]
+    forwards: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+    use: DraftUse = NO_DRAFT
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenBlock:
-    """A finished block; in the AR modes one token."""
+    """A finished block; in the AR modes one token, in speculative mode what a round wrote."""
 
     token_ids: list[int]
     """Cut at max_tokens and after the end-of-sequence token."""
@@ -33,6 +41,7 @@ class WrittenBlock:
     """Why it is the last, if it is."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each token, if asked for."""
+    use: DraftUse = NO_DRAFT
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +106,13 @@ class LocalEngine:
         while session.prefill_left:
             self.context.prefill(session, self._prefill_chunk)
         while session.finish_reason is None:
-            tokens, forwards, logprobs = write(session)
-            shown = session.emit(tokens)
-            yield WrittenBlock(shown, forwards, session.finish_reason, logprobs[: len(shown)])
+            written = write(session)
+            shown = session.emit(written.tokens)
+            yield WrittenBlock(
+                shown, written.forwards, session.finish_reason, written.logprobs[: len(shown)], written.use.shown(len(shown))
+            )
             if session.finish_reason is None and params.mode is Mode.DIFFUSION:
-                self.context.commit([(session, tokens)])
+                self.context.commit([(session, written.tokens)])
 
     def _open(self, prompt: list[int], params: GenerationParams) -> tuple[Session, Callable[[Session], Written]]:
         """A session, and what writes its next block."""
@@ -109,6 +120,9 @@ class LocalEngine:
             return self.context.open("local", prompt, params), self._block
         if params.mode is Mode.AR:
             return self.context.open("local", prompt, params), self._ar
+        if params.mode is Mode.SPECULATIVE:
+            effort = Effort(params.block_size, params.steps, self.context.times)
+            return self.context.open("local", prompt, params), lambda session: self._round(session, effort)
         session = self.context.open("local", prompt[:-1], params)  # the last token is the denoiser's to read
         session.pending = prompt[-1]
         return session, self._mock_ar
@@ -120,14 +134,41 @@ class LocalEngine:
             self.denoiser.step([block])
         if block.error is not None:
             raise block.error
-        return block.tokens.tolist(), block.forwards, block.logprobs
+        return Written(block.tokens.tolist(), block.forwards, block.logprobs)
 
     def _ar(self, session: Session) -> Written:
         """One token by the context tower alone."""
         (token,) = self.context.decode([session])
         if not isinstance(token, int):
             raise token
-        return [token], 1, session.logprobs
+        return Written([token], 1, session.logprobs)
+
+    def _round(self, session: Session, effort: Effort) -> Written:
+        """What a draft earns, or one token by the context tower alone."""
+        clock, times = time.perf_counter, self.context.times
+        behind = session.pending is not None
+        started = clock()
+        if not behind or not (steps := effort.choose()):
+            written = self._ar(session)
+            if behind:
+                times.measured("token", clock() - started)
+                effort.stepped()
+            return Written(written.tokens, 0, written.logprobs, DraftUse(context_forwards=int(behind)))
+        draft = self.denoiser.start(session.params, session.state, session.generated, session.pending, steps)
+        while not draft.done:
+            self.denoiser.step([draft])
+        drafted = clock()
+        if draft.error is not None:  # the text is the context's: it goes on without
+            effort.give_up()
+            return self._round(session, effort)
+        times.measured("step", (drafted - started) / draft.forwards)
+        _, (verified,) = self.context.advance([(session, Piece(draft.tokens.tolist(), None))])
+        assert verified is not None
+        times.measured("commit", clock() - drafted)
+        if verified.error is not None:
+            raise verified.error
+        effort.verified(len(verified.tokens), times)
+        return Written(verified.tokens, draft.forwards, verified.logprobs, verified.use(draft.tokens.shape[0]))
 
     def _mock_ar(self, session: Session) -> Written:
         """One token by the denoiser, from the last token and the state before it (docs/model.md, Mock-AR mode)."""
@@ -138,4 +179,4 @@ class LocalEngine:
         if session.params.logprobs is not None:
             token = torch.tensor([session.pending], device=logits.device)
             session.logprobs = tuple(token_logprobs(logits.unsqueeze(0), token, session.params.logprobs))
-        return [session.pending], 1, session.logprobs
+        return Written([session.pending], 1, session.logprobs)

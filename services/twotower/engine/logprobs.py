@@ -8,10 +8,11 @@ from torch import Tensor
 from twotower.request import TokenLogprob
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, top: int, excluded: int | None = None) -> list[TokenLogprob]:
+def token_logprobs(logits: Tensor, tokens: Tensor, top: int, excluded: int | None = None, step: int = 1) -> list[TokenLogprob]:
     """What each row gave its token, and the `top` likeliest tokens of the row.
 
-    logits (N, V) fp32, only read; tokens (N,) int64; `excluded`: an id that has no probability, such as the mask's.
+    logits (N, V) fp32, only read; tokens (N,) int64; `excluded`: an id that has no probability, such as the mask's;
+    `step`: which forward of its block this is.
     Of equal logits the lower id comes first, as with the argmax that commits a token: in bf16 equal ones are common.
     """
     logits = logits.clone()
@@ -26,6 +27,6 @@ def token_logprobs(logits: Tensor, tokens: Tensor, top: int, excluded: int | Non
         values.append(logits.gather(-1, likeliest) - norm)
         logits.scatter_(-1, likeliest, -torch.inf)
     if not top:
-        return [TokenLogprob(logprob) for logprob in chosen]
+        return [TokenLogprob(logprob, step=step) for logprob in chosen]
     rows = zip(torch.cat(ids, -1).tolist(), torch.cat(values, -1).tolist(), strict=True)
-    return [TokenLogprob(logprob, tuple(zip(*row, strict=True))) for logprob, row in zip(chosen, rows, strict=True)]
+    return [TokenLogprob(logprob, tuple(zip(*row, strict=True)), step) for logprob, row in zip(chosen, rows, strict=True)]

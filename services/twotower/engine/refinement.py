@@ -1,4 +1,4 @@
-"""One block on its way from all masks to all tokens."""
+"""One block on its way from masks to tokens."""
 
 from __future__ import annotations
 
@@ -7,26 +7,45 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from twotower.engine.sampling import ar_uniforms, uniforms
 from twotower.errors import NonFiniteLogits
 from twotower.model.state import ContextState
-from twotower.request import GenerationParams, TokenLogprob
+from twotower.request import BlockStep, GenerationParams, TokenLogprob
 
 
 class Refinement:
     """A block of one session, at its own step. `DenoiserEngine.step` advances many of them together."""
 
-    def __init__(self, params: GenerationParams, state: ContextState, generated: int, mask_id: int) -> None:
+    def __init__(
+        self,
+        params: GenerationParams,
+        state: ContextState,
+        generated: int,
+        mask_id: int,
+        known: int | None = None,
+        steps: int | None = None,
+    ) -> None:
+        """known: the block's first token, which makes it a draft; steps: forwards it may take, where not the request's."""
         self.params = params
         self.state = state
         """The session's state at the block's start; read only."""
         self.generated = generated
-        """Tokens generated before this block."""
+        """Tokens generated before this block; of a draft, its first token is among them."""
+        self.draft = known is not None
+        self.steps = steps or params.steps or params.block_size
         self.tokens: Tensor = torch.full((params.block_size,), mask_id, dtype=torch.int64)
         self.masked: Tensor = torch.ones(params.block_size, dtype=torch.bool)
         self.left = params.block_size
         """Positions still masked."""
+        if known is not None:
+            self.tokens[0], self.masked[0] = known, False
+            self.left -= 1
         self.forwards = 0
+        self.seconds = 0.0
+        """That these took, with all that shared them; kept by the denoiser's loop."""
         self.error: NonFiniteLogits | None = None
+        self.step: BlockStep | None = None
+        """What the last forward made of it, if the request wants to see that."""
         self._logprobs: dict[int, TokenLogprob] = {}
 
     @property
@@ -42,7 +61,20 @@ class Refinement:
     @property
     def steps_left(self) -> int:
         """Forwards that remain, the next one included."""
-        return self.params.steps - self.forwards
+        return self.steps - self.forwards
+
+    @property
+    def tells_logprobs(self) -> bool:
+        """Whether the request wants to know what this tower gives its tokens; of a draft, the context's word counts."""
+        return self.params.logprobs is not None and not self.draft
+
+    @property
+    def uniforms(self) -> Tensor:
+        """(L,) fp64: what the next forward draws its tokens with. A draft is drawn with what AR draws these tokens with."""
+        params, size = self.params, self.params.block_size
+        if self.draft:
+            return torch.cat([torch.zeros(1, dtype=torch.float64), ar_uniforms(params.seed, self.generated, size - 1)])
+        return uniforms(params.seed, self.generated, self.forwards, size)
 
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...]:

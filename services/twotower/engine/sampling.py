@@ -22,6 +22,11 @@ def uniforms(seed: int, generated: int, step: int, count: int) -> Tensor:
     return torch.from_numpy(np.random.Generator(bits).random(count))
 
 
+def ar_uniforms(seed: int, generated: int, count: int) -> Tensor:
+    """(count,) fp64: what AR draws its next `count` tokens with, after `generated` ones. A draft is drawn with the same."""
+    return torch.cat([uniforms(seed, generated + i, 0, 1) for i in range(count)])
+
+
 class Filters(TypedDict):
     """What of `draw` a batch asks for."""
 

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from twotower.model.state import ContextState
 from twotower.request import FinishReason, GenerationParams, Mode, TokenLogprob, cut_block
 
+STEP = 0
+"""Among a session's rounds: one token, by an AR step."""
+
+
+class Piece(NamedTuple):
+    """Tokens that one forward reads, and how many of them it takes into the state."""
+
+    tokens: list[int]
+    kept: int | None
+    """The first so many stay. None: they are a draft, and the forward finds out."""
+
 
 def block_tokens(params: GenerationParams) -> int:
-    """Tokens that one commit takes into the state."""
+    """Tokens of which a generation is made, where it can go on in another process."""
     return params.block_size if params.mode is Mode.DIFFUSION else 1
 
 
@@ -23,7 +35,8 @@ def room_for(known: int, generated: int, params: GenerationParams) -> int:
     """
     block = block_tokens(params)
     blocks = -(-(params.max_tokens - generated) // block)
-    return known + blocks * block
+    beyond = params.block_size if params.mode is Mode.SPECULATIVE else 0  # a draft may reach beyond the end
+    return known + blocks * block + beyond
 
 
 class Transcript:
@@ -44,16 +57,27 @@ class Transcript:
 
 
 class Session:
-    """Prompt, parameters, state, and how far it has come. It belongs to the loop of its tower, or to whoever made it."""
+    """Prompt, parameters, state, and how far it has come. It belongs to the loop of its tower, or to whoever made it.
+
+    In the autoregressive modes the last token is written before the state holds it: it is `pending`. An AR
+    step takes it, and so does a round, whose draft begins with it.
+    """
 
     def __init__(
-        self, session_id: str, tokens: Sequence[int], params: GenerationParams, state: ContextState, generated: int = 0
+        self,
+        session_id: str,
+        tokens: Sequence[int],
+        params: GenerationParams,
+        state: ContextState,
+        generated: int = 0,
+        rounds: Sequence[int] = (),
     ) -> None:
         """tokens: all that are known, of which the last `generated` were written elsewhere: whole blocks.
 
-        These are taken into the state by commits, as they were there, so that its bits are the same.
+        These are taken into the state by commits, as they were there, so that its bits are the same; rounds: how they were in
+        an autoregressive mode, as in `rounds`; empty: all by steps.
         """
-        prompt_end, block = len(tokens) - generated, block_tokens(params)
+        prompt_end = len(tokens) - generated
         self.id = session_id
         self.prompt = list(tokens[:prompt_end])
         self.params = params
@@ -62,23 +86,40 @@ class Session:
         """Tokens that the state will hold at most."""
         self.transcript = Transcript(params, generated)
         self.written = list(tokens[prompt_end:])
-        """What has been written so far; after the beginning, kept in AR mode only."""
-        self.blocks = deque(self.written[i : i + block] for i in range(0, generated, block))
-        """Blocks that are written, but not yet in the state."""
+        """What has been written so far; after the beginning, kept in the autoregressive modes only."""
+        self.blocks: deque[Piece] = deque()
+        """What is written, or drafted, but not yet in the state."""
+        self.rounds: list[int] = []
+        """In the autoregressive modes, how `written` became part of the state, but for its last token: by a verified draft, of
+        which the first so many tokens were kept, or by a `STEP`."""
         self.logits: Tensor | None = None
-        """(vocab,) of the next token, in AR mode."""
+        """(vocab,) of the next token, in the autoregressive modes."""
         self.pending: int | None = None
-        """In AR mode, the token that is written but not yet in the state; the next step takes it."""
+        """In the autoregressive modes, the token that is written but not yet in the state."""
         self.logprobs: tuple[TokenLogprob, ...] = ()
         """Of `pending`, if asked for."""
-        if params.mode is not Mode.DIFFUSION and self.blocks:
-            (self.pending,) = self.blocks.pop()
+        if params.mode is Mode.DIFFUSION:
+            size = params.block_size
+            self.blocks.extend(Piece(self.written[i : i + size], size) for i in range(0, generated, size))
+        elif self.written:
+            self.rounds = list(rounds) or [STEP] * (generated - 1)
+            self.rewrite()
 
     def rewrite(self) -> None:
-        """Have all that is written taken into the state again: in AR mode, or before anything was committed."""
-        if self.params.mode is not Mode.DIFFUSION and self.written:
-            self.blocks = deque([token] for token in self.written[:-1])
-            self.pending = self.written[-1]
+        """Have all that is written taken into the state again: in AR modes, or before anything was committed."""
+        if self.params.mode is Mode.DIFFUSION or not self.written:
+            return
+        self.blocks.clear()
+        self.pending = self.written[-1]
+        at = 0
+        for kept in self.rounds:
+            taken = max(kept, 1)
+            tokens = self.written[at : at + taken]
+            if kept != STEP:  # what was refused had no part in the bits of what was kept: anything stands for it
+                tokens += tokens[-1:] * (self.params.block_size - kept)
+            self.blocks.append(Piece(tokens, taken))
+            at += taken
+        assert at == len(self.written) - 1
 
     @property
     def prefill_left(self) -> int:

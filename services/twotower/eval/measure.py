@@ -1,4 +1,4 @@
-"""Solves problems in both modes, in turns, and scores them."""
+"""Solves problems in all modes, in turns, and scores them."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ class Score:
     problems: int = 0
     tokens: int = 0
     forwards: int = 0
+    rounds: int = 0
+    accepted: int = 0
+    """Drafted tokens, in speculative mode."""
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
     first_blocks: list[float] = field(default_factory=list)
@@ -53,6 +56,8 @@ class Score:
         self.degenerate += degenerate
         self.tokens += len(result.token_ids)
         self.forwards += result.forwards
+        self.rounds += result.rounds
+        self.accepted += result.use.accepted
         self.latencies.append(result.seconds)
         self.first_blocks.append(result.first_block_s)
 
@@ -69,7 +74,12 @@ class Score:
     @property
     def tokens_per_forward(self) -> float:
         """Of the denoiser; in AR mode 1."""
-        return self.tokens / self.forwards
+        return self.tokens / self.forwards if self.forwards else float("nan")
+
+    @property
+    def tokens_per_round(self) -> float:
+        """In speculative mode: what drafts earn, and the token that follows them."""
+        return (self.accepted + self.rounds) / self.rounds if self.rounds else float("nan")
 
     def as_json(self) -> dict[str, Any]:
         """All of it, rounded for reading."""
@@ -98,13 +108,15 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Both modes at one batch size, measured in turns."""
+    """All modes at one batch size, measured in turns."""
 
     batch: int
     ar: Score
     diffusion: Score
+    speculative: Score
     ar_settings: Settings
     diffusion_settings: Settings
+    speculative_settings: Settings
 
     @property
     def retention(self) -> float:
@@ -116,12 +128,23 @@ class Comparison:
         """Tokens a second over AR's."""
         return self.diffusion.tokens_per_s / self.ar.tokens_per_s
 
+    @property
+    def speculative_speedup(self) -> float:
+        """Tokens a second of speculative mode over AR's."""
+        return self.speculative.tokens_per_s / self.ar.tokens_per_s
+
     def as_json(self) -> dict[str, Any]:
         """As `twotower eval --json` prints it."""
         return {
             "batch": self.batch,
             "ar": {**self.ar.as_json(), **dataclasses.asdict(self.ar_settings)},
             "diffusion": {**self.diffusion.as_json(), **dataclasses.asdict(self.diffusion_settings)},
+            "speculative": {
+                **self.speculative.as_json(),
+                **dataclasses.asdict(self.speculative_settings),
+                "tokens_per_round": round(self.speculative.tokens_per_round, 2),
+                "speedup": round(self.speculative_speedup, 3),
+            },
             "retention": round(self.retention, 4),
             "speedup": round(self.speedup, 3),
         }
@@ -177,14 +200,15 @@ class Evaluation:
         return min(seconds[1:])
 
     def compare(self, batch: int) -> Comparison:
-        """Both modes over all problems, in turns, each with its best settings."""
-        ar, diffusion = Score(), Score()
-        turns = [(mode, score, self.tune(mode, batch)) for mode, score in ((Mode.AR, ar), (Mode.DIFFUSION, diffusion))]
+        """All modes over all problems, in turns, each with its best settings."""
+        ar, diffusion, speculative = Score(), Score(), Score()
+        scores = ((Mode.AR, ar), (Mode.DIFFUSION, diffusion), (Mode.SPECULATIVE, speculative))
+        turns = [(mode, score, self.tune(mode, batch)) for mode, score in scores]
         for start in range(0, len(self.problems), AMONG):
             part = range(start, min(start + AMONG, len(self.problems)))
             for mode, score, settings in turns:
                 self._solve(score, mode, self.params, settings, part, batch)
-        return Comparison(batch, ar, diffusion, turns[0][2], turns[1][2])
+        return Comparison(batch, ar, diffusion, speculative, *(settings for _, _, settings in turns))
 
     def diffusion(self, params: GenerationParams, batch: int) -> tuple[Score, Score]:
         """One setting of the diffusion mode over all problems, and AR over some of them in between, for its speed."""
@@ -202,7 +226,9 @@ class Evaluation:
     def _solve(
         self, score: Score, mode: Mode, params: GenerationParams, settings: Settings, which: Sequence[int], batch: int
     ) -> None:
-        params = dataclasses.replace(params, mode=mode)
+        # In speculative mode drafts take what they earn; a setting of the diffusion mode is none of theirs.
+        steps = 0 if mode is Mode.SPECULATIVE else params.steps
+        params = dataclasses.replace(params, mode=mode, steps=steps)
         engine, prompts = self.engine, [self.prompts[i] for i in which]
         torch.set_num_threads(settings.threads)
         engine.context.tower.compiled = engine.denoiser.tower.compiled = settings.compiled

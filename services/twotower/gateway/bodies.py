@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import zlib
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from twotower.errors import Overloaded
+from twotower.errors import InvalidArgument, Overloaded
 
 WHOLE_S = 60.0
 """For a whole body, from its first byte."""
@@ -18,6 +19,9 @@ STALL_S = 10.0
 """Between two pieces of a body."""
 YIELD_S = 0.5
 """A body of which nothing came for this long gives way to others when there is no room."""
+
+INFLATE_STEP = 64 * 1024
+"""Bytes that a compressed body becomes without a pause: a fraction of a millisecond's work."""
 
 CLOSE = {"connection": "close"}
 """The rest of a refused body is not waited for."""
@@ -69,12 +73,17 @@ class Bodies:
     async def read(self, request: Request) -> AsyncIterator[bytearray]:
         """The body; its bytes count for as long as the context lasts, though whoever has parsed it should clear it.
 
-        Raises HTTPException (413: it is too large; 408: it comes too slowly; 415: it is compressed), Overloaded where others
-        leave too little room, ClientDisconnect.
+        One in gzip is inflated on its way in, and is as large as what it becomes. Raises HTTPException (413: it is too large;
+        408: it comes too slowly; 415: it is compressed in another way), InvalidArgument where it is no gzip, Overloaded where
+        others leave too little room, ClientDisconnect.
         """
         self._check_size(request.headers.get("content-length"))
-        if (coding := request.headers.get("content-encoding", "identity")) != "identity":
-            raise HTTPException(415, f"content-encoding: {coding[:20]!r} is not supported; send the body as it is", CLOSE)
+        coding = request.headers.get("content-encoding", "identity").strip().lower()
+        if coding not in ("identity", "gzip", "x-gzip"):
+            raise HTTPException(
+                415, f"content-encoding: {coding[:20]!r} is not supported; send gzip, or the body as it is", CLOSE
+            )
+        inflater = None if coding == "identity" else _Inflater()
         clock = asyncio.get_running_loop().time
         end = clock() + WHOLE_S
         body = bytearray()
@@ -84,8 +93,11 @@ class Bodies:
             try:
                 async with upload.limit:
                     async for chunk in request.stream():
-                        self._take(upload, len(chunk))
-                        body += chunk
+                        for piece in inflater.pieces(chunk) if inflater else (chunk,):
+                            self._take(upload, len(piece))
+                            body += piece
+                            if inflater:
+                                await asyncio.sleep(0)
                         upload.last = clock()
                         upload.limit.reschedule(min(end, upload.last + STALL_S))
                         self._uploads[upload] = self._uploads.pop(upload)
@@ -93,6 +105,8 @@ class Bodies:
                 raise HTTPException(408, "the body came too slowly", CLOSE) from None
             finally:
                 self._uploads.pop(upload, None)
+            if inflater:
+                inflater.check_end()
             yield body
         finally:
             if not upload.lost:
@@ -123,3 +137,28 @@ class Bodies:
         stalled.lost = True
         stalled.limit.reschedule(now)
         self.held_bytes -= stalled.size
+
+
+class _Inflater:
+    """A body in gzip."""
+
+    def __init__(self) -> None:
+        self._stream = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        """What some more of it becomes, in pieces of at most `INFLATE_STEP` bytes. Raises InvalidArgument."""
+        while data:
+            if self._stream.eof:
+                raise InvalidArgument("body", "holds more behind the end of its gzip stream")
+            try:
+                piece = self._stream.decompress(data, INFLATE_STEP)
+            except zlib.error as error:
+                raise InvalidArgument("body", f"is not in gzip, as its content-encoding says: {error}") from None
+            data = self._stream.unconsumed_tail or self._stream.unused_data
+            if piece:
+                yield piece
+
+    def check_end(self) -> None:
+        """Raise InvalidArgument unless all of it has come."""
+        if not self._stream.eof:
+            raise InvalidArgument("body", "ends before its gzip stream does")

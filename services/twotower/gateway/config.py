@@ -42,6 +42,12 @@ class GatewayConfig:
         help="bodies of all HTTP requests together; one more is refused as overload",
         otherwise="eight of the largest",
     )
+    cors_origins: tuple[str, ...] = setting(
+        (),
+        metavar="ORIGIN",
+        help="origins whose web pages may call the HTTP face from a browser, such as https://example.org; *: all",
+        otherwise="none",
+    )
     reopen_wait_s: float = setting(
         15.0, unit="s", metavar="S", help="seconds that a request whose context died waits for another one"
     )

@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from twotower.errors import InvalidArgument, Overloaded, Unavailable
-from twotower.events import Accepted, Block, Event, Finished
+from twotower.events import Accepted, Block, Event, Finished, Shown
 from twotower.gateway.metrics import CANCELLED, COMPLETED, Metrics, outcome_of
 from twotower.gateway.preparation import Preparation, hidden_ids, text_stream
 from twotower.gateway.replicas import ReplicaPool
 from twotower.gateway.request import Request
 from twotower.gateway.sessions import Job, SessionStream
-from twotower.request import FinishReason, Mode, ModelLimits
+from twotower.request import NO_DRAFT, BlockStep, FinishReason, Mode, ModelLimits
+from twotower.text.chat_template import ChatTemplate
 from twotower.text.tokenizer import Tokenizer
 from twotower.wire.logprobs import logprobs_from_pb
+from twotower.wire.params import draft_use_from_pb
 
 T = TypeVar("T")
 
@@ -40,6 +42,8 @@ class ServedModel:
     tokenizer: Tokenizer | None
     created: int
     """When the gateway began to serve it, in seconds since 1970."""
+    chat: ChatTemplate | None = None
+    """How messages become a prompt; None: the checkpoint takes no chats."""
 
     @property
     def hidden_ids(self) -> tuple[int, ...]:
@@ -137,7 +141,8 @@ class Core:
         """
         params, metrics, mode = request.job.params, self.metrics, request.job.params.mode.value
         text = text_stream(self.model.tokenizer, self.model.limits, request.stop)
-        tokens = forwards = blocks = 0
+        tokens = forwards = blocks = rounds = 0
+        use = NO_DRAFT
         reason: FinishReason | None = None
         outcome = CANCELLED
         start = last = time.monotonic()
@@ -157,6 +162,9 @@ class Core:
                     if isinstance(event, FinishReason):
                         reason = event
                         break
+                    if isinstance(event, BlockStep):
+                        yield Shown(blocks, _cut(event, params.max_tokens - tokens))
+                        continue
                     last = time.monotonic()
                     if blocks == 0:
                         metrics.first_block_s.labels(mode).observe(last - start)
@@ -164,8 +172,14 @@ class Core:
                     forwards += event.forwards
                     metrics.completion_tokens.labels(mode).inc(len(event.token_ids))
                     metrics.forwards.labels(mode).inc(event.forwards)
+                    spent = draft_use_from_pb(event.draft)
+                    metrics.count_round(spent, len(event.token_ids))
+                    use, rounds = use + spent, rounds + (spent.drafted > 0)
                     piece = text.push(event.token_ids) if text else ""
-                    yield Block(blocks, tuple(event.token_ids), piece, event.forwards, logprobs_from_pb(event.logprobs))
+                    if text and text.stopped:
+                        await events.aclose()  # before the client is waited for: the work ends now
+                    logprobs = logprobs_from_pb(event.logprobs)
+                    yield Block(blocks, tuple(event.token_ids), piece, event.forwards, logprobs, spent)
                     blocks += 1
                     if text and text.stopped:
                         reason = FinishReason.STOP
@@ -175,7 +189,7 @@ class Core:
                 reason = FinishReason.STOP
             outcome = COMPLETED
             metrics.duration_s.labels(mode).observe(last - start)
-            yield Finished(reason, tokens, forwards, blocks, last - start, rest)
+            yield Finished(reason, tokens, forwards, blocks, last - start, rest, rounds, use)
         except Exception as error:
             outcome = outcome_of(error)
             raise
@@ -222,3 +236,10 @@ class Core:
 
     def _count(self, mode: Mode, outcome: str) -> None:
         self.metrics.requests.labels(mode.value, outcome).inc()
+
+
+def _cut(step: BlockStep, remaining: int) -> BlockStep:
+    """What of a block can become text, of which `remaining` tokens may still come."""
+    if len(step.token_ids) <= remaining:
+        return step
+    return BlockStep(step.number, step.token_ids[:remaining], step.committed[:remaining], step.confidence[:remaining])

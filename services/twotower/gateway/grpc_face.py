@@ -8,14 +8,15 @@ from contextlib import aclosing
 from typing import Any
 
 from twotower.errors import InvalidArgument
-from twotower.events import Accepted, Block, Event
+from twotower.events import Accepted, Block, Event, Shown
 from twotower.gateway.core import Core, ServedModel
 from twotower.gateway.request import MAX_STOP_STRINGS, Request, check_length
 from twotower.request import MAX_EOS_TOKENS, Mode, Priority
 from twotower.rpc.channel import MAX_MESSAGE_BYTES
 from twotower.v1 import inference_pb2, inference_pb2_grpc
 from twotower.wire.logprobs import logprobs_to_pb
-from twotower.wire.params import FINISH_TO_PB, MODE_FROM_PB, PRIORITY_FROM_PB
+from twotower.wire.params import FINISH_TO_PB, MODE_FROM_PB, PRIORITY_FROM_PB, draft_use_to_pb
+from twotower.wire.steps import step_to_pb
 
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
@@ -105,6 +106,7 @@ def request_from_pb(message: inference_pb2.GenerateRequest, max_context: int) ->
         eos_token_ids=tuple(message.eos_token_ids),
         priority=priority,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
+        show_steps=message.stream_steps,
     )
 
 
@@ -122,8 +124,11 @@ def event_to_pb(event: Event) -> inference_pb2.GenerateEvent:
             text=event.text,
             forwards=event.forwards,
             logprobs=logprobs_to_pb(event.logprobs),
+            draft=draft_use_to_pb(event.use),
         )
         return inference_pb2.GenerateEvent(block=block)
+    if isinstance(event, Shown):
+        return inference_pb2.GenerateEvent(step=step_to_pb(event.step, event.block))
     finished = inference_pb2.Finished(
         finish_reason=FINISH_TO_PB[event.finish_reason],
         completion_tokens=event.completion_tokens,
@@ -131,5 +136,7 @@ def event_to_pb(event: Event) -> inference_pb2.GenerateEvent:
         blocks=event.blocks,
         seconds=event.seconds,
         text=event.text,
+        rounds=event.rounds,
+        draft=draft_use_to_pb(event.use),
     )
     return inference_pb2.GenerateEvent(finished=finished)

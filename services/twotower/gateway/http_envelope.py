@@ -1,13 +1,15 @@
-"""What every HTTP answer has in common: a request's id, and a form that its client's version of HTTP knows."""
+"""What every HTTP answer has in common: a request's id, how long it took, a form that its client's version of HTTP knows."""
 
 from __future__ import annotations
 
 import re
+import time
 import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 REQUEST_ID = b"x-request-id"
+TIMING = b"server-timing"
 _VALID_ID = re.compile(rb"[!-~]{1,128}")
 
 
@@ -20,14 +22,15 @@ class Envelope:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request: with the id it came with, or one of its own."""
         given = next((value for name, value in scope["headers"] if name == REQUEST_ID and _VALID_ID.fullmatch(value)), None)
+        arrived = time.monotonic()
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = message["headers"]
-                ours = next((value for name, value in headers if name == REQUEST_ID), None)
-                request_id = given or ours or uuid.uuid4().hex.encode()
-                others = [(name, value) for name, value in headers if name != REQUEST_ID]
-                message = {**message, "headers": [*others, (REQUEST_ID, request_id)]}
+                headers = {name: value for name, value in message["headers"] if name in (REQUEST_ID, TIMING)}
+                request_id = given or headers.get(REQUEST_ID) or uuid.uuid4().hex.encode()
+                timing = headers.get(TIMING) or b"total;dur=%.1f" % (1000 * (time.monotonic() - arrived))
+                others = [(name, value) for name, value in message["headers"] if name not in headers]
+                message = {**message, "headers": [*others, (REQUEST_ID, request_id), (TIMING, timing)]}
             await send(message)
 
         await self._app(scope, receive, _Whole(sending) if scope["http_version"] == "1.0" else sending)

@@ -18,6 +18,8 @@ SLICE = 64 * 1024
 MAX_DIGITS = 500
 """Of a number: reading an integer takes time that grows with their square."""
 
+_ESCAPED = re.compile("[\udc80-\udcff]")
+
 _LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS + 1))
 
 
@@ -26,6 +28,10 @@ def parse_json(body: bytes | bytearray) -> Mapping[str, Any]:
     _check_values(body)
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(
+            _field_of(body, error), f"is not valid UTF-8: {error.reason} at byte {error.start} of the body"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise InvalidArgument("body", f"is not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -58,6 +64,29 @@ def _check_values(body: bytes | bytearray) -> None:
             raise InvalidArgument("body", f"holds more than {MAX_VALUES} values")
         if _LONG_NUMBER.search(outside):
             raise InvalidArgument("body", f"holds a number of more than {MAX_DIGITS} digits")
+
+
+def _field_of(body: bytes | bytearray, error: UnicodeDecodeError) -> str:
+    """The field that holds bytes which are no UTF-8; the body itself, where that cannot be said."""
+    if error.encoding != "utf-8":
+        return "body"
+    try:
+        value = json.loads(body.decode(errors="surrogateescape"))
+    except (ValueError, RecursionError):
+        return "body"
+    found = (name for name, held in value.items() if _is_broken(held)) if isinstance(value, dict) else iter(())
+    return next(found, "body")
+
+
+def _is_broken(value: Any) -> bool:
+    """Whether a string in it holds what `surrogateescape` makes of a byte that is no UTF-8."""
+    held = [value]
+    while held:
+        one = held.pop()
+        if isinstance(one, str) and _ESCAPED.search(one):
+            return True
+        held += one if isinstance(one, list) else one.values() if isinstance(one, dict) else ()
+    return False
 
 
 def _refuse_constant(name: str) -> Never:

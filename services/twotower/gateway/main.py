@@ -22,11 +22,13 @@ from twotower.gateway.http_face import make_app
 from twotower.gateway.http_server import HttpServer
 from twotower.gateway.metrics import Metrics
 from twotower.gateway.replicas import ReplicaPool, ReplicaSource
+from twotower.gateway.scoring import Scorer
 from twotower.model.checkpoint import Checkpoint
 from twotower.rpc.files import allow_many_files
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
 from twotower.tasks import end_tasks, until_stopped
+from twotower.text.chat_template import ChatTemplate
 from twotower.text.tokenizer import Tokenizer
 from twotower.v1 import inference_pb2_grpc
 
@@ -73,7 +75,8 @@ async def serve(
 ) -> None:
     """Serve until `stop`, then drain; `announce` is given the `ready` line. Raises TwoTowerError."""
     tokenizer = Tokenizer.load(checkpoint.tokenizer_path) if checkpoint.tokenizer_path else None
-    model = ServedModel(config.served_name, checkpoint.identity, checkpoint.limits, tokenizer, int(time.time()))
+    chat = ChatTemplate.load(checkpoint.path) if tokenizer else None
+    model = ServedModel(config.served_name, checkpoint.identity, checkpoint.limits, tokenizer, int(time.time()), chat)
     metrics = Metrics(CollectorRegistry())
     async with AsyncExitStack() as stack:
         pool = ReplicaPool(replicas, config.snapshot_keep_s, time.monotonic)
@@ -83,7 +86,8 @@ async def serve(
         token_bytes = ID_BYTES if tokenizer is None else tokenizer.max_token_bytes
         limits = body_limits(config.max_body_bytes, config.max_bodies_bytes, model.limits.max_context, token_bytes)
         bodies = Bodies(*limits)
-        http = HttpServer(make_app(core, bodies), config.service.host, config.http_port, "--http-port")
+        app = make_app(core, bodies, Scorer(pool, metrics), config.cors_origins)
+        http = HttpServer(app, config.service.host, config.http_port, "--http-port")
         stack.push_async_callback(http.stop, FLUSH_S)
         rpc = RpcServer(
             config.service.host,

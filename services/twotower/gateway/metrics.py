@@ -5,8 +5,11 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from twotower.errors import InvalidArgument, Overloaded, TwoTowerError, Unavailable
+from twotower.request import DraftUse
 
 LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+ROUND_BUCKETS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 32, 64)
 
 COMPLETED = "completed"
 CANCELLED = "cancelled"
@@ -40,6 +43,29 @@ class Metrics:
         self.forwards = Counter(
             "twotower_gateway_forwards", "Forwards that generated tokens took", ("mode",), registry=registry
         )
+        self.drafted = Counter(
+            "twotower_gateway_drafted_tokens",
+            "Tokens that denoisers drafted in speculative mode, by position in the draft",
+            ("position",),
+            registry=registry,
+        )
+        self.accepted = Counter(
+            "twotower_gateway_accepted_tokens",
+            "Drafted tokens that became text, by position in the draft",
+            ("position",),
+            registry=registry,
+        )
+        self.round_tokens = Histogram(
+            "twotower_gateway_round_tokens",
+            "Tokens that a round of speculative mode wrote",
+            buckets=ROUND_BUCKETS,
+            registry=registry,
+        )
+        self.context_forwards = Counter(
+            "twotower_gateway_context_forwards",
+            "Forwards of the context tower in speculative mode: verifications and AR steps",
+            registry=registry,
+        )
         self.reopened = Counter(
             "twotower_gateway_sessions_reopened", "Sessions moved to another context replica", registry=registry
         )
@@ -70,6 +96,17 @@ class Metrics:
         )
         self.contexts = Gauge("twotower_gateway_contexts_live", "Contexts that announce themselves", registry=registry)
         self.denoisers = Gauge("twotower_gateway_denoisers_live", "Denoisers that announce themselves", registry=registry)
+
+    def count_round(self, use: DraftUse, tokens: int) -> None:
+        """A round of speculative mode, or an AR step in it, wrote so many tokens."""
+        if use.context_forwards:
+            self.context_forwards.inc(use.context_forwards)
+        if use.drafted:
+            self.round_tokens.observe(tokens)
+        for position in range(1, use.drafted + 1):
+            self.drafted.labels(position).inc()
+            if position <= use.accepted:
+                self.accepted.labels(position).inc()
 
     def count_route(self, expected_tokens: int) -> None:
         """A session was opened on a context that is thought to hold so many tokens of its prompt."""

@@ -25,7 +25,7 @@ class Preparation:
     def __init__(self, tokenizer: Tokenizer | None, limits: ModelLimits) -> None:
         self._tokenizer = tokenizer
         self._limits = limits
-        self._known: dict[str, tuple[int, ...]] = {}
+        self._known: dict[tuple[str, bool], tuple[int, ...]] = {}
 
     def check(self, request: Request) -> Checked:
         """Raises InvalidArgument, which names the field."""
@@ -39,10 +39,12 @@ class Preparation:
     def _tokens(self, request: Request) -> tuple[int, ...]:
         if not isinstance(request.prompt, str):
             return request.prompt
-        if request.prompt not in self._known:
+        key = request.prompt, request.special_tokens
+        if key not in self._known:
             assert self._tokenizer is not None  # check_unresolved
-            self._known[request.prompt] = tuple(self._tokenizer.encode(request.prompt, self._limits.max_context))
-        return self._known[request.prompt]
+            most = self._limits.max_context
+            self._known[key] = tuple(self._tokenizer.encode(request.prompt, most, special_tokens=request.special_tokens))
+        return self._known[key]
 
 
 def text_stream(tokenizer: Tokenizer | None, limits: ModelLimits, stop: tuple[str, ...]) -> TextStream | None:

@@ -14,7 +14,7 @@ import grpc
 from twotower.broker.registry import Replica, ReplicaKind
 from twotower.errors import BrokerUnavailable
 from twotower.gateway.prefixes import PromptChains, SentPrefixes
-from twotower.internal.v1 import context_pb2_grpc
+from twotower.internal.v1 import context_pb2_grpc, scoring_pb2_grpc
 from twotower.prefix.chain import ChainSpec, unpack_links
 from twotower.rpc.channel import open_channel
 
@@ -60,6 +60,7 @@ class ContextReplica:
         self._lost = False
         self._channel = open_channel(address)
         self.stub = context_pb2_grpc.ContextTowerStub(self._channel)
+        self.scoring = scoring_pb2_grpc.ScoringStub(self._channel)
 
     @property
     def load(self) -> int:

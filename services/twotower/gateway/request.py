@@ -40,6 +40,10 @@ class Request:
     priority: Priority = Priority.NORMAL
     logprobs: int | None = None
     """None: without."""
+    show_steps: bool = False
+    """With each block as it is after every forward."""
+    special_tokens: bool = True
+    """Whether the tokenizer adds to a text what it adds to texts; a chat template has written that already."""
 
 
 def check_length(prompt_tokens: int, max_context: int) -> None:
@@ -75,11 +79,14 @@ def resolve(request: Request, prompt_tokens: int, limits: ModelLimits) -> Genera
     if max_tokens is None:
         max_tokens = max(1, min(request.default_max_tokens, limits.max_context - prompt_tokens))
     block_size = limits.block_size if request.block_size is None else request.block_size
+    steps = block_size if request.steps is None else request.steps
+    if request.mode is Mode.SPECULATIVE and request.steps is None and request.gamma is None:
+        steps = 0  # as many as drafts earn
     return GenerationParams(
         mode=request.mode,
         max_tokens=max_tokens,
         block_size=block_size,
-        steps=block_size if request.steps is None else request.steps,
+        steps=steps,
         gamma=DEFAULT_GAMMA if request.gamma is None else request.gamma,
         temperature=DEFAULT_TEMPERATURE if request.temperature is None else request.temperature,
         top_k=0 if request.top_k is None else request.top_k,
@@ -87,4 +94,5 @@ def resolve(request: Request, prompt_tokens: int, limits: ModelLimits) -> Genera
         seed=DEFAULT_SEED if request.seed is None else request.seed,
         eos_token_ids=() if request.ignore_eos else request.eos_token_ids or limits.eos_token_ids,
         logprobs=request.logprobs,
+        show_steps=request.show_steps,
     )

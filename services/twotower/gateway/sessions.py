@@ -14,14 +14,15 @@ from twotower.errors import BrokerUnavailable, DeadlineExceeded, Draining, Overl
 from twotower.gateway.prefixes import PromptChains
 from twotower.gateway.replicas import ContextReplica, ReplicaPool
 from twotower.internal.v1 import context_pb2
-from twotower.request import FinishReason, GenerationParams, Priority
+from twotower.request import BlockStep, FinishReason, GenerationParams, Priority
 from twotower.rpc.errors import error_from_rpc, raised_by_peer
 from twotower.v1 import inference_pb2
 from twotower.wire.params import FINISH_FROM_PB, PRIORITY_TO_PB, params_to_pb
+from twotower.wire.steps import step_from_pb
 
 log = logging.getLogger(__name__)
 
-SessionEvent = context_pb2.SessionBlock | FinishReason
+SessionEvent = context_pb2.SessionBlock | BlockStep | FinishReason
 
 MAX_FAILURES = 4
 """Failures of the request in a row, without a block between them, that end it; the contexts count on from these."""
@@ -82,6 +83,8 @@ class SessionStream:
         self._on_open = on_open
         self._on_reopen = on_reopen
         self._emitted: list[int] = []
+        self._rounds: list[int] = []
+        """In speculative mode, how these became part of the state: see `OpenRequest.rounds`."""
         self._failures = 0
         """Since the last block,"""
         self._losses = 0
@@ -159,6 +162,7 @@ class SessionStream:
             generated=len(self._emitted),
             params=params_to_pb(job.params),
             priority=PRIORITY_TO_PB[job.priority],
+            rounds=self._rounds,
             failures=self._failures,
         )
         timeout = None if self._deadline is None else max(0.0, self._deadline - asyncio.get_running_loop().time())
@@ -168,10 +172,14 @@ class SessionStream:
         finish: FinishReason | None = None
         try:
             async for event in call:
-                if event.HasField("end"):
+                if event.HasField("step"):
+                    yield step_from_pb(event.step)
+                elif event.HasField("end"):
                     finish = FINISH_FROM_PB.get(event.end.finish_reason, FinishReason.LENGTH)
                 else:
                     self._emitted.extend(event.block.token_ids)
+                    if event.block.draft.context_forwards:
+                        self._rounds.append(len(event.block.token_ids) if event.block.draft.drafted else 0)
                     self._failures = self._losses = 0
                     yield event.block
         except grpc.aio.AioRpcError as rpc:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from twotower.model.config import ATTENTION, MAMBA, ModelConfig
 from twotower.model.delta_batch import DeltaBatch
 from twotower.model.layers import Attention, Mamba2, linear
-from twotower.model.partial import Changes, Verified, first_deltas, take_first
+from twotower.model.partial import Changes, Verified, take_first
 from twotower.model.passes import CommitPass, Pass, PrefillPass, VerifyPass
 from twotower.model.rows import Rows, rows_of
 from twotower.model.state import ContextState, Delta, KVDelta, MambaDelta
@@ -84,6 +84,22 @@ class ContextTower(nn.Module):
         return [next(logits) if need else None for need in needed]
 
     @torch.inference_mode()
+    def read(self, chunks: Sequence[Tensor], states: Sequence[ContextState]) -> Tensor:
+        """As `prefill`, for whoever wants to know what every position comes to.
+
+        Returns h (sum of L_i, hidden), of which `logits(h[i:j].unsqueeze(1))` makes logits: those of all positions may be
+        more than there is memory for.
+        """
+        assert len(chunks) == len(states)
+        for state in states:
+            state.begin()
+        segments = Segments([chunk.shape[0] for chunk in chunks], self.device)
+        h = self._run(torch.cat(tuple(chunks)).unsqueeze(0), PrefillPass(rows_of(states, self.kernels), segments), slice(None))
+        for state, length in zip(states, segments.lengths, strict=True):
+            state.length += length
+        return h[0]
+
+    @torch.inference_mode()
     def commit(
         self, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool = False
     ) -> tuple[list[Delta], Tensor | None]:
@@ -101,23 +117,28 @@ class ContextTower(nn.Module):
         return deltas, self.logits(h) if need_logits else None
 
     @torch.inference_mode()
-    def verify(self, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool = True) -> Verified:
+    def verify(self, tokens: Tensor, states: Sequence[ContextState], *, need_logits: bool | Sequence[bool] = True) -> Verified:
         """Run a forward over drafted tokens (B, L), of which `accept` then takes the first of each row.
 
         The states stay as they are, but for K and V behind their lengths, which nobody else reads: no other forward may
-        run over these states before they accept. Returns the logits after every token (B, L, vocab) fp32, where needed.
+        run over these states before they accept. need_logits: for each row, or for all: the logits after every token
+        of these rows (R, L, vocab) fp32 are returned, in the order of the rows.
         """
         for state in states:
             state.begin()
+        needed = [need_logits] * len(states) if isinstance(need_logits, bool) else need_logits
+        rows = [row for row, need in enumerate(needed) if need]
         verify = VerifyPass(rows_of(states, self.kernels))
-        h = self._run(tokens, verify, slice(None) if need_logits else None)
-        return Verified(tokens.shape[1], verify.changes, verify.columns, self._head(h) if need_logits else None)
+        h = self._run(tokens, verify, slice(None) if rows else None)
+        if rows and len(rows) < len(states):
+            h = h[torch.tensor(rows, device=h.device)]
+        return Verified(tokens.shape[1], verify.changes, verify.columns, self._head(h) if rows else None)
 
     @torch.inference_mode()
-    def accept(self, states: Sequence[ContextState], verified: Verified, counts: Sequence[int]) -> list[Delta]:
+    def accept(self, states: Sequence[ContextState], verified: Verified, counts: Sequence[int]) -> DeltaBatch:
         """Extend each state by its first counts[i] of the L tokens that were verified, 1 <= counts[i] <= L.
 
-        states: those of `verify`, in its order. Returns what changed, per row. A worker that applies it has the
+        states: those of `verify`, in its order. Returns what changed. A worker that applies it has the
         context's bits; with all L tokens they are those of `commit` (but for a compiled graph's, see `LazyGraph`).
         Steps of one token, or commits in other pieces, give the same but for the order of sums in
         the forward, on which the factors depend: about 1e-6 of a value in fp32.
@@ -129,7 +150,11 @@ class ContextTower(nn.Module):
         tails = take_first(verified, kept, rows_of(states, self.kernels), rates, self.kernels)
         for state, count in zip(states, counts, strict=True):
             state.length += count
-        return first_deltas(verified, counts, tails)
+        layers = {
+            i: ScanFactors(change.x, change.b, change.dt, tails[i]) if isinstance(change, ScanFactors) else change
+            for i, change in verified.changes.items()
+        }
+        return DeltaBatch(verified.length, layers, tuple(counts))
 
     @torch.inference_mode()
     def accept_all(self, states: Sequence[ContextState], verified: Verified) -> DeltaBatch:

@@ -21,9 +21,11 @@ class DeltaBatch:
     """The deltas of B sessions whose blocks shared a commit."""
 
     length: int
-    """Tokens of each block."""
+    """Positions of each row."""
     layers: Mapping[int, Change]
     """By layer; all tensors with the axis of the rows in front, as the forward made them. Nobody writes to them."""
+    counts: tuple[int, ...] | None = None
+    """Of each row, the first so many positions were taken into the state; None: all of every row."""
 
     @classmethod
     def of(cls, delta: Delta) -> DeltaBatch:
@@ -45,16 +47,23 @@ class DeltaBatch:
         return next((tensor.device for change in self.layers.values() for tensor in _tensors(change)), torch.device("cpu"))
 
     def select(self, rows: Sequence[int]) -> DeltaBatch:
-        """The rows of some sessions, in the order given; a copy, unless these are all of them in their order."""
+        """The rows of some sessions, in the order given, and no more positions than these rows take.
+
+        A copy, unless these are all of them in their order, with all positions.
+        """
+        counts = None if self.counts is None else tuple(self.counts[row] for row in rows)
+        length = self.length if counts is None else max(counts, default=0)
         first = next((tensor for change in self.layers.values() for tensor in _tensors(change)), None)
-        if first is None or list(rows) == list(range(first.shape[0])):
-            return self
+        if first is None or (list(rows) == list(range(first.shape[0])) and length == self.length):
+            return self if counts == self.counts else DeltaBatch(length, self.layers, counts)
         at = torch.tensor(rows, dtype=torch.int64, device=first.device)
-        return DeltaBatch(self.length, {i: _map(change, lambda t: t.index_select(0, at)) for i, change in self.layers.items()})
+        layers = {i: _map(_first(change, length), lambda t: t.index_select(0, at)) for i, change in self.layers.items()}
+        return DeltaBatch(length, layers, counts)
 
     def row(self, row: int) -> Delta:
         """One session's delta, as views."""
-        return Delta(self.length, {i: _row(change, row) for i, change in self.layers.items()})
+        count = self.length if self.counts is None else self.counts[row]
+        return Delta(count, {i: _row(_first(change, count), row) for i, change in self.layers.items()})
 
 
 @torch.inference_mode()
@@ -72,15 +81,16 @@ def apply_batch(
         return
     slots = torch.tensor([state.slot for state in states], device=pool.device)
     places = _behind(pool, states, deltas.length)
+    counts = None if deltas.counts is None else torch.tensor(deltas.counts, device=pool.device)
     for i, change in deltas.layers.items():
         if isinstance(change, ScanFactors):
-            kernels.apply_factors_(pool.ssm[i], change.x, change.b, change.dt, decay_rates[i], slots=slots)
+            kernels.apply_factors_(pool.ssm[i], change.x, change.b, change.dt, decay_rates[i], slots=slots, counts=counts)
             pool.conv[i].index_copy_(0, slots, change.conv)
         else:
             written = torch.stack((change.k, change.v)).transpose(1, 2).flatten(2, 3)  # (2, kv_heads, B L, d)
             pool.kv[i].index_copy_(2, places, written)
-    for state in states:
-        state.length += deltas.length
+    for row, state in enumerate(states):
+        state.length += deltas.length if deltas.counts is None else deltas.counts[row]
 
 
 def _behind(pool: StatePool, states: Sequence[ContextState], length: int) -> Tensor:
@@ -99,6 +109,13 @@ def _tensors(change: Change) -> Iterator[Tensor]:
 
 def _map(change: Change, of: Callable[[Tensor], Tensor]) -> Change:
     return type(change)(*map(of, _tensors(change)))
+
+
+def _first(change: Change, length: int) -> Change:
+    """The first `length` positions of every row, as views; a conv tail has no positions."""
+    if isinstance(change, KVDelta):
+        return KVDelta(change.k[:, :, :length], change.v[:, :, :length])
+    return ScanFactors(change.x[:, :length], change.b[:, :length], change.dt[:, :length], change.conv)
 
 
 def _row(change: Change, row: int) -> MambaDelta | KVDelta:

@@ -6,13 +6,13 @@ taken, exactly, and the forward need not know in advance how many.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from twotower.model.rows import Rows
-from twotower.model.state import Delta, KVDelta, MambaDelta
+from twotower.model.state import KVDelta
 from twotower_kernels.block import ScanFactors, tails_after
 from twotower_kernels.kernels import Kernels
 
@@ -31,7 +31,7 @@ class Verified:
     columns: Mapping[int, Tensor]
     """Mamba layer -> raw xBC of the tokens (B, L, conv_dim), model dtype: a view of in_proj's output, which it keeps alive."""
     logits: Tensor | None
-    """(B, L, vocab) fp32: after each of the tokens; None where they were not asked for."""
+    """(R, L, vocab) fp32: after each of the tokens, of the rows for which they were asked; None where there are none."""
 
 
 def take_first(
@@ -56,17 +56,3 @@ def take_first(
             conv.index_copy_(0, slots, tails[i])
         rows.keep(i, conv, ssm)
     return tails
-
-
-def first_deltas(verified: Verified, counts: Sequence[int], tails: Mapping[int, Tensor]) -> list[Delta]:
-    """What a worker applies for each row's first counts[i] tokens; tails: of `take_first`. Views, no copies."""
-
-    def first(layer: int, change: ScanFactors | KVDelta, row: int, count: int) -> MambaDelta | KVDelta:
-        if isinstance(change, KVDelta):
-            return KVDelta(change.k[row, :, :count], change.v[row, :, :count])
-        return MambaDelta(change.x[row, :count], change.b[row, :count], change.dt[row, :count], tails[layer][row])
-
-    return [
-        Delta(count, {i: first(i, change, row, count) for i, change in verified.changes.items()})
-        for row, count in enumerate(counts)
-    ]

@@ -28,6 +28,12 @@ class Detokenizer:
         self._hidden = frozenset(hidden_ids) | tokenizer.special_ids
         self._window: list[int] = []
         self._told = 0  # characters of the window's text that were returned
+        self._held = 0
+
+    @property
+    def unfinished(self) -> int:
+        """Characters that the tokens so far would add if they were the last: replacements for what is held back."""
+        return self._held
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens make certain."""
@@ -38,6 +44,7 @@ class Detokenizer:
             certain -= 1
         new = text[self._told : certain]
         self._told = max(self._told, certain)
+        self._held = len(text) - certain
         if certain == len(text) and len(self._window) > WINDOW:
             self._shorten(text)
         return new
@@ -46,7 +53,7 @@ class Detokenizer:
         """The rest, with replacement characters for what stayed unfinished."""
         text = self._tokenizer.decode(self._window)
         new = text[self._told :]
-        self._told = len(text)
+        self._told, self._held = len(text), 0
         return new
 
     def _shorten(self, text: str) -> None:

@@ -24,39 +24,43 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btwotower/v1/inference.proto\x12\x0btwotower.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x03\"\x8c\x04\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.twotower.v1.TokenIdsH\x00\x12\x1f\n\x04mode\x18\x03 \x01(\x0e\x32\x11.twotower.v1.Mode\x12\x17\n\nmax_tokens\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12\x17\n\nblock_size\x18\x05 \x01(\x03H\x02\x88\x01\x01\x12\x12\n\x05steps\x18\x06 \x01(\x03H\x03\x88\x01\x01\x12\x12\n\x05gamma\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x18\n\x0btemperature\x18\x08 \x01(\x01H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x12\n\x05top_k\x18\r \x01(\x03H\x07\x88\x01\x01\x12\x12\n\x05top_p\x18\x0e \x01(\x01H\x08\x88\x01\x01\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x15\n\reos_token_ids\x18\x0c \x03(\x03\x12\'\n\x08priority\x18\x0f \x01(\x0e\x32\x15.twotower.v1.Priority\x12\x15\n\x08logprobs\x18\x10 \x01(\x03H\t\x88\x01\x01\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\r\n\x0b_block_sizeB\x08\n\x06_stepsB\x08\n\x06_gammaB\x0e\n\x0c_temperatureB\x07\n\x05_seedB\x08\n\x06_top_kB\x08\n\x06_top_pB\x0b\n\t_logprobs\"\x93\x01\n\rGenerateEvent\x12)\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.twotower.v1.AcceptedH\x00\x12#\n\x05\x62lock\x18\x02 \x01(\x0b\x32\x12.twotower.v1.BlockH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.twotower.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"G\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x03\x12\x10\n\x08warnings\x18\x03 \x03(\t\"w\n\x05\x42lock\x12\r\n\x05index\x18\x01 \x01(\x03\x12\x11\n\ttoken_ids\x18\x02 \x03(\x03\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x10\n\x08\x66orwards\x18\x04 \x01(\x03\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.twotower.v1.TokenLogprobs\"F\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.twotower.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x98\x01\n\x08\x46inished\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.twotower.v1.FinishReason\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x03\x12\x10\n\x08\x66orwards\x18\x03 \x01(\x03\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x03\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x0c\n\x04text\x18\x06 \x01(\t\"\x11\n\x0fGetModelRequest\"\x8c\x01\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rcheckpoint_id\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\x03\x12\x13\n\x0bmax_context\x18\x04 \x01(\x03\x12\x12\n\nblock_size\x18\x05 \x01(\x03\x12\x15\n\rhas_tokenizer\x18\x06 \x01(\x08*=\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x12\n\x0eMODE_DIFFUSION\x10\x01\x12\x0b\n\x07MODE_AR\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPRIORITY_LOW\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x11\n\rPRIORITY_HIGH\x10\x03\x32\x9c\x01\n\tInference\x12\x46\n\x08Generate\x12\x1c.twotower.v1.GenerateRequest\x1a\x1a.twotower.v1.GenerateEvent0\x01\x12G\n\x08GetModel\x12\x1c.twotower.v1.GetModelRequest\x1a\x1d.twotower.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btwotower/v1/inference.proto\x12\x0btwotower.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x03\"\xa2\x04\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.twotower.v1.TokenIdsH\x00\x12\x1f\n\x04mode\x18\x03 \x01(\x0e\x32\x11.twotower.v1.Mode\x12\x17\n\nmax_tokens\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12\x17\n\nblock_size\x18\x05 \x01(\x03H\x02\x88\x01\x01\x12\x12\n\x05steps\x18\x06 \x01(\x03H\x03\x88\x01\x01\x12\x12\n\x05gamma\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x18\n\x0btemperature\x18\x08 \x01(\x01H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x12\n\x05top_k\x18\r \x01(\x03H\x07\x88\x01\x01\x12\x12\n\x05top_p\x18\x0e \x01(\x01H\x08\x88\x01\x01\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x15\n\reos_token_ids\x18\x0c \x03(\x03\x12\'\n\x08priority\x18\x0f \x01(\x0e\x32\x15.twotower.v1.Priority\x12\x15\n\x08logprobs\x18\x10 \x01(\x03H\t\x88\x01\x01\x12\x14\n\x0cstream_steps\x18\x14 \x01(\x08\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\r\n\x0b_block_sizeB\x08\n\x06_stepsB\x08\n\x06_gammaB\x0e\n\x0c_temperatureB\x07\n\x05_seedB\x08\n\x06_top_kB\x08\n\x06_top_pB\x0b\n\t_logprobs\"\xb6\x01\n\rGenerateEvent\x12)\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.twotower.v1.AcceptedH\x00\x12#\n\x05\x62lock\x18\x02 \x01(\x0b\x32\x12.twotower.v1.BlockH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.twotower.v1.FinishedH\x00\x12!\n\x04step\x18\x14 \x01(\x0b\x32\x11.twotower.v1.StepH\x00\x42\x07\n\x05\x65vent\"G\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x03\x12\x10\n\x08warnings\x18\x03 \x03(\t\"\x9d\x01\n\x05\x42lock\x12\r\n\x05index\x18\x01 \x01(\x03\x12\x11\n\ttoken_ids\x18\x02 \x03(\x03\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x10\n\x08\x66orwards\x18\x04 \x01(\x03\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.twotower.v1.TokenLogprobs\x12$\n\x05\x64raft\x18\x06 \x01(\x0b\x32\x15.twotower.v1.DraftUse\"G\n\x08\x44raftUse\x12\x0f\n\x07\x64rafted\x18\x01 \x01(\x03\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x03\x12\x18\n\x10\x63ontext_forwards\x18\x03 \x01(\x03\"_\n\x04Step\x12\r\n\x05\x62lock\x18\x01 \x01(\x03\x12\x0e\n\x06number\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x03(\x03\x12\x11\n\tcommitted\x18\x04 \x03(\x08\x12\x12\n\nconfidence\x18\x05 \x03(\x02\"T\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.twotower.v1.TopLogprob\x12\x0c\n\x04step\x18\x03 \x01(\x05\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\xce\x01\n\x08\x46inished\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.twotower.v1.FinishReason\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x03\x12\x10\n\x08\x66orwards\x18\x03 \x01(\x03\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x03\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x0c\n\x04text\x18\x06 \x01(\t\x12\x0e\n\x06rounds\x18\x07 \x01(\x03\x12$\n\x05\x64raft\x18\x08 \x01(\x0b\x32\x15.twotower.v1.DraftUse\"\x11\n\x0fGetModelRequest\"\x8c\x01\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rcheckpoint_id\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\x03\x12\x13\n\x0bmax_context\x18\x04 \x01(\x03\x12\x12\n\nblock_size\x18\x05 \x01(\x03\x12\x15\n\rhas_tokenizer\x18\x06 \x01(\x08*S\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x12\n\x0eMODE_DIFFUSION\x10\x01\x12\x0b\n\x07MODE_AR\x10\x02\x12\x14\n\x10MODE_SPECULATIVE\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPRIORITY_LOW\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x11\n\rPRIORITY_HIGH\x10\x03\x32\x9c\x01\n\tInference\x12\x46\n\x08Generate\x12\x1c.twotower.v1.GenerateRequest\x1a\x1a.twotower.v1.GenerateEvent0\x01\x12G\n\x08GetModel\x12\x1c.twotower.v1.GetModelRequest\x1a\x1d.twotower.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'twotower.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODE']._serialized_start=1378
-  _globals['_MODE']._serialized_end=1439
-  _globals['_FINISHREASON']._serialized_start=1441
-  _globals['_FINISHREASON']._serialized_end=1536
-  _globals['_PRIORITY']._serialized_start=1538
-  _globals['_PRIORITY']._serialized_end=1632
+  _globals['_MODE']._serialized_start=1712
+  _globals['_MODE']._serialized_end=1795
+  _globals['_FINISHREASON']._serialized_start=1797
+  _globals['_FINISHREASON']._serialized_end=1892
+  _globals['_PRIORITY']._serialized_start=1894
+  _globals['_PRIORITY']._serialized_end=1988
   _globals['_TOKENIDS']._serialized_start=44
   _globals['_TOKENIDS']._serialized_end=67
   _globals['_GENERATEREQUEST']._serialized_start=70
-  _globals['_GENERATEREQUEST']._serialized_end=594
-  _globals['_GENERATEEVENT']._serialized_start=597
-  _globals['_GENERATEEVENT']._serialized_end=744
-  _globals['_ACCEPTED']._serialized_start=746
-  _globals['_ACCEPTED']._serialized_end=817
-  _globals['_BLOCK']._serialized_start=819
-  _globals['_BLOCK']._serialized_end=938
-  _globals['_TOKENLOGPROBS']._serialized_start=940
-  _globals['_TOKENLOGPROBS']._serialized_end=1010
-  _globals['_TOPLOGPROB']._serialized_start=1012
-  _globals['_TOPLOGPROB']._serialized_end=1059
-  _globals['_FINISHED']._serialized_start=1062
-  _globals['_FINISHED']._serialized_end=1214
-  _globals['_GETMODELREQUEST']._serialized_start=1216
-  _globals['_GETMODELREQUEST']._serialized_end=1233
-  _globals['_GETMODELRESPONSE']._serialized_start=1236
-  _globals['_GETMODELRESPONSE']._serialized_end=1376
-  _globals['_INFERENCE']._serialized_start=1635
-  _globals['_INFERENCE']._serialized_end=1791
+  _globals['_GENERATEREQUEST']._serialized_end=616
+  _globals['_GENERATEEVENT']._serialized_start=619
+  _globals['_GENERATEEVENT']._serialized_end=801
+  _globals['_ACCEPTED']._serialized_start=803
+  _globals['_ACCEPTED']._serialized_end=874
+  _globals['_BLOCK']._serialized_start=877
+  _globals['_BLOCK']._serialized_end=1034
+  _globals['_DRAFTUSE']._serialized_start=1036
+  _globals['_DRAFTUSE']._serialized_end=1107
+  _globals['_STEP']._serialized_start=1109
+  _globals['_STEP']._serialized_end=1204
+  _globals['_TOKENLOGPROBS']._serialized_start=1206
+  _globals['_TOKENLOGPROBS']._serialized_end=1290
+  _globals['_TOPLOGPROB']._serialized_start=1292
+  _globals['_TOPLOGPROB']._serialized_end=1339
+  _globals['_FINISHED']._serialized_start=1342
+  _globals['_FINISHED']._serialized_end=1548
+  _globals['_GETMODELREQUEST']._serialized_start=1550
+  _globals['_GETMODELREQUEST']._serialized_end=1567
+  _globals['_GETMODELRESPONSE']._serialized_start=1570
+  _globals['_GETMODELRESPONSE']._serialized_end=1710
+  _globals['_INFERENCE']._serialized_start=1991
+  _globals['_INFERENCE']._serialized_end=2147
 # @@protoc_insertion_point(module_scope)

@@ -31,6 +31,10 @@ class _ModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Mode.ValueType],
     """The denoising tower writes blocks by confidence unmasking."""
     MODE_AR: _Mode.ValueType  # 2
     """The context tower writes one token at a time; no denoiser takes part."""
+    MODE_SPECULATIVE: _Mode.ValueType  # 3
+    """The denoising tower drafts blocks, and the context tower keeps what it would have written itself: the text of MODE_AR with
+    the same seed, token for token. While no denoiser is free, the context tower writes alone.
+    """
 
 class Mode(_Mode, metaclass=_ModeEnumTypeWrapper):
     """How the text is generated."""
@@ -41,6 +45,10 @@ MODE_DIFFUSION: Mode.ValueType  # 1
 """The denoising tower writes blocks by confidence unmasking."""
 MODE_AR: Mode.ValueType  # 2
 """The context tower writes one token at a time; no denoiser takes part."""
+MODE_SPECULATIVE: Mode.ValueType  # 3
+"""The denoising tower drafts blocks, and the context tower keeps what it would have written itself: the text of MODE_AR with
+the same seed, token for token. While no denoiser is free, the context tower writes alone.
+"""
 Global___Mode: _TypeAlias = Mode  # noqa: Y015
 
 class _FinishReason:
@@ -137,6 +145,7 @@ class GenerateRequest(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    STREAM_STEPS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Tokenized by the gateway."""
     mode: Global___Mode.ValueType
@@ -146,9 +155,11 @@ class GenerateRequest(_message.Message):
     block_size: _builtins.int
     """Tokens a block; default: the size the checkpoint was trained with."""
     steps: _builtins.int
-    """Most denoiser forwards a block, at least 1; default: block_size."""
+    """Most denoiser forwards a block, at least 1; default: block_size. In speculative mode, of every draft; 0, or neither this nor
+    gamma: as many as earn the most, or none while AR's own steps earn more.
+    """
     gamma: _builtins.float
-    """Confidence above which a position is committed, in [0, 1]."""
+    """Confidence above which a position is committed, in [0, 1]; default: 0.8."""
     temperature: _builtins.float
     """0 is greedy."""
     seed: _builtins.int
@@ -163,6 +174,8 @@ class GenerateRequest(_message.Message):
     """Normal unless stated."""
     logprobs: _builtins.int
     """With the log probability of every token, and of so many of the likeliest at its place, at most 5. Absent: without."""
+    stream_steps: _builtins.bool
+    """With each block as it is after every forward, on its way: see Step."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Taken as they are."""
@@ -194,10 +207,11 @@ class GenerateRequest(_message.Message):
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         priority: Global___Priority.ValueType = ...,
         logprobs: _builtins.int | None = ...,
+        stream_steps: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_block_size", b"_block_size", "_gamma", b"_gamma", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_seed", b"_seed", "_steps", b"_steps", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "block_size", b"block_size", "gamma", b"gamma", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "prompt", b"prompt", "seed", b"seed", "steps", b"steps", "temperature", b"temperature", "text", b"text", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_block_size", b"_block_size", "_gamma", b"_gamma", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_seed", b"_seed", "_steps", b"_steps", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "block_size", b"block_size", "eos_token_ids", b"eos_token_ids", "gamma", b"gamma", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "mode", b"mode", "priority", b"priority", "prompt", b"prompt", "seed", b"seed", "steps", b"steps", "stop", b"stop", "temperature", b"temperature", "text", b"text", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_block_size", b"_block_size", "_gamma", b"_gamma", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_seed", b"_seed", "_steps", b"_steps", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "block_size", b"block_size", "eos_token_ids", b"eos_token_ids", "gamma", b"gamma", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "mode", b"mode", "priority", b"priority", "prompt", b"prompt", "seed", b"seed", "steps", b"steps", "stop", b"stop", "stream_steps", b"stream_steps", "temperature", b"temperature", "text", b"text", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__block_size: _TypeAlias = _typing.Literal["block_size"]  # noqa: Y015
     _WhichOneofArgType__block_size: _TypeAlias = _typing.Literal["_block_size", b"_block_size"]  # noqa: Y015
@@ -251,6 +265,7 @@ class GenerateEvent(_message.Message):
     ACCEPTED_FIELD_NUMBER: _builtins.int
     BLOCK_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def accepted(self) -> Global___Accepted:
         """First: the request was checked and taken."""
@@ -263,18 +278,23 @@ class GenerateEvent(_message.Message):
     def finished(self) -> Global___Finished:
         """Last: the totals."""
 
+    @_builtins.property
+    def step(self) -> Global___Step:
+        """A block on its way, if the request asked for such events."""
+
     def __init__(
         self,
         *,
         accepted: Global___Accepted | None = ...,
         block: Global___Block | None = ...,
         finished: Global___Finished | None = ...,
+        step: Global___Step | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "block", b"block", "event", b"event", "finished", b"finished"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "block", b"block", "event", b"event", "finished", b"finished", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "block", b"block", "event", b"event", "finished", b"finished"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "block", b"block", "event", b"event", "finished", b"finished", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "block", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "block", "finished", "step"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -314,7 +334,7 @@ Global___Accepted: _TypeAlias = Accepted  # noqa: Y015
 
 @_typing.final
 class Block(_message.Message):
-    """A finished block (in AR mode: one token)."""
+    """A finished block (in AR mode: one token; in speculative mode: what a round, or an AR step, wrote)."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -323,6 +343,7 @@ class Block(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     FORWARDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Counted from 0."""
     text: _builtins.str
@@ -337,6 +358,10 @@ class Block(_message.Message):
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
         """One for each token, if the request asked for them."""
 
+    @_builtins.property
+    def draft(self) -> Global___DraftUse:
+        """In speculative mode, what it took; `forwards` are those of the denoiser then."""
+
     def __init__(
         self,
         *,
@@ -345,14 +370,91 @@ class Block(_message.Message):
         text: _builtins.str = ...,
         forwards: _builtins.int = ...,
         logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
+        draft: Global___DraftUse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forwards", b"forwards", "index", b"index", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft", "forwards", b"forwards", "index", b"index", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Block: _TypeAlias = Block  # noqa: Y015
+
+@_typing.final
+class DraftUse(_message.Message):
+    """What rounds of speculative mode took."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRAFTED_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    CONTEXT_FORWARDS_FIELD_NUMBER: _builtins.int
+    drafted: _builtins.int
+    """Tokens that the denoiser proposed."""
+    accepted: _builtins.int
+    """Of these, how many became text."""
+    context_forwards: _builtins.int
+    """Forwards of the context tower."""
+    def __init__(
+        self,
+        *,
+        drafted: _builtins.int = ...,
+        accepted: _builtins.int = ...,
+        context_forwards: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "context_forwards", b"context_forwards", "drafted", b"drafted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DraftUse: _TypeAlias = DraftUse  # noqa: Y015
+
+@_typing.final
+class Step(_message.Message):
+    """A block after one of its forwards. Provisional: what is not committed may still change, and a step may be missing where a
+    client reads slowly, or come again where a block is begun anew.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    COMMITTED_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
+    block: _builtins.int
+    """The block's, as Block counts them."""
+    number: _builtins.int
+    """Which of the block's forwards this is, counted from 1."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The block's tokens; where a position is not committed, the likeliest there."""
+
+    @_builtins.property
+    def committed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """Which of the positions are committed."""
+
+    @_builtins.property
+    def confidence(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """How sure the model is of each token: its probability, of a committed one in the forward that committed it."""
+
+    def __init__(
+        self,
+        *,
+        block: _builtins.int = ...,
+        number: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        committed: _abc.Iterable[_builtins.bool] | None = ...,
+        confidence: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "committed", b"committed", "confidence", b"confidence", "number", b"number", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Step: _TypeAlias = Step  # noqa: Y015
 
 @_typing.final
 class TokenLogprobs(_message.Message):
@@ -362,8 +464,11 @@ class TokenLogprobs(_message.Message):
 
     LOGPROB_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     logprob: _builtins.float
-    """Natural logarithm of its probability, at temperature 1, the mask id excluded."""
+    """Natural logarithm of its probability at temperature 1; of a block's token in diffusion mode, with the mask id excluded."""
+    step: _builtins.int
+    """The forward of its block that committed it, counted from 1."""
     @_builtins.property
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]:
         """The likeliest tokens at its place, the likeliest first."""
@@ -373,10 +478,11 @@ class TokenLogprobs(_message.Message):
         *,
         logprob: _builtins.float = ...,
         top: _abc.Iterable[Global___TopLogprob] | None = ...,
+        step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "step", b"step", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -418,6 +524,8 @@ class Finished(_message.Message):
     BLOCKS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    ROUNDS_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
     finish_reason: Global___FinishReason.ValueType
     """Why it ended."""
     completion_tokens: _builtins.int
@@ -430,6 +538,12 @@ class Finished(_message.Message):
     """From acceptance to the last block, in seconds."""
     text: _builtins.str
     """Text held back until the end was known."""
+    rounds: _builtins.int
+    """In speculative mode, rounds in all,"""
+    @_builtins.property
+    def draft(self) -> Global___DraftUse:
+        """and what they took, and the AR steps between them."""
+
     def __init__(
         self,
         *,
@@ -439,10 +553,12 @@ class Finished(_message.Message):
         blocks: _builtins.int = ...,
         seconds: _builtins.float = ...,
         text: _builtins.str = ...,
+        rounds: _builtins.int = ...,
+        draft: Global___DraftUse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "completion_tokens", b"completion_tokens", "finish_reason", b"finish_reason", "forwards", b"forwards", "seconds", b"seconds", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "completion_tokens", b"completion_tokens", "draft", b"draft", "finish_reason", b"finish_reason", "forwards", b"forwards", "rounds", b"rounds", "seconds", b"seconds", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,7 +8,7 @@ from twotower.errors import Incompatible
 from twotower.internal.v1 import link_pb2
 from twotower.wire.frames import DTYPE_TO_PB
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 """Version of the link's protocol: messages, names and layout of frames."""
 
 

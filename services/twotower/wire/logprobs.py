@@ -15,6 +15,7 @@ def logprobs_to_pb(logprobs: Iterable[TokenLogprob]) -> list[inference_pb2.Token
     return [
         inference_pb2.TokenLogprobs(
             logprob=told.logprob,
+            step=told.step,
             top=[inference_pb2.TopLogprob(token_id=token, logprob=logprob) for token, logprob in told.top],
         )
         for told in logprobs
@@ -24,7 +25,8 @@ def logprobs_to_pb(logprobs: Iterable[TokenLogprob]) -> list[inference_pb2.Token
 def logprobs_from_pb(messages: Iterable[inference_pb2.TokenLogprobs]) -> tuple[TokenLogprob, ...]:
     """From the wire; unchecked (see `check_logprobs`)."""
     return tuple(
-        TokenLogprob(message.logprob, tuple((top.token_id, top.logprob) for top in message.top)) for message in messages
+        TokenLogprob(message.logprob, tuple((top.token_id, top.logprob) for top in message.top), message.step or 1)
+        for message in messages
     )
 
 

@@ -26,7 +26,7 @@ from twotower.internal.v1 import link_pb2 as twotower_dot_internal_dot_v1_dot_li
 from twotower.v1 import inference_pb2 as twotower_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"twotower/internal/v1/context.proto\x12\x14twotower.internal.v1\x1a\x1ftwotower/internal/v1/link.proto\x1a\x1btwotower/v1/inference.proto\"\xc4\x01\n\x0bOpenRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x15.twotower.v1.TokenIds\x12\x11\n\tgenerated\x18\x03 \x01(\x03\x12,\n\x06params\x18\x04 \x01(\x0b\x32\x1c.twotower.internal.v1.Params\x12\'\n\x08priority\x18\x05 \x01(\x0e\x32\x15.twotower.v1.Priority\x12\x10\n\x08\x66\x61ilures\x18\x06 \x01(\x05\"}\n\x0cSessionEvent\x12\x33\n\x05\x62lock\x18\x01 \x01(\x0b\x32\".twotower.internal.v1.SessionBlockH\x00\x12/\n\x03\x65nd\x18\x02 \x01(\x0b\x32 .twotower.internal.v1.SessionEndH\x00\x42\x07\n\x05\x65vent\"a\n\x0cSessionBlock\x12\x11\n\ttoken_ids\x18\x01 \x03(\x03\x12\x10\n\x08\x66orwards\x18\x02 \x01(\x03\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.twotower.v1.TokenLogprobs\">\n\nSessionEnd\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.twotower.v1.FinishReason2\xb6\x01\n\x0c\x43ontextTower\x12O\n\x04Open\x12!.twotower.internal.v1.OpenRequest\x1a\".twotower.internal.v1.SessionEvent0\x01\x12U\n\x04Link\x12#.twotower.internal.v1.WorkerMessage\x1a$.twotower.internal.v1.ContextMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"twotower/internal/v1/context.proto\x12\x14twotower.internal.v1\x1a\x1ftwotower/internal/v1/link.proto\x1a\x1btwotower/v1/inference.proto\"\xd4\x01\n\x0bOpenRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x15.twotower.v1.TokenIds\x12\x11\n\tgenerated\x18\x03 \x01(\x03\x12,\n\x06params\x18\x04 \x01(\x0b\x32\x1c.twotower.internal.v1.Params\x12\'\n\x08priority\x18\x05 \x01(\x0e\x32\x15.twotower.v1.Priority\x12\x0e\n\x06rounds\x18\x07 \x03(\x05\x12\x10\n\x08\x66\x61ilures\x18\x06 \x01(\x05\"\xa0\x01\n\x0cSessionEvent\x12\x33\n\x05\x62lock\x18\x01 \x01(\x0b\x32\".twotower.internal.v1.SessionBlockH\x00\x12/\n\x03\x65nd\x18\x02 \x01(\x0b\x32 .twotower.internal.v1.SessionEndH\x00\x12!\n\x04step\x18\x14 \x01(\x0b\x32\x11.twotower.v1.StepH\x00\x42\x07\n\x05\x65vent\"\x87\x01\n\x0cSessionBlock\x12\x11\n\ttoken_ids\x18\x01 \x03(\x03\x12\x10\n\x08\x66orwards\x18\x02 \x01(\x03\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.twotower.v1.TokenLogprobs\x12$\n\x05\x64raft\x18\x04 \x01(\x0b\x32\x15.twotower.v1.DraftUse\">\n\nSessionEnd\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.twotower.v1.FinishReason2\xb6\x01\n\x0c\x43ontextTower\x12O\n\x04Open\x12!.twotower.internal.v1.OpenRequest\x1a\".twotower.internal.v1.SessionEvent0\x01\x12U\n\x04Link\x12#.twotower.internal.v1.WorkerMessage\x1a$.twotower.internal.v1.ContextMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,13 +34,13 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'twotower.internal.v1.contex
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_OPENREQUEST']._serialized_start=123
-  _globals['_OPENREQUEST']._serialized_end=319
-  _globals['_SESSIONEVENT']._serialized_start=321
-  _globals['_SESSIONEVENT']._serialized_end=446
-  _globals['_SESSIONBLOCK']._serialized_start=448
-  _globals['_SESSIONBLOCK']._serialized_end=545
-  _globals['_SESSIONEND']._serialized_start=547
-  _globals['_SESSIONEND']._serialized_end=609
-  _globals['_CONTEXTTOWER']._serialized_start=612
-  _globals['_CONTEXTTOWER']._serialized_end=794
+  _globals['_OPENREQUEST']._serialized_end=335
+  _globals['_SESSIONEVENT']._serialized_start=338
+  _globals['_SESSIONEVENT']._serialized_end=498
+  _globals['_SESSIONBLOCK']._serialized_start=501
+  _globals['_SESSIONBLOCK']._serialized_end=636
+  _globals['_SESSIONEND']._serialized_start=638
+  _globals['_SESSIONEND']._serialized_end=700
+  _globals['_CONTEXTTOWER']._serialized_start=703
+  _globals['_CONTEXTTOWER']._serialized_end=885
 # @@protoc_insertion_point(module_scope)

@@ -33,6 +33,7 @@ class OpenRequest(_message.Message):
     GENERATED_FIELD_NUMBER: _builtins.int
     PARAMS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    ROUNDS_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id, the same in every service."""
@@ -52,6 +53,12 @@ class OpenRequest(_message.Message):
     def params(self) -> _link_pb2.Params:
         """Resolved parameters."""
 
+    @_builtins.property
+    def rounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Speculative mode: how the generated tokens became part of the state, but for the last one, in order. n: the first n of a
+        verified draft; 0: one token, by an AR step. Empty: all by steps.
+        """
+
     def __init__(
         self,
         *,
@@ -60,11 +67,12 @@ class OpenRequest(_message.Message):
         generated: _builtins.int = ...,
         params: _link_pb2.Params | None = ...,
         priority: _inference_pb2.Priority.ValueType = ...,
+        rounds: _abc.Iterable[_builtins.int] | None = ...,
         failures: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["params", b"params", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "generated", b"generated", "params", b"params", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "generated", b"generated", "params", b"params", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "rounds", b"rounds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -78,6 +86,7 @@ class SessionEvent(_message.Message):
 
     BLOCK_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def block(self) -> Global___SessionBlock:
         """A block to show; it is committed while the gateway streams it."""
@@ -86,17 +95,22 @@ class SessionEvent(_message.Message):
     def end(self) -> Global___SessionEnd:
         """The session is over."""
 
+    @_builtins.property
+    def step(self) -> _inference_pb2.Step:
+        """The next block on its way, if the request asked for such events. Its `block` is not set: the gateway counts."""
+
     def __init__(
         self,
         *,
         block: Global___SessionBlock | None = ...,
         end: Global___SessionEnd | None = ...,
+        step: _inference_pb2.Step | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "end", b"end", "event", b"event"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "end", b"end", "event", b"event", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "end", b"end", "event", b"event"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "end", b"end", "event", b"event", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["block", "end"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["block", "end", "step"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -111,6 +125,7 @@ class SessionBlock(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     FORWARDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
     forwards: _builtins.int
     """Forwards they took."""
     @_builtins.property
@@ -121,16 +136,21 @@ class SessionBlock(_message.Message):
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogprobs]:
         """One for each token, if the request asks for them."""
 
+    @_builtins.property
+    def draft(self) -> _inference_pb2.DraftUse:
+        """In speculative mode, what they took: drafted is 0 in an AR step."""
+
     def __init__(
         self,
         *,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         forwards: _builtins.int = ...,
         logprobs: _abc.Iterable[_inference_pb2.TokenLogprobs] | None = ...,
+        draft: _inference_pb2.DraftUse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forwards", b"forwards", "logprobs", b"logprobs", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft", "forwards", b"forwards", "logprobs", b"logprobs", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

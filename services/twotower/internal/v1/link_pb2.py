@@ -26,59 +26,65 @@ from twotower.internal.v1 import tensor_pb2 as twotower_dot_internal_dot_v1_dot_
 from twotower.v1 import inference_pb2 as twotower_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftwotower/internal/v1/link.proto\x12\x14twotower.internal.v1\x1a!twotower/internal/v1/tensor.proto\x1a\x1btwotower/v1/inference.proto\"\xd9\x01\n\x06Params\x12\x1f\n\x04mode\x18\x01 \x01(\x0e\x32\x11.twotower.v1.Mode\x12\x12\n\nmax_tokens\x18\x02 \x01(\x03\x12\x12\n\nblock_size\x18\x03 \x01(\x03\x12\r\n\x05steps\x18\x04 \x01(\x03\x12\r\n\x05gamma\x18\x05 \x01(\x01\x12\x13\n\x0btemperature\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x03\x12\x15\n\reos_token_ids\x18\x08 \x03(\x03\x12\r\n\x05top_k\x18\t \x01(\x03\x12\r\n\x05top_p\x18\n \x01(\x01\x12\x10\n\x08logprobs\x18\x0b \x01(\x03\"\'\n\nSessionRef\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x03\"\xba\x02\n\rWorkerMessage\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.twotower.internal.v1.HelloH\x00\x12.\n\x06\x61ttach\x18\x02 \x01(\x0b\x32\x1c.twotower.internal.v1.AttachH\x00\x12\x30\n\x04\x64one\x18\x03 \x01(\x0b\x32 .twotower.internal.v1.BlocksDoneH\x00\x12.\n\x06\x64\x65tach\x18\x04 \x01(\x0b\x32\x1c.twotower.internal.v1.DetachH\x00\x12,\n\x05\x61live\x18\x05 \x01(\x0b\x32\x1b.twotower.internal.v1.AliveH\x00\x12\x30\n\x07\x61rrived\x18\x06 \x01(\x0b\x32\x1d.twotower.internal.v1.ArrivedH\x00\x42\t\n\x07message\"\xae\x01\n\x05Hello\x12\x16\n\x0eschema_version\x18\x01 \x01(\x05\x12\x15\n\rcheckpoint_id\x18\x02 \x01(\t\x12*\n\x05\x64type\x18\x03 \x01(\x0e\x32\x1b.twotower.internal.v1.DType\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x37\n\ttransport\x18\x05 \x01(\x0b\x32$.twotower.internal.v1.TransportOffer\"<\n\x06\x41ttach\x12\x32\n\x08sessions\x18\x01 \x03(\x0b\x32 .twotower.internal.v1.SessionRef\"=\n\nBlocksDone\x12/\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x1f.twotower.internal.v1.BlockDone\"\xa4\x01\n\tBlockDone\x12\x31\n\x07session\x18\x01 \x01(\x0b\x32 .twotower.internal.v1.SessionRef\x12\x11\n\tgenerated\x18\x02 \x01(\x03\x12\x11\n\ttoken_ids\x18\x03 \x03(\x03\x12\x10\n\x08\x66orwards\x18\x04 \x01(\x03\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.twotower.v1.TokenLogprobs\":\n\x06\x44\x65tach\x12\x30\n\x08sessions\x18\x01 \x03(\x0b\x32\x1e.twotower.internal.v1.Detached\"\x81\x01\n\x08\x44\x65tached\x12\x31\n\x07session\x18\x01 \x01(\x0b\x32 .twotower.internal.v1.SessionRef\x12\x32\n\x06reason\x18\x02 \x01(\x0e\x32\".twotower.internal.v1.DetachReason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\x19\n\x05\x41live\x12\x10\n\x08\x66orwards\x18\x01 \x01(\x03\"\t\n\x07\x41rrived\"\x99\x02\n\x0e\x43ontextMessage\x12\x30\n\x07welcome\x18\x01 \x01(\x0b\x32\x1d.twotower.internal.v1.WelcomeH\x00\x12\x32\n\x06\x66rames\x18\x02 \x01(\x0b\x32 .twotower.internal.v1.FrameBatchH\x00\x12,\n\x05state\x18\x03 \x01(\x0b\x32\x1b.twotower.internal.v1.StateH\x00\x12:\n\tcommitted\x18\x04 \x01(\x0b\x32%.twotower.internal.v1.BlocksCommittedH\x00\x12,\n\x05\x65nded\x18\x05 \x01(\x0b\x32\x1b.twotower.internal.v1.EndedH\x00\x42\t\n\x07message\"k\n\x07Welcome\x12\x38\n\ttransport\x18\x01 \x01(\x0b\x32%.twotower.internal.v1.TransportChoice\x12\x11\n\tsilence_s\x18\x02 \x01(\x01\x12\x13\n\x0bsay_arrived\x18\x03 \x01(\x08\"\xba\x01\n\x05State\x12\x31\n\x07session\x18\x01 \x01(\x0b\x32 .twotower.internal.v1.SessionRef\x12,\n\x06params\x18\x02 \x01(\x0b\x32\x1c.twotower.internal.v1.Params\x12\x0e\n\x06length\x18\x03 \x01(\x03\x12\x11\n\tgenerated\x18\x04 \x01(\x03\x12-\n\x07tensors\x18\x05 \x01(\x0b\x32\x1c.twotower.internal.v1.Placed\"\x88\x01\n\x0f\x42locksCommitted\x12\x32\n\x04rows\x18\x01 \x03(\x0b\x32$.twotower.internal.v1.CommittedBlock\x12\x12\n\nblock_size\x18\x02 \x01(\x03\x12-\n\x07tensors\x18\x03 \x01(\x0b\x32\x1c.twotower.internal.v1.Placed\"t\n\x0e\x43ommittedBlock\x12\x31\n\x07session\x18\x01 \x01(\x0b\x32 .twotower.internal.v1.SessionRef\x12\x0c\n\x04kept\x18\x02 \x01(\x03\x12\x0e\n\x06length\x18\x03 \x01(\x03\x12\x11\n\tgenerated\x18\x04 \x01(\x03\"=\n\x05\x45nded\x12\x34\n\x08sessions\x18\x01 \x03(\x0b\x32\".twotower.internal.v1.SessionEnded\"r\n\x0cSessionEnded\x12\x31\n\x07session\x18\x01 \x01(\x0b\x32 .twotower.internal.v1.SessionRef\x12/\n\x06reason\x18\x02 \x01(\x0e\x32\x1f.twotower.internal.v1.EndReason\"\x8f\x01\n\x0eTransportOffer\x12.\n\x05kinds\x18\x01 \x03(\x0e\x32\x1f.twotower.internal.v1.Transport\x12\x0c\n\x04peer\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x12\n\nshm_socket\x18\x04 \x01(\t\x12\x10\n\x08\x62\x61\x63kends\x18\x05 \x03(\t\x12\x0b\n\x03gpu\x18\x06 \x01(\t\"t\n\x0fTransportChoice\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x1f.twotower.internal.v1.Transport\x12\x12\n\nstore_port\x18\x02 \x01(\x05\x12\r\n\x05group\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\"U\n\x06Placed\x12\r\n\x05place\x18\x01 \x01(\x04\x12\x0e\n\x06length\x18\x02 \x01(\x03\x12,\n\x07tensors\x18\x03 \x03(\x0b\x32\x1b.twotower.internal.v1.Frame*\x84\x01\n\x0c\x44\x65tachReason\x12\x1d\n\x19\x44\x45TACH_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x44\x45TACH_REASON_HANDED_BACK\x10\x01\x12\x18\n\x14\x44\x45TACH_REASON_FAILED\x10\x02\x12\x1c\n\x18\x44\x45TACH_REASON_NOT_FINITE\x10\x03*\x85\x01\n\tEndReason\x12\x1a\n\x16\x45ND_REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45ND_REASON_OVER\x10\x01\x12\x19\n\x15\x45ND_REASON_LEASE_LOST\x10\x02\x12\x15\n\x11\x45ND_REASON_PAUSED\x10\x03\x12\x15\n\x11\x45ND_REASON_FAILED\x10\x04*a\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x12\n\x0eTRANSPORT_GRPC\x10\x01\x12\x11\n\rTRANSPORT_SHM\x10\x02\x12\x12\n\x0eTRANSPORT_DIST\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftwotower/internal/v1/link.proto\x12\x14twotower.internal.v1\x1a!twotower/internal/v1/tensor.proto\x1a\x1btwotower/v1/inference.proto\"\xed\x01\n\x06Params\x12\x1f\n\x04mode\x18\x01 \x01(\x0e\x32\x11.twotower.v1.Mode\x12\x12\n\nmax_tokens\x18\x02 \x01(\x03\x12\x12\n\nblock_size\x18\x03 \x01(\x03\x12\r\n\x05steps\x18\x04 \x01(\x03\x12\r\n\x05gamma\x18\x05 \x01(\x01\x12\x13\n\x0btemperature\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x03\x12\x15\n\reos_token_ids\x18\x08 \x03(\x03\x12\r\n\x05top_k\x18\t \x01(\x03\x12\r\n\x05top_p\x18\n \x01(\x01\x12\x10\n\x08logprobs\x18\x0b \x01(\x03\x12\x12\n\nshow_steps\x18\x14 \x01(\x08\"\'\n\nSessionRef\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x03\"\xf2\x02\n\rWorkerMessage\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.twotower.internal.v1.HelloH\x00\x12.\n\x06\x61ttach\x18\x02 \x01(\x0b\x32\x1c.twotower.internal.v1.AttachH\x00\x12\x30\n\x04\x64one\x18\x03 \x01(\x0b\x32 .twotower.internal.v1.BlocksDoneH\x00\x12.\n\x06\x64\x65tach\x18\x04 \x01(\x0b\x32\x1c.twotower.internal.v1.DetachH\x00\x12,\n\x05\x61live\x18\x05 \x01(\x0b\x32\x1b.twotower.internal.v1.AliveH\x00\x12\x30\n\x07\x61rrived\x18\x06 \x01(\x0b\x32\x1d.twotower.internal.v1.ArrivedH\x00\x12\x36\n\x07stepped\x18\x14 \x01(\x0b\x32#.twotower.internal.v1.BlocksSteppedH\x00\x42\t\n\x07message\"\xae\x01\n\x05Hello\x12\x16\n\x0eschema_version\x18\x01 \x01(\x05\x12\x15\n\rcheckpoint_id\x18\x02 \x01(\t\x12*\n\x05\x64type\x18\x03 \x01(\x0e\x32\x1b.twotower.internal.v1.DType\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x37\n\ttransport\x18\x05 \x01(\x0b\x32$.twotower.internal.v1.TransportOffer\"<\n\x06\x41ttach\x12\x32\n\x08sessions\x18\x01 \x03(\x0b\x32 .twotower.internal.v1.SessionRef\"=\n\nBlocksDone\x12/\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x1f.twotower.internal.v1.BlockDone\"\xb5\x01\n\tBlockDone\x12\x31\n\x07session\x18\x01 \x01(\x0b\x32 .twotower.internal.v1.SessionRef\x12\x11\n\tgenerated\x18\x02 \x01(\x03\x12\x11\n\ttoken_ids\x18\x03 \x03(\x03\x12\x10\n\x08\x66orwards\x18\x04 \x01(\x03\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.twotower.v1.TokenLogprobs\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\"C\n\rBlocksStepped\x12\x32\n\x06\x62locks\x18\x01 \x03(\x0b\x32\".twotower.internal.v1.BlockStepped\"u\n\x0c\x42lockStepped\x12\x31\n\x07session\x18\x01 \x01(\x0b\x32 .twotower.internal.v1.SessionRef\x12\x11\n\tgenerated\x18\x02 \x01(\x03\x12\x1f\n\x04step\x18\x03 \x01(\x0b\x32\x11.twotower.v1.Step\":\n\x06\x44\x65tach\x12\x30\n\x08sessions\x18\x01 \x03(\x0b\x32\x1e.twotower.internal.v1.Detached\"\x81\x01\n\x08\x44\x65tached\x12\x31\n\x07session\x18\x01 \x01(\x0b\x32 .twotower.internal.v1.SessionRef\x12\x32\n\x06reason\x18\x02 \x01(\x0e\x32\".twotower.internal.v1.DetachReason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\x19\n\x05\x41live\x12\x10\n\x08\x66orwards\x18\x01 \x01(\x03\"\t\n\x07\x41rrived\"\x99\x02\n\x0e\x43ontextMessage\x12\x30\n\x07welcome\x18\x01 \x01(\x0b\x32\x1d.twotower.internal.v1.WelcomeH\x00\x12\x32\n\x06\x66rames\x18\x02 \x01(\x0b\x32 .twotower.internal.v1.FrameBatchH\x00\x12,\n\x05state\x18\x03 \x01(\x0b\x32\x1b.twotower.internal.v1.StateH\x00\x12:\n\tcommitted\x18\x04 \x01(\x0b\x32%.twotower.internal.v1.BlocksCommittedH\x00\x12,\n\x05\x65nded\x18\x05 \x01(\x0b\x32\x1b.twotower.internal.v1.EndedH\x00\x42\t\n\x07message\"k\n\x07Welcome\x12\x38\n\ttransport\x18\x01 \x01(\x0b\x32%.twotower.internal.v1.TransportChoice\x12\x11\n\tsilence_s\x18\x02 \x01(\x01\x12\x13\n\x0bsay_arrived\x18\x03 \x01(\x08\"\xe6\x01\n\x05State\x12\x31\n\x07session\x18\x01 \x01(\x0b\x32 .twotower.internal.v1.SessionRef\x12,\n\x06params\x18\x02 \x01(\x0b\x32\x1c.twotower.internal.v1.Params\x12\x0e\n\x06length\x18\x03 \x01(\x03\x12\x11\n\tgenerated\x18\x04 \x01(\x03\x12-\n\x07tensors\x18\x05 \x01(\x0b\x32\x1c.twotower.internal.v1.Placed\x12*\n\x05\x64raft\x18\x06 \x01(\x0b\x32\x1b.twotower.internal.v1.Draft\"%\n\x05\x44raft\x12\r\n\x05token\x18\x01 \x01(\x03\x12\r\n\x05steps\x18\x02 \x01(\x03\"\x88\x01\n\x0f\x42locksCommitted\x12\x32\n\x04rows\x18\x01 \x03(\x0b\x32$.twotower.internal.v1.CommittedBlock\x12\x12\n\nblock_size\x18\x02 \x01(\x03\x12-\n\x07tensors\x18\x03 \x01(\x0b\x32\x1c.twotower.internal.v1.Placed\"\xa0\x01\n\x0e\x43ommittedBlock\x12\x31\n\x07session\x18\x01 \x01(\x0b\x32 .twotower.internal.v1.SessionRef\x12\x0c\n\x04kept\x18\x02 \x01(\x03\x12\x0e\n\x06length\x18\x03 \x01(\x03\x12\x11\n\tgenerated\x18\x04 \x01(\x03\x12*\n\x05\x64raft\x18\x05 \x01(\x0b\x32\x1b.twotower.internal.v1.Draft\"=\n\x05\x45nded\x12\x34\n\x08sessions\x18\x01 \x03(\x0b\x32\".twotower.internal.v1.SessionEnded\"r\n\x0cSessionEnded\x12\x31\n\x07session\x18\x01 \x01(\x0b\x32 .twotower.internal.v1.SessionRef\x12/\n\x06reason\x18\x02 \x01(\x0e\x32\x1f.twotower.internal.v1.EndReason\"\x8f\x01\n\x0eTransportOffer\x12.\n\x05kinds\x18\x01 \x03(\x0e\x32\x1f.twotower.internal.v1.Transport\x12\x0c\n\x04peer\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x12\n\nshm_socket\x18\x04 \x01(\t\x12\x10\n\x08\x62\x61\x63kends\x18\x05 \x03(\t\x12\x0b\n\x03gpu\x18\x06 \x01(\t\"t\n\x0fTransportChoice\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x1f.twotower.internal.v1.Transport\x12\x12\n\nstore_port\x18\x02 \x01(\x05\x12\r\n\x05group\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\"U\n\x06Placed\x12\r\n\x05place\x18\x01 \x01(\x04\x12\x0e\n\x06length\x18\x02 \x01(\x03\x12,\n\x07tensors\x18\x03 \x03(\x0b\x32\x1b.twotower.internal.v1.Frame*\x84\x01\n\x0c\x44\x65tachReason\x12\x1d\n\x19\x44\x45TACH_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x44\x45TACH_REASON_HANDED_BACK\x10\x01\x12\x18\n\x14\x44\x45TACH_REASON_FAILED\x10\x02\x12\x1c\n\x18\x44\x45TACH_REASON_NOT_FINITE\x10\x03*\x9d\x01\n\tEndReason\x12\x1a\n\x16\x45ND_REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45ND_REASON_OVER\x10\x01\x12\x19\n\x15\x45ND_REASON_LEASE_LOST\x10\x02\x12\x15\n\x11\x45ND_REASON_PAUSED\x10\x03\x12\x15\n\x11\x45ND_REASON_FAILED\x10\x04\x12\x16\n\x12\x45ND_REASON_RESTING\x10\x05*a\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x12\n\x0eTRANSPORT_GRPC\x10\x01\x12\x11\n\rTRANSPORT_SHM\x10\x02\x12\x12\n\x0eTRANSPORT_DIST\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'twotower.internal.v1.link_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DETACHREASON']._serialized_start=2768
-  _globals['_DETACHREASON']._serialized_end=2900
-  _globals['_ENDREASON']._serialized_start=2903
-  _globals['_ENDREASON']._serialized_end=3036
-  _globals['_TRANSPORT']._serialized_start=3038
-  _globals['_TRANSPORT']._serialized_end=3135
+  _globals['_DETACHREASON']._serialized_start=3177
+  _globals['_DETACHREASON']._serialized_end=3309
+  _globals['_ENDREASON']._serialized_start=3312
+  _globals['_ENDREASON']._serialized_end=3469
+  _globals['_TRANSPORT']._serialized_start=3471
+  _globals['_TRANSPORT']._serialized_end=3568
   _globals['_PARAMS']._serialized_start=122
-  _globals['_PARAMS']._serialized_end=339
-  _globals['_SESSIONREF']._serialized_start=341
-  _globals['_SESSIONREF']._serialized_end=380
-  _globals['_WORKERMESSAGE']._serialized_start=383
-  _globals['_WORKERMESSAGE']._serialized_end=697
-  _globals['_HELLO']._serialized_start=700
-  _globals['_HELLO']._serialized_end=874
-  _globals['_ATTACH']._serialized_start=876
-  _globals['_ATTACH']._serialized_end=936
-  _globals['_BLOCKSDONE']._serialized_start=938
-  _globals['_BLOCKSDONE']._serialized_end=999
-  _globals['_BLOCKDONE']._serialized_start=1002
-  _globals['_BLOCKDONE']._serialized_end=1166
-  _globals['_DETACH']._serialized_start=1168
-  _globals['_DETACH']._serialized_end=1226
-  _globals['_DETACHED']._serialized_start=1229
-  _globals['_DETACHED']._serialized_end=1358
-  _globals['_ALIVE']._serialized_start=1360
-  _globals['_ALIVE']._serialized_end=1385
-  _globals['_ARRIVED']._serialized_start=1387
-  _globals['_ARRIVED']._serialized_end=1396
-  _globals['_CONTEXTMESSAGE']._serialized_start=1399
-  _globals['_CONTEXTMESSAGE']._serialized_end=1680
-  _globals['_WELCOME']._serialized_start=1682
-  _globals['_WELCOME']._serialized_end=1789
-  _globals['_STATE']._serialized_start=1792
-  _globals['_STATE']._serialized_end=1978
-  _globals['_BLOCKSCOMMITTED']._serialized_start=1981
-  _globals['_BLOCKSCOMMITTED']._serialized_end=2117
-  _globals['_COMMITTEDBLOCK']._serialized_start=2119
-  _globals['_COMMITTEDBLOCK']._serialized_end=2235
-  _globals['_ENDED']._serialized_start=2237
-  _globals['_ENDED']._serialized_end=2298
-  _globals['_SESSIONENDED']._serialized_start=2300
-  _globals['_SESSIONENDED']._serialized_end=2414
-  _globals['_TRANSPORTOFFER']._serialized_start=2417
-  _globals['_TRANSPORTOFFER']._serialized_end=2560
-  _globals['_TRANSPORTCHOICE']._serialized_start=2562
-  _globals['_TRANSPORTCHOICE']._serialized_end=2678
-  _globals['_PLACED']._serialized_start=2680
-  _globals['_PLACED']._serialized_end=2765
+  _globals['_PARAMS']._serialized_end=359
+  _globals['_SESSIONREF']._serialized_start=361
+  _globals['_SESSIONREF']._serialized_end=400
+  _globals['_WORKERMESSAGE']._serialized_start=403
+  _globals['_WORKERMESSAGE']._serialized_end=773
+  _globals['_HELLO']._serialized_start=776
+  _globals['_HELLO']._serialized_end=950
+  _globals['_ATTACH']._serialized_start=952
+  _globals['_ATTACH']._serialized_end=1012
+  _globals['_BLOCKSDONE']._serialized_start=1014
+  _globals['_BLOCKSDONE']._serialized_end=1075
+  _globals['_BLOCKDONE']._serialized_start=1078
+  _globals['_BLOCKDONE']._serialized_end=1259
+  _globals['_BLOCKSSTEPPED']._serialized_start=1261
+  _globals['_BLOCKSSTEPPED']._serialized_end=1328
+  _globals['_BLOCKSTEPPED']._serialized_start=1330
+  _globals['_BLOCKSTEPPED']._serialized_end=1447
+  _globals['_DETACH']._serialized_start=1449
+  _globals['_DETACH']._serialized_end=1507
+  _globals['_DETACHED']._serialized_start=1510
+  _globals['_DETACHED']._serialized_end=1639
+  _globals['_ALIVE']._serialized_start=1641
+  _globals['_ALIVE']._serialized_end=1666
+  _globals['_ARRIVED']._serialized_start=1668
+  _globals['_ARRIVED']._serialized_end=1677
+  _globals['_CONTEXTMESSAGE']._serialized_start=1680
+  _globals['_CONTEXTMESSAGE']._serialized_end=1961
+  _globals['_WELCOME']._serialized_start=1963
+  _globals['_WELCOME']._serialized_end=2070
+  _globals['_STATE']._serialized_start=2073
+  _globals['_STATE']._serialized_end=2303
+  _globals['_DRAFT']._serialized_start=2305
+  _globals['_DRAFT']._serialized_end=2342
+  _globals['_BLOCKSCOMMITTED']._serialized_start=2345
+  _globals['_BLOCKSCOMMITTED']._serialized_end=2481
+  _globals['_COMMITTEDBLOCK']._serialized_start=2484
+  _globals['_COMMITTEDBLOCK']._serialized_end=2644
+  _globals['_ENDED']._serialized_start=2646
+  _globals['_ENDED']._serialized_end=2707
+  _globals['_SESSIONENDED']._serialized_start=2709
+  _globals['_SESSIONENDED']._serialized_end=2823
+  _globals['_TRANSPORTOFFER']._serialized_start=2826
+  _globals['_TRANSPORTOFFER']._serialized_end=2969
+  _globals['_TRANSPORTCHOICE']._serialized_start=2971
+  _globals['_TRANSPORTCHOICE']._serialized_end=3087
+  _globals['_PLACED']._serialized_start=3089
+  _globals['_PLACED']._serialized_end=3174
 # @@protoc_insertion_point(module_scope)

@@ -67,6 +67,8 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     """The session waits for its client, who does not read; it is queued again later."""
     END_REASON_FAILED: _EndReason.ValueType  # 4
     """It cannot go on; the client has the error."""
+    END_REASON_RESTING: _EndReason.ValueType  # 5
+    """Its drafts earn less than AR's own steps; it may be queued again later."""
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper):
     """Why a worker holds a session no longer."""
@@ -80,6 +82,8 @@ END_REASON_PAUSED: EndReason.ValueType  # 3
 """The session waits for its client, who does not read; it is queued again later."""
 END_REASON_FAILED: EndReason.ValueType  # 4
 """It cannot go on; the client has the error."""
+END_REASON_RESTING: EndReason.ValueType  # 5
+"""Its drafts earn less than AR's own steps; it may be queued again later."""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
 
 class _Transport:
@@ -125,11 +129,13 @@ class Params(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     TOP_P_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    SHOW_STEPS_FIELD_NUMBER: _builtins.int
     mode: _inference_pb2.Mode.ValueType
     max_tokens: _builtins.int
     """The most tokens to generate, counting those already generated."""
     block_size: _builtins.int
     steps: _builtins.int
+    """Speculative mode: 0 where the context chooses the forwards of each draft."""
     gamma: _builtins.float
     temperature: _builtins.float
     seed: _builtins.int
@@ -139,6 +145,8 @@ class Params(_message.Message):
     """1: all tokens."""
     logprobs: _builtins.int
     """-1: without log probabilities."""
+    show_steps: _builtins.bool
+    """Blocks are shown after every forward."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Empty: the generation ends at max_tokens only."""
@@ -157,10 +165,11 @@ class Params(_message.Message):
         top_k: _builtins.int = ...,
         top_p: _builtins.float = ...,
         logprobs: _builtins.int = ...,
+        show_steps: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "eos_token_ids", b"eos_token_ids", "gamma", b"gamma", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "mode", b"mode", "seed", b"seed", "steps", b"steps", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "eos_token_ids", b"eos_token_ids", "gamma", b"gamma", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "mode", b"mode", "seed", b"seed", "show_steps", b"show_steps", "steps", b"steps", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -203,6 +212,7 @@ class WorkerMessage(_message.Message):
     DETACH_FIELD_NUMBER: _builtins.int
     ALIVE_FIELD_NUMBER: _builtins.int
     ARRIVED_FIELD_NUMBER: _builtins.int
+    STEPPED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """First: who the worker is and what it can take."""
@@ -227,6 +237,10 @@ class WorkerMessage(_message.Message):
     def arrived(self) -> Global___Arrived:
         """A State or BlocksCommitted has arrived. Sent where Welcome asks for it."""
 
+    @_builtins.property
+    def stepped(self) -> Global___BlocksStepped:
+        """Blocks on their way, for clients that want to watch."""
+
     def __init__(
         self,
         *,
@@ -236,12 +250,13 @@ class WorkerMessage(_message.Message):
         detach: Global___Detach | None = ...,
         alive: Global___Alive | None = ...,
         arrived: Global___Arrived | None = ...,
+        stepped: Global___BlocksStepped | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "arrived", b"arrived", "attach", b"attach", "detach", b"detach", "done", b"done", "hello", b"hello", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "arrived", b"arrived", "attach", b"attach", "detach", b"detach", "done", b"done", "hello", b"hello", "message", b"message", "stepped", b"stepped"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "arrived", b"arrived", "attach", b"attach", "detach", b"detach", "done", b"done", "hello", b"hello", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "arrived", b"arrived", "attach", b"attach", "detach", b"detach", "done", b"done", "hello", b"hello", "message", b"message", "stepped", b"stepped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "attach", "done", "detach", "alive", "arrived"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "attach", "done", "detach", "alive", "arrived", "stepped"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -333,7 +348,7 @@ Global___BlocksDone: _TypeAlias = BlocksDone  # noqa: Y015
 
 @_typing.final
 class BlockDone(_message.Message):
-    """A refined block."""
+    """A refined block, or a draft."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -342,10 +357,13 @@ class BlockDone(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     FORWARDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
     generated: _builtins.int
-    """Tokens generated before this block: its place in the session."""
+    """Tokens generated before this block, a draft's known token among them: its place in the session."""
     forwards: _builtins.int
     """Denoiser forwards it took."""
+    seconds: _builtins.float
+    """Seconds that these forwards took, with all that shared them."""
     @_builtins.property
     def session(self) -> Global___SessionRef: ...
     @_builtins.property
@@ -364,14 +382,69 @@ class BlockDone(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         forwards: _builtins.int = ...,
         logprobs: _abc.Iterable[_inference_pb2.TokenLogprobs] | None = ...,
+        seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forwards", b"forwards", "generated", b"generated", "logprobs", b"logprobs", "session", b"session", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forwards", b"forwards", "generated", b"generated", "logprobs", b"logprobs", "seconds", b"seconds", "session", b"session", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BlockDone: _TypeAlias = BlockDone  # noqa: Y015
+
+@_typing.final
+class BlocksStepped(_message.Message):
+    """Blocks after a forward that did not have to finish them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockStepped]: ...
+    def __init__(
+        self,
+        *,
+        blocks: _abc.Iterable[Global___BlockStepped] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlocksStepped: _TypeAlias = BlocksStepped  # noqa: Y015
+
+@_typing.final
+class BlockStepped(_message.Message):
+    """A block on its way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    GENERATED_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    generated: _builtins.int
+    """Tokens generated before this block: its place in the session."""
+    @_builtins.property
+    def session(self) -> Global___SessionRef: ...
+    @_builtins.property
+    def step(self) -> _inference_pb2.Step:
+        """Its `block` is not set: the gateway counts."""
+
+    def __init__(
+        self,
+        *,
+        session: Global___SessionRef | None = ...,
+        generated: _builtins.int = ...,
+        step: _inference_pb2.Step | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generated", b"generated", "session", b"session", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockStepped: _TypeAlias = BlockStepped  # noqa: Y015
 
 @_typing.final
 class Detach(_message.Message):
@@ -556,6 +629,7 @@ class State(_message.Message):
     LENGTH_FIELD_NUMBER: _builtins.int
     GENERATED_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
     length: _builtins.int
     """Tokens that it holds."""
     generated: _builtins.int
@@ -568,6 +642,10 @@ class State(_message.Message):
     def tensors(self) -> Global___Placed:
         """Absent: in the frames behind this message."""
 
+    @_builtins.property
+    def draft(self) -> Global___Draft:
+        """Present in speculative mode: the next block is a draft."""
+
     def __init__(
         self,
         *,
@@ -576,14 +654,41 @@ class State(_message.Message):
         length: _builtins.int = ...,
         generated: _builtins.int = ...,
         tensors: Global___Placed | None = ...,
+        draft: Global___Draft | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["params", b"params", "session", b"session", "tensors", b"tensors"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft", "params", b"params", "session", b"session", "tensors", b"tensors"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generated", b"generated", "length", b"length", "params", b"params", "session", b"session", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft", "generated", b"generated", "length", b"length", "params", b"params", "session", b"session", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___State: _TypeAlias = State  # noqa: Y015
+
+@_typing.final
+class Draft(_message.Message):
+    """What is known of the draft that a session needs next."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    token: _builtins.int
+    """Its first token, which is generated already."""
+    steps: _builtins.int
+    """Forwards that it may take."""
+    def __init__(
+        self,
+        *,
+        token: _builtins.int = ...,
+        steps: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["steps", b"steps", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Draft: _TypeAlias = Draft  # noqa: Y015
 
 @_typing.final
 class BlocksCommitted(_message.Message):
@@ -595,7 +700,7 @@ class BlocksCommitted(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
     block_size: _builtins.int
-    """Positions of a row in the tensors."""
+    """Positions of a row in the tensors: the most that a row has kept."""
     @_builtins.property
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___CommittedBlock]: ...
     @_builtins.property
@@ -627,6 +732,7 @@ class CommittedBlock(_message.Message):
     KEPT_FIELD_NUMBER: _builtins.int
     LENGTH_FIELD_NUMBER: _builtins.int
     GENERATED_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
     kept: _builtins.int
     """The first so many tokens of the block that were taken into the state."""
     length: _builtins.int
@@ -635,6 +741,10 @@ class CommittedBlock(_message.Message):
     """Tokens generated so far."""
     @_builtins.property
     def session(self) -> Global___SessionRef: ...
+    @_builtins.property
+    def draft(self) -> Global___Draft:
+        """Present in speculative mode: the next block is a draft."""
+
     def __init__(
         self,
         *,
@@ -642,10 +752,11 @@ class CommittedBlock(_message.Message):
         kept: _builtins.int = ...,
         length: _builtins.int = ...,
         generated: _builtins.int = ...,
+        draft: Global___Draft | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft", "session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generated", b"generated", "kept", b"kept", "length", b"length", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft", "generated", b"generated", "kept", b"kept", "length", b"length", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
