@@ -196,10 +196,10 @@ def test_no_panel_is_without_data(stack: Services) -> None:
 @pytest.mark.chart
 def test_prometheus_scrapes_all_targets_and_evaluates_all_alerts(stack: Services) -> None:
     wait_for(lambda: query(stack, "min(up)") == [1.0])
-    assert query(stack, "count(up)") == [2.0]
+    assert query(stack, "count(up)") == [3.0]
     with urllib.request.urlopen(f"http://{stack.addresses['prometheus']}:9090/api/v1/rules", timeout=10) as reply:
         (group,) = json.load(reply)["data"]["groups"]
-    assert len(group["rules"]) == 10
+    assert len(group["rules"]) == 11
     assert all(rule["health"] == "ok" for rule in group["rules"] if rule["health"] != "unknown")
 
 

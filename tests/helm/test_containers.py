@@ -88,8 +88,7 @@ def test_a_profile_runs(name: str, tmp_path: Path) -> None:
     with node(objects, tmp_path, secrets=secrets, host_paths=claims) as running:
         stack = started(running, "redis")
         stack |= started(running, *roles)
-        mode = "diffusion" if "denoiser" in roles else "ar"
-        reply = complete(stack["gateway"], mode=mode)
+        reply = complete(stack["gateway"])
         assert reply["choices"][0]["text"].endswith("14.")
         assert run_helm_test(running)["forwards"] > 0
         for one in stack.values():
@@ -117,10 +116,45 @@ async def test_the_profile_for_production_runs_with_a_redis_of_ones_own(tmp_path
                 for one in stack.values():
                     assert server.url not in one.environ.values()  # it came by a file
                 assert complete(stack["gateway"])["choices"][0]["text"].endswith("14.")
+                for scaled in of_kind(objects, "ScaledObject").values():
+                    (trigger,) = scaled["spec"]["triggers"]
+                    assert as_keda_reads_it(trigger, stack["gateway"]) == 2  # both bounds below are 2, and nothing waits
                 for role in reversed(ROLES):
                     assert stack[role].stop() == 0, stack[role].text()
 
         await asyncio.to_thread(run)
+
+
+def as_keda_reads_it(trigger: Any, gateway: Running) -> float:
+    """The number that a trigger of the kind metrics-api finds."""
+    found: Any = json.loads(fetch(gateway.rewrite(trigger["metadata"]["url"])))
+    for name in trigger["metadata"]["valueLocation"].split("."):
+        found = found[name]
+    assert isinstance(found, int | float)
+    return found
+
+
+def fetch(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as reply:
+        return str(reply.read().decode())
+
+
+def test_metrics_are_where_the_monitors_look_for_them(tmp_path: Path) -> None:
+    http, grpc, redis = free_ports(3)
+    values = {**here(http, grpc, redis), "monitoring": {"enabled": True}}
+    objects = render(profile("cpu-tryout"), values=values)
+    with node(objects, tmp_path) as running:
+        stack = started(running, "redis")
+        stack |= started(running, *ROLES)
+        complete(stack["gateway"])
+        monitors = {**of_kind(objects, "PodMonitor"), **of_kind(objects, "ServiceMonitor")}
+        assert set(monitors) == set(ROLES)
+        for role, monitor in monitors.items():
+            (endpoint,) = monitor["spec"].get("podMetricsEndpoints") or monitor["spec"]["endpoints"]
+            one = stack[role]
+            text = fetch(f"http://{one.address}:{one.ports[endpoint['port']]}{endpoint['path']}")
+            sign = {"gateway": "twotower_denoisers_wanted 1.0", "context": "twotower_prefix_", "denoiser": "twotower_denoiser_"}
+            assert sign[role] in text
 
 
 class Load:

@@ -298,11 +298,23 @@ def test_gpus_make_the_image_and_the_device() -> None:
     assert variable("denoiser", "TWOTOWER_DEVICE")(objects) == "cpu"
 
 
-def test_a_gateway_that_may_have_no_denoisers_is_ready_without() -> None:
-    path = lambda values: container(render(values=values), "gateway")["readinessProbe"]["httpGet"]["path"]  # noqa: E731
-    assert path({}) == "/readyz"
-    assert path({"denoiser": {"enabled": False}}) == "/healthz"
-    assert path({"autoscaling": {"kind": "keda"}, "denoiser": {"autoscaling": {"minReplicas": 0}}}) == "/healthz"
+@pytest.mark.parametrize(
+    ("values", "contexts", "denoisers"),
+    [
+        ({}, ("1", "1"), ("1", "1")),
+        ({"context": {"replicas": 2}, "denoiser": {"replicas": 5}}, ("2", "2"), ("5", "5")),
+        (KEDA, ("1", "4"), ("1", "8")),
+        ({**KEDA, "denoiser": {"autoscaling": {"minReplicas": 0, "maxReplicas": 3}}}, ("1", "4"), ("0", "3")),
+        ({"denoiser": {"enabled": False}}, ("1", "1"), ("0", "1")),
+    ],
+)
+def test_the_decision_has_the_bounds_of_whoever_follows_it(
+    values: dict[str, Any], contexts: tuple[str, str], denoisers: tuple[str, str]
+) -> None:
+    given = environment(container(render(values=values), "gateway"))
+    assert (given["TWOTOWER_MIN_CONTEXTS"], given["TWOTOWER_MAX_CONTEXTS"]) == contexts
+    assert (given["TWOTOWER_MIN_DENOISERS"], given["TWOTOWER_MAX_DENOISERS"]) == denoisers
+    assert given.get("TWOTOWER_AR_FALLBACK") == ("true" if "enabled" in values.get("denoiser", {}) else None)
 
 
 def test_policies_let_through_what_services_need_and_nothing_else() -> None:

@@ -183,12 +183,6 @@ livenessProbe:
   failureThreshold: 3
 {{- end -}}
 
-{{/* A gateway takes requests where denoisers live; one that may have none (AR alone, or scaled to zero) as soon as it answers. */}}
-{{- define "twotower.readinessPath" -}}
-{{- $none := or (not .Values.denoiser.enabled) (and (ne .Values.autoscaling.kind "none") (eq (int .Values.denoiser.autoscaling.minReplicas) 0)) -}}
-{{- ternary "/healthz" "/readyz" $none -}}
-{{- end -}}
-
 {{/* (root, role's name): whether an autoscaler sets its replicas. */}}
 {{- define "twotower.scales" -}}
 {{- $root := index . 0 -}}

@@ -20,6 +20,8 @@ one too many.
 {{- $decided := dict "drain" (printf "%s.drainSeconds" $name) "checkpoint" "checkpoint.source" "revision" "checkpoint.revision"
     "model_name" "checkpoint.modelName" "redis" "redis" "redis_url" "redis" "host" "gateway.listen" "port" (printf "%s.ports.grpc" $name)
     "grpc_port" "gateway.ports.grpc" "http_port" "gateway.ports.http" "metrics_port" (printf "%s.ports.metrics" $name)
+    "min_denoisers" "denoiser.autoscaling.minReplicas" "max_denoisers" "denoiser.autoscaling.maxReplicas"
+    "min_contexts" "context.autoscaling.minReplicas" "max_contexts" "context.autoscaling.maxReplicas"
     "device" (printf "%s.gpu.count" $name) "advertise" "nothing: a context announces its pod's address" -}}
 {{- $settings := mergeOverwrite (deepCopy $root.Values.settings) (deepCopy $role.settings) -}}
 {{- range $key, $_ := $settings -}}
@@ -35,6 +37,14 @@ one too many.
 {{- $_ := set $settings "grpc_port" $role.ports.grpc -}}
 {{- $_ := set $settings "http_port" $role.ports.http -}}
 {{- with $root.Values.checkpoint.modelName -}}{{- $_ := set $settings "model_name" . -}}{{- end -}}
+{{- range $tower := list "context" "denoiser" -}}
+{{- $bounds := fromYaml (include "twotower.bounds" (list $root $tower)) -}}
+{{- $_ := set $settings (printf "min_%ss" $tower) $bounds.least -}}
+{{- $_ := set $settings (printf "max_%ss" $tower) $bounds.most -}}
+{{- end -}}
+{{- if not (or $root.Values.denoiser.enabled (hasKey $settings "ar_fallback")) -}}
+{{- $_ := set $settings "ar_fallback" true -}}
+{{- end -}}
 {{- else -}}
 {{- $_ := set $settings "host" "$(POD_IP)" -}}
 {{- $_ := set $settings "port" $role.ports.grpc -}}
@@ -59,6 +69,25 @@ one too many.
 {{- with concat $root.Values.extraEnv $role.extraEnv }}
 {{ toYaml . }}
 {{- end }}
+{{- end -}}
+
+{{/*
+(root, tower): between which numbers the gateway's decision lies. They are the autoscaler's own; without one, what is wanted is what
+there should be.
+*/}}
+{{- define "twotower.bounds" -}}
+{{- $root := index . 0 -}}
+{{- $role := index $root.Values (index . 1) -}}
+{{- if not (dig "enabled" true $role) -}}
+least: 0
+most: 1
+{{- else if eq $root.Values.autoscaling.kind "none" -}}
+least: {{ $role.replicas }}
+most: {{ max 1 (int $role.replicas) }}
+{{- else -}}
+least: {{ $role.autoscaling.minReplicas }}
+most: {{ $role.autoscaling.maxReplicas }}
+{{- end -}}
 {{- end -}}
 
 {{- define "twotower.redisEnv" -}}
