@@ -1,7 +1,7 @@
 """Writes the table of values in the chart's README.md from the comments in values.yaml.
 
-    python helm/values_table.py            # write it
-    python helm/values_table.py --check    # fail if it is not what it would write
+python helm/values_table.py            # write it
+python helm/values_table.py --check    # fail if it is not what it would write
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Prints the versions, as installed here, of everything that the package needs: what deploy/images/constraints.txt holds.
 
-    python deploy/images/lock.py > deploy/images/constraints.txt
+python deploy/images/lock.py > deploy/images/constraints.txt
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
 def closure() -> dict[str, str]:
-    """Name -> version of all that the project's dependencies bring, without extras. (CUDA's packages come with torch's own pins.)"""
+    """Name -> version of all that the project's dependencies bring, without extras.
+
+    CUDA's packages come with torch's own pins.
+    """
     waiting = [Requirement(line) for line in tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]]
     found: dict[str, str] = {}
     while waiting:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 
@@ -74,6 +73,7 @@ def test_it_has_the_form_of_a_compose_file(tmp_path: Path) -> None:
     """As the schema that compose 1.29 came with has it, which is older than two keys."""
     with zipfile.ZipFile(fetched_wheel("docker-compose==1.29.2")) as wheel:
         schema = json.loads(wheel.read("compose/config/compose_spec.json"))
+    jsonschema = pytest.importorskip("jsonschema")
     checker = jsonschema.Draft7Validator({**schema, "$schema": "http://json-schema.org/draft-07/schema#"})
     config = load()
     assert config.pop("name") == "twotower"
@@ -99,7 +99,12 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     scratch = tmp_path_factory.mktemp("compose")
     with services(scratch) as running:
         running.start("redis", "--bind", running.addresses["redis"])
-        small = {"TWOTOWER_KERNELS": "torch", "TWOTOWER_STATE_MEMORY": "256M", "TWOTOWER_PREFIX_MEMORY": "1M", "TWOTOWER_PREFILL_CHUNK": "16"}
+        small = {
+            "TWOTOWER_KERNELS": "torch",
+            "TWOTOWER_STATE_MEMORY": "256M",
+            "TWOTOWER_PREFIX_MEMORY": "1M",
+            "TWOTOWER_PREFILL_CHUNK": "16",
+        }
         for name in SERVING:
             environment = running.config["services"][name]["environment"]
             environment.update(small if name == "context" else {"TWOTOWER_KERNELS": "torch"} if name == "denoiser" else {})

@@ -91,7 +91,9 @@ def test_versions_are_pinned_for_all_that_the_package_needs() -> None:
 @pytest.mark.chart
 def test_what_a_recipe_copies_is_enough_to_install(recipe: Path, tmp_path: Path) -> None:
     """The files that its ignore file lets through, as far as its build stage copies them: a wheel with all that runs."""
-    rules = [line for line in recipe.with_name(f"{recipe.name}.dockerignore").read_text().splitlines() if not line.startswith("#")]
+    rules = [
+        line for line in recipe.with_name(f"{recipe.name}.dockerignore").read_text().splitlines() if not line.startswith("#")
+    ]
     assert rules[0] == "*"
     copied = re.findall(r"^COPY (?!--from)(.*) \S+$", recipe.read_text(), flags=re.MULTILINE)
     wanted = {source for line in copied for source in line.split()}

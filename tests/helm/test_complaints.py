@@ -113,9 +113,9 @@ def autoscalers(objects: list[Object]) -> list[Object]:
 @pytest.mark.parametrize("trigger", ["metrics-api", "prometheus"])
 def test_an_unschedulable_pod_changes_no_decision(kind: str, trigger: str) -> None:
     """
-    Averages over pods (Resource, Pods) are not known for a pod that does not run, and the HPA then assumes the worst and stays as it
-    is. An external value with an average target is divided by nothing but the target. Nor are there StatefulSets, whose pods wait for
-    each other in order: a Deployment takes pods that do not run first.
+    Averages over pods (Resource, Pods) are not known for a pod that does not run, and the HPA then assumes the worst and stays
+    as it is. An external value with an average target is divided by nothing but the target. Nor are there StatefulSets, whose
+    pods wait for each other in order: a Deployment removes pods that do not run before others.
     """
     values = {"autoscaling": {"kind": kind, "trigger": trigger, "prometheus": {"serverAddress": "http://prometheus:9090"}}}
     objects = render(PRODUCTION, values=values)
@@ -152,7 +152,9 @@ def test_scaling_down_follows_the_brain_slowly_and_only_drains(kind: str) -> Non
         assert behavior["scaleDown"]["stabilizationWindowSeconds"] >= 60
         assert behavior["scaleUp"]["stabilizationWindowSeconds"] == 0
         text = str(found)
-        assert not re.search(r"utilization|DCGM|gpu|lag|cpu", text, flags=re.IGNORECASE)  # a busy GPU says nothing about a backlog
+        assert not re.search(
+            r"utilization|DCGM|gpu|lag|cpu", text, flags=re.IGNORECASE
+        )  # a busy GPU says nothing about a backlog
     for role in TOWERS:  # nobody else sets their number, at each upgrade
         assert "replicas" not in deployment(objects, role)["spec"]
     assert deployment(objects, "gateway")["spec"]["replicas"] == 3

@@ -69,7 +69,8 @@ def run_helm_test(running: Node) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", ["cpu-tryout", *(pytest.param(n, marks=pytest.mark.chart) for n in ("two-gpus", "ar-one-gpu", "air-gapped", "restricted"))]
+    "name",
+    ["cpu-tryout", *(pytest.param(n, marks=pytest.mark.chart) for n in ("two-gpus", "ar-one-gpu", "air-gapped", "restricted"))],
 )
 def test_a_profile_runs(name: str, tmp_path: Path) -> None:
     http, grpc, redis = free_ports(3)

@@ -1,4 +1,4 @@
-"""The commands of the pages for operators: those of Helm are run, or, where they need a cluster, rendered with the same options."""
+"""Commands of the pages for operators: those of Helm are run, or, where they need a cluster, rendered with the same options."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from tests.support.documents import ROOT, Fenced, fenced
 from tests.support.tools import helm
 
 PAGES = (ROOT / "docs" / "operations.md", ROOT / "helm" / "twotower" / "README.md")
-CLUSTER = {"kubectl", "docker", "systemctl"}
-"""Programs that cannot run here."""
 
 
 def sessions(page: Path) -> list[Fenced]:
@@ -67,6 +65,8 @@ def test_objects_that_commands_name_are_rendered() -> None:
     words = [str(helm(4)), "template", "tt", str(ROOT / "helm" / "twotower"), "--namespace", "serving"]
     text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     names = {found["metadata"]["name"] for found in yaml.safe_load_all(text) if found and found["kind"] == "Deployment"}
-    named = {word.partition("/")[2] for command in commands(PAGES[0]) for word in command.split() if word.startswith("deployment/")}
+    named = {
+        word.partition("/")[2] for command in commands(PAGES[0]) for word in command.split() if word.startswith("deployment/")
+    }
     assert named
     assert named <= names

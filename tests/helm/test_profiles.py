@@ -28,7 +28,11 @@ CUSTOM = {
 """Where the types of custom resources are, and the version in which the chart writes them."""
 
 EVERYTHING: dict[str, Any] = {
-    "autoscaling": {"kind": "keda", "trigger": "prometheus", "prometheus": {"serverAddress": "http://p:9090", "authenticationRef": "a"}}
+    "autoscaling": {
+        "kind": "keda",
+        "trigger": "prometheus",
+        "prometheus": {"serverAddress": "http://p:9090", "authenticationRef": "a"},
+    }
 }
 """On top of the profile for production: the branch that it does not take."""
 
@@ -84,7 +88,7 @@ def test_what_kubernetes_does_not_know_is_noticed() -> None:
 def checked_as_types(objects: list[Object], scratch: Path) -> str:
     """What the TypeScript compiler says of custom resources as literals of their types; empty: nothing.
 
-    A literal with a key that its type lacks is an error, which no schema of a custom resource makes it: Kubernetes drops it silently.
+    A literal with a key that its type lacks is an error, which no schema of a custom resource makes it: such a key is dropped.
     """
     lines = []
     for number, found in enumerate(objects):
@@ -104,7 +108,7 @@ def checked_as_types(objects: list[Object], scratch: Path) -> str:
 
 def checked_by_schemas(objects: list[Object], scratch: Path) -> str:
     """What the schemas of custom resources say of them; empty: nothing."""
-    lines = []
+    lines: list[str] = []
     for found in objects:
         module, _ = CUSTOM[found["kind"]]
         lines.append(f'import {{ {found["kind"]} }} from "{module}";') if found["kind"] not in "".join(lines) else None

@@ -65,9 +65,7 @@ class Strict(yaml.SafeLoader):
 
 def of_kind(objects: Sequence[Object], kind: str) -> dict[str, Object]:
     """Objects of a kind, by name without the release's."""
-    return {
-        found["metadata"]["name"].removeprefix(f"{FULLNAME}-"): found for found in objects if found["kind"] == kind
-    }
+    return {found["metadata"]["name"].removeprefix(f"{FULLNAME}-"): found for found in objects if found["kind"] == kind}
 
 
 def deployment(objects: Sequence[Object], name: str) -> Object:

@@ -47,7 +47,8 @@ class Services:
         self.scratch = scratch
         self.config = config
         names = list(config["services"])
-        self.addresses = {name: f"127.{18 + os.getpid() % 200}.{1 + os.getpid() // 200 % 250}.{2 + names.index(name)}" for name in names}
+        network = f"127.{18 + os.getpid() % 200}.{1 + os.getpid() // 200 % 250}"
+        self.addresses = {name: f"{network}.{number}" for number, name in enumerate(names, 2)}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.environ: dict[str, dict[str, str]] = {}
 

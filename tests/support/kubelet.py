@@ -1,5 +1,5 @@
-"""What a node does with a rendered pod, as local processes: each pod has a loopback address of its own, volumes are folders, names of
-Services are addresses, and probes are asked as a kubelet asks them. Images are what is installed here.
+"""What a node does with a rendered pod, as local processes: each pod has a loopback address of its own, volumes are folders,
+names of Services are addresses, and probes are asked as a kubelet asks them. Images are what is installed here.
 
 What it does not do is what nothing here can: isolate file systems and networks, and give out GPUs.
 """
@@ -16,7 +16,6 @@ import stat
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -178,8 +177,8 @@ class Node:
                 folders[volume["name"]] = self.host_paths[volume["persistentVolumeClaim"]["claimName"]]
             elif "configMap" in volume:
                 name = volume["configMap"]["name"]
-                (data,) = (one["data"] for one in self.objects if one["kind"] == "ConfigMap" and one["metadata"]["name"] == name)
-                _write(folder, data)
+                maps = [one for one in self.objects if one["kind"] == "ConfigMap"]
+                _write(folder, next(one["data"] for one in maps if one["metadata"]["name"] == name))
             elif "secret" in volume:
                 given = self.secrets[volume["secret"]["secretName"]]
                 _write(folder, {item["path"]: given[item["key"]] for item in volume["secret"]["items"]})
@@ -193,7 +192,8 @@ class Node:
         for mount in one.get("volumeMounts", ()):
             places[mount["mountPath"]] = str(folders[mount["name"]] / mount.get("subPath", ""))
         services = sorted((found["metadata"]["name"] for found in of_kind(self.objects, "Service").values()), key=len)
-        paths = re.compile("|".join(rf"(?<![\w.-]){re.escape(path)}(?![\w.-])" for path in sorted(places, key=len, reverse=True)))
+        longest = sorted(places, key=len, reverse=True)
+        paths = re.compile("|".join(rf"(?<![\w.-]){re.escape(path)}(?![\w.-])" for path in longest))
         hosts = re.compile("|".join(rf"\b{re.escape(name)}(?:\.[\w.-]+\.svc)?(?=:)" for name in reversed(services)))
 
         def rewrite(word: str) -> str:

@@ -30,8 +30,8 @@ SERVER_OPTIONS: ChannelOptions = (
 
 
 LIVENESS = "liveness"
-"""What health checks name to ask whether the process works at all: SERVING as long as anything is answered, also by a tower that
-drains or a gateway that finds nobody, which must not be killed for it."""
+"""What health checks name to ask whether the process works at all: SERVING as long as anything is answered, also by a tower
+that drains or a gateway that finds nobody, which must not be killed for it."""
 
 
 class RpcServer:
