@@ -140,6 +140,7 @@ def fetch(url: str) -> str:
         return str(reply.read().decode())
 
 
+@pytest.mark.chart
 def test_metrics_are_where_the_monitors_look_for_them(tmp_path: Path) -> None:
     http, grpc, redis = free_ports(3)
     values = {**here(http, grpc, redis), "monitoring": {"enabled": True}}
