@@ -72,7 +72,7 @@ def test_batches_equal_ar(engine: LocalEngine, batch: int, changes: dict[str, fl
     for result in generate_batch(engine.context, engine.denoiser, PROMPTS, params, batch):
         alone = engine.generate(PROMPTS[result.index], dataclasses.replace(AR, **changes))  # type: ignore[arg-type]
         assert (result.token_ids, result.finish_reason) == (alone.token_ids, alone.finish_reason)
-        assert result.use.context_forwards >= result.rounds >= (len(result.token_ids) > 1)
+        assert result.use.context_forwards >= result.rounds  # which may be none, as measured times decide
 
 
 @pytest.mark.parametrize("changes", [{}, DRAWN])

@@ -7,9 +7,11 @@ MIA = (
     "How many apples does Mia have now?"
 )
 TOM = "Tom owns 12 pens. On Friday he buys 6 more. On Saturday he loses 4 of them. How many pens does Tom have?"
+MIA_ON_MONDAY = "Mia has 7 apples. On Monday she buys 2 boxes of 5 apples. How many apples does Mia have now?"
+TOM_ON_FRIDAY = "Tom owns 12 pens. On Friday he buys 6 more. How many pens does Tom have?"
 ANNA = "Anna has 3 bags of 6 beads. On Monday she uses 9 beads. How many beads does Anna have now?"
 
-SHOWN: dict[str, int] = {MIA: 13, TOM: 14, ANNA: 9}
+SHOWN: dict[str, int] = {MIA: 13, MIA_ON_MONDAY: 17, TOM: 14, TOM_ON_FRIDAY: 18, ANNA: 9}
 """Every problem that the README, the documents, the model card or the demo shows, and its answer."""
 
 WRITTEN: tuple[tuple[str, int], ...] = (

@@ -17,9 +17,14 @@ from twotower.text.tokenizer import Tokenizer
 from twotower.train.families.answers import final_number, is_correct
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "README.md", DEFAULT_CHECKPOINT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+PAGES = (
+    ROOT / "README.md",
+    DEFAULT_CHECKPOINT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted(path for path in (ROOT / "examples").rglob("*") if path.suffix in (".md", ".py", ".sh")),
+)
 PROBLEM = re.compile(r"(?:[A-Z][^.?!\"\n]*\. )+[^.?!\"\n]*\?")
-MODES = (Mode.AR, Mode.DIFFUSION)
+MODES = (Mode.AR, Mode.DIFFUSION, Mode.SPECULATIVE)
 
 
 @pytest.fixture(scope="module")

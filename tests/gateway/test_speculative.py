@@ -74,6 +74,8 @@ async def test_http_usage_and_metrics(checkpoint: Path) -> None:
         "completion_tokens": 22,
         "total_tokens": 23,
         "forwards": 12,
+        "blocks": 8,
+        "tokens_per_forward": 1.833,
         "rounds": 6,
         "context_forwards": 7,
         "completion_tokens_details": {"accepted_prediction_tokens": 14, "rejected_prediction_tokens": 4},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from twotower.errors import LossNotFinite
+from twotower.errors import ConfigError, LossNotFinite
 from twotower.model.config import ModelConfig
 from twotower.train.context import ContextPools, ContextTask
 from twotower.train.corpus import Text
@@ -80,6 +81,15 @@ def test_a_run_that_was_killed_after_its_last_save_logs_no_step_twice(
     Loop(context_task(config, tokenizer), settings, tmp_path).run()
     rows = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 9))
+
+
+def test_the_run_of_another_model_is_not_continued(config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    Loop(context_task(config, tokenizer), LoopConfig(steps=2), tmp_path).run()
+    saved = (tmp_path / STATE_FILE).read_bytes()
+    other = dataclasses.replace(config, vocab_size=config.vocab_size + 8)
+    with pytest.raises(ConfigError, match="run_dir: .* another model, which differs in 2 tensors"):
+        Loop(context_task(other, tokenizer), LoopConfig(steps=2), tmp_path)
+    assert (tmp_path / STATE_FILE).read_bytes() == saved
 
 
 def test_the_curve_is_drawn(tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ class _Transfer:
 
     name: str
     """Of the span."""
+    what: str
+    """State or commit, for the metrics."""
     session_ids: Sequence[str]
     tensors: Callable[[], Awaitable[Sequence[tuple[Key, Tensor]]]]
     header: Header
@@ -109,7 +111,7 @@ class WorkerLink:
             self._sessions.copy_sent(copied.copy)
 
         ref = _ref(live)
-        self._put(_Transfer("send state", [live.id], tensors, header, wanted, sent))
+        self._put(_Transfer("send state", "state", [live.id], tensors, header, wanted, sent))
 
     def send_committed(self, deltas: DeltaBatch, rows: Sequence[tuple[int, LiveSession, int]]) -> None:
         """What a commit made of this worker's blocks: rows of `deltas`, with their sessions and the lengths of their states."""
@@ -133,7 +135,7 @@ class WorkerLink:
                 committed.tensors.CopyFrom(placed)
             return link_pb2.ContextMessage(committed=committed)
 
-        self._put(_Transfer("send delta", [live.id for _, live, _ in rows], tensors, header))
+        self._put(_Transfer("send delta", "commit", [live.id for _, live, _ in rows], tensors, header))
 
     def _draft(self, live: LiveSession) -> link_pb2.Draft | None:
         """What is known of the session's next block, if that is a draft."""
@@ -216,7 +218,10 @@ class WorkerLink:
                 continue
             spans = [transfer(self._tracer, item.name, session_id) for session_id in item.session_ids]
             try:
-                await self._outlet.send(await item.tensors(), item.header, write)
+                tensors, began = await item.tensors(), asyncio.get_running_loop().time()
+                await self._outlet.send(tensors, item.header, write)
+                size, seconds = sum(t.nbytes for _, t in tensors), asyncio.get_running_loop().time() - began
+                self._sessions.metrics.sent(self._outlet.kind.value, item.what, size, seconds)
             finally:
                 item.sent()
                 for span in spans:

@@ -74,6 +74,14 @@ class LiveSession:
         """Counts how often it was queued. What comes with another one, from whomever, is dropped."""
         self.entry_id: EntryId | None = None
         """Its entry in the ready queue, while it waits there."""
+        self.tokens = tokens
+        """Known when it was opened."""
+        self.opened = 0.0
+        """When that was, by the event loop's clock."""
+        self.read = False
+        """Its prompt is read, or will be with the forward under way."""
+        self.handed_in = 0.0
+        """When its last block came, by the event loop's clock."""
         self.waiting_since = 0.0
         """When it was last queued, by the event loop's clock."""
         self.link: WorkerLink | None = None

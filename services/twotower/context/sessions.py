@@ -36,9 +36,10 @@ from twotower.context.messages import (
     TokenDecoded,
     VerifyDrafts,
 )
+from twotower.context.metrics import ContextMetrics
 from twotower.engine.context_engine import Round
 from twotower.engine.effort import Times
-from twotower.errors import BrokerUnavailable, NonFiniteLogits, RequestFailed
+from twotower.errors import BrokerUnavailable, Draining, NonFiniteLogits, RequestFailed, TwoTowerError
 from twotower.internal.v1 import link_pb2
 from twotower.prefix.redis_tier import RedisTier
 from twotower.request import DraftUse, TokenLogprob
@@ -59,7 +60,10 @@ LOST_ENTRY_S = 3.0
 class Sessions:
     """All live sessions, by id."""
 
-    def __init__(self, loop: ContextLoop, queue: ReadyQueue, redis: RedisTier | None) -> None:
+    def __init__(
+        self, loop: ContextLoop, queue: ReadyQueue, redis: RedisTier | None, metrics: ContextMetrics | None = None
+    ) -> None:
+        self.metrics = metrics or ContextMetrics()
         self._loop = loop
         self._queue = queue
         self._redis = redis
@@ -91,6 +95,8 @@ class Sessions:
     def open(self, live: LiveSession, tokens: Sequence[int], rounds: Sequence[int] = ()) -> None:
         """Hold a session, and have its prompt read once there is room; rounds: see `OpenSession`."""
         self._sessions[live.id] = live
+        live.opened = asyncio.get_running_loop().time()
+        self.metrics.prompt_tokens.inc(live.tokens)
         self.empty.clear()
         self._loop.inbox.put(OpenSession(live.id, tokens, live.transcript.generated, live.params, live.priority, rounds))
 
@@ -99,6 +105,7 @@ class Sessions:
         live.over = True
         if self._sessions.pop(live.id, None) is None:
             return
+        self.metrics.ended()
         self._let_go(live, link_pb2.END_REASON_OVER)
         self._take_off(live)
         self._loop.inbox.put(CloseSession(live.id))
@@ -111,7 +118,24 @@ class Sessions:
             if live.params.mode.autoregressive:
                 self._loop.inbox.put(SetPaused(live.id, False))
             if live.wants_worker and live.link is None and live.entry_id is None:
+                self.metrics.requeued.labels("resumed").inc()
                 self._enqueue(live)
+
+    def let_go(self) -> None:
+        """End every session here: its gateway opens it elsewhere, from the blocks that it has."""
+        for live in self:
+            live.fail(Draining("this context is draining"))
+            self.end(live)
+
+    @property
+    def unread(self) -> list[LiveSession]:
+        """Those whose prompt is not read yet."""
+        return [live for live in self if not live.read]
+
+    @property
+    def queued(self) -> list[LiveSession]:
+        """Those that wait in the queue for a denoiser."""
+        return [live for live in self if live.entry_id is not None]
 
     # Workers
 
@@ -124,6 +148,7 @@ class Sessions:
             link.end(ref, link_pb2.END_REASON_LEASE_LOST)
         else:
             live.link = link
+            self.metrics.queue_seconds.observe(asyncio.get_running_loop().time() - live.waiting_since)
             live.entry_id = None  # the worker takes it off the queue
             link.held[live.id] = live
             self._loop.inbox.put(CopyState(live.id, live.lease))
@@ -137,6 +162,7 @@ class Sessions:
         drafts: list[tuple[str, Sequence[int]]] = []
         for live, block, logprobs in blocks:
             self._set_writing(live, False)
+            live.handed_in = asyncio.get_running_loop().time()
             if live.effort is not None:
                 live.draft_forwards = block.forwards
                 if block.forwards and block.seconds > 0:
@@ -144,6 +170,7 @@ class Sessions:
                 drafts.append((live.id, block.token_ids))
                 continue
             live.emit(block.token_ids, block.forwards, logprobs)
+            self.metrics.generation_tokens.labels(live.params.mode.value).inc(len(block.token_ids))
             if live.over:
                 self.end(live)
             else:
@@ -162,12 +189,11 @@ class Sessions:
         if detached.reason == link_pb2.DETACH_REASON_NOT_FINITE and live.effort is not None:
             live.effort.give_up()  # the text is the context's: it goes on without drafts
         elif detached.reason == link_pb2.DETACH_REASON_NOT_FINITE:
-            live.fail(NonFiniteLogits(detached.detail))
-            self.end(live)
+            self._end_with(live, NonFiniteLogits(detached.detail))
         elif detached.reason == link_pb2.DETACH_REASON_HANDED_BACK:
-            self._requeue(live)
+            self._requeue(live, "handed_back")
         else:
-            self._failed(live, detached.detail or "the denoiser failed on it")
+            self._failed(live, detached.detail or "the denoiser failed on it", "failed")
 
     def copy_sent(self, copy: Copy) -> None:
         """A copied state needs its memory no more."""
@@ -183,9 +209,9 @@ class Sessions:
             suspect = live.writing  # whose block it was at; others had no part in its end
             self._forget(live)
             if suspect:
-                self._failed(live, why)
+                self._failed(live, why, "worker_lost")
             else:
-                self._requeue(live)
+                self._requeue(live, "worker_lost")
 
     # The loop
 
@@ -208,6 +234,8 @@ class Sessions:
                 self.copy_sent(result.copy)
             # It is over; the loop will hear, or has heard.
         elif isinstance(result, StateSoonReady):
+            live.read = True
+            self.metrics.prefill_seconds.observe(asyncio.get_running_loop().time() - live.opened)
             if live.wants_worker or (live.effort is None and not live.ar):
                 self._enqueue(live)
         elif isinstance(result, TokenDecoded):
@@ -222,11 +250,17 @@ class Sessions:
         elif isinstance(result, PrefixWanted):
             self._start(self._load_prefix(result))
         elif isinstance(result, SessionFailed):
-            live.fail(result.error)
-            self.end(live)
+            self._end_with(live, result.error)
+
+    def _end_with(self, live: LiveSession, error: TwoTowerError) -> None:
+        self.metrics.failed.labels(type(error).__name__).inc()
+        live.fail(error)
+        self.end(live)
 
     def _decoded(self, live: LiveSession, result: TokenDecoded) -> None:
         """Show what the context has written alone."""
+        live.read = True
+        self.metrics.generation_tokens.labels(live.params.mode.value).inc()
         if live.effort is None:
             live.emit([result.token], 1, result.logprobs)
         else:
@@ -243,6 +277,7 @@ class Sessions:
     def _verified(self, live: LiveSession, verified: Round) -> None:
         """Show what a round has written."""
         assert live.effort is not None
+        self.metrics.generation_tokens.labels(live.params.mode.value).inc(len(verified.tokens))
         live.emit(verified.tokens, live.draft_forwards, verified.logprobs, verified.use(live.params.block_size))
         live.effort.verified(len(verified.tokens), self._loop.times)
         if live.over:
@@ -251,8 +286,13 @@ class Sessions:
     def _committed(self, result: Committed) -> None:
         """Send each worker its rows; whoever has no worker any more is queued already, or will be."""
         rows: dict[WorkerLink, list[tuple[int, LiveSession, int]]] = defaultdict(list)
+        now = asyncio.get_running_loop().time()
+        self.metrics.commit_blocks.observe(len(result.session_ids))
         for row, (session_id, length) in enumerate(zip(result.session_ids, result.lengths, strict=True)):
             live = self._sessions.get(session_id)
+            if live is not None and live.handed_in:
+                self.metrics.commit_seconds.observe(now - live.handed_in)
+                live.handed_in = 0.0
             if live is not None and (verified := result.rounds[row]) is not None:
                 self._verified(live, verified)
             if live is None or live.link is None or not live.has_state:  # a copy of the whole state is still to come
@@ -292,8 +332,8 @@ class Sessions:
         self._loop.refining += writing - live.writing
         live.writing = writing
 
-    def _failed(self, live: LiveSession, why: str) -> None:
-        """One failure more, of the request's one budget."""
+    def _failed(self, live: LiveSession, why: str, kind: str) -> None:
+        """One failure more, of the request's one budget. kind: the label of its requeue."""
         live.failures += 1
         if live.over:
             return
@@ -302,17 +342,18 @@ class Sessions:
             live.effort.give_up()
             return
         if live.failures >= MAX_FAILURES:
-            live.fail(RequestFailed(f"the request failed {live.failures} times without a block between; the last time: {why}"))
-            self.end(live)
+            failures = f"{live.failures} times without a block between"
+            self._end_with(live, RequestFailed(f"the request failed {failures}; the last time: {why}"))
             return
         log.warning("session %s goes on elsewhere (failure %d): %s", live.id, live.failures, why)
-        self._requeue(live)
+        self._requeue(live, kind)
 
     # The ready queue
 
-    def _requeue(self, live: LiveSession) -> None:
+    def _requeue(self, live: LiveSession, kind: str) -> None:
         """Queue a session that has lost its worker; who does not want one now is queued when it does."""
         if live.wants_worker:
+            self.metrics.requeued.labels(kind).inc()
             self._enqueue(live)
 
     def _enqueue(self, live: LiveSession) -> None:
@@ -334,14 +375,13 @@ class Sessions:
                     if live.effort is not None:  # nothing is lost but speed
                         live.effort.rest()
                         return
-                    live.fail(error)
-                    self.end(live)
+                    self._end_with(live, error)
                     return
                 await asyncio.sleep(BROKER_RETRY_S)
                 continue
             except Exception as error:
                 log.error("session %s could not be queued", live.id, exc_info=error)
-                self._failed(live, "it could not be queued")
+                self._failed(live, "it could not be queued", "not_queued")
                 return
             if live.over or live.lease != lease:
                 await self._remove(entry)
@@ -379,7 +419,7 @@ class Sessions:
                     live.missing = None if there else entry
                 else:
                     live.entry_id = None
-                    self._failed(live, "its entry was lost from the queue")
+                    self._failed(live, "its entry was lost from the queue", "entry_lost")
 
     # The prefix tier of all replicas
 

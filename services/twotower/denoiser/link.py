@@ -69,7 +69,7 @@ class ContextLink:
     @property
     def refining(self) -> int:
         """Blocks under way here."""
-        return sum(session.refining for session in self._sessions.values())
+        return sum(session.refining for session in list(self._sessions.values()))
 
     # What Worker asks for. Nothing here waits.
 

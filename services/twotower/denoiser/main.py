@@ -29,6 +29,7 @@ from twotower.request import GenerationParams
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
 from twotower.service.drain import Drain
+from twotower.service.gpu_metrics import offer_gpu_metrics
 from twotower.service.metrics_port import metrics_port
 from twotower.service.tower import TowerKind, tower_process
 from twotower.tasks import delivered_to, end_tasks, until_stopped
@@ -81,6 +82,7 @@ async def run(config: DenoiserConfig) -> None:
                 forwards=lambda: progress.forwards,
                 draining=lambda: worker.draining,
             )
+            offer_gpu_metrics(process.tower.device, metrics.registry)
             offered = metrics_port(config.service.host, config.metrics_port, metrics.registry)
             async with process.working(loop, progress) as working:
                 try:

@@ -63,9 +63,9 @@ class Sickness:
 
     def signs(self, now: float) -> dict[str, bool]:
         """Each sign of sickness, and whether it shows."""
-        telling = self._telling if len(self._telling) == self._telling.maxlen else ()
+        telling = tuple(self._telling) if len(self._telling) == self._telling.maxlen else ()  # a scrape is in another thread
         forwards, tokens = sum(b.forwards for b in telling), sum(b.tokens for b in telling)
-        whole = self._blocks if len(self._blocks) == self._blocks.maxlen else ()
+        whole = tuple(self._blocks) if len(self._blocks) == self._blocks.maxlen else ()
         return {
             "tokens_per_forward": bool(forwards) and tokens / forwards <= NEAR_ONE,
             "not_finite": now - self._not_finite_at < NOT_FINITE_S,

@@ -87,7 +87,7 @@ class Worker:
     @property
     def refining(self) -> int:
         """Blocks under way here."""
-        return sum(link.refining for link in self._links.values())
+        return sum(link.refining for link in list(self._links.values()))
 
     @property
     def draining(self) -> bool:

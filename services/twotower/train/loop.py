@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from twotower.errors import LossNotFinite
+from twotower.errors import ConfigError, LossNotFinite
 from twotower.train.batches import Place
 from twotower.train.forward import Usage
 from twotower.train.optim import OptimConfig, Optimizer
@@ -189,6 +189,13 @@ class Loop:
 
     def _resume(self) -> None:
         state = torch.load(self.run_dir / STATE_FILE, map_location="cpu", weights_only=True)
+        ours = {name: value.shape for name, value in self.task.model.state_dict().items()}
+        if (theirs := {name: value.shape for name, value in state["model"].items()}) != ours:
+            differs = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+            raise ConfigError(
+                f"run_dir: {self.run_dir} holds the run of another model, which differs in {len(differs)} tensors,"
+                f" such as {differs[0]}; give another directory, or remove this one"
+            )
         self.task.model.load_state_dict(state["model"])
         for name, value in state["ema"].items():
             self.ema[name].copy_(value)
