@@ -29,6 +29,11 @@ SERVER_OPTIONS: ChannelOptions = (
 )
 
 
+LIVENESS = "liveness"
+"""What health checks name to ask whether the process works at all: SERVING as long as anything is answered, also by a tower
+that drains or a gateway that finds nobody, which must not be killed for it."""
+
+
 class RpcServer:
     """A gRPC server on one address. Add servicers to `.server`, then `start`.
 
@@ -72,6 +77,7 @@ class RpcServer:
             (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME),
             self.server,
         )
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self.set_serving(False)
         check_port(self._host, self._port, self._option)  # gRPC's own message does not say why
         try:
