@@ -10,7 +10,7 @@ from grpc_reflection.v1alpha import reflection
 from twotower.errors import PortInUse, ServiceFailed
 from twotower.rpc.address import check_port, join_address
 from twotower.rpc.aio_server import make_server
-from twotower.rpc.channel import MAX_MESSAGE_BYTES, ChannelOptions
+from twotower.rpc.channel import MAX_MESSAGE_BYTES, ChannelOptions, keepalive
 from twotower.rpc.health import HealthServicer
 from twotower.rpc.interceptor import ErrorInterceptor
 from twotower.rpc.limits import CallLimits
@@ -23,8 +23,7 @@ SERVER_OPTIONS: ChannelOptions = (
     # Peers ping every few seconds while a call is open (see channel.py); that is no abuse.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    *keepalive(10_000, 10_000),
     ("grpc.server_handshake_timeout_ms", 10_000),  # for a connection's first bytes
 )
 
