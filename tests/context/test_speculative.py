@@ -122,7 +122,7 @@ async def test_after_every_partial_commit_a_worker_holds_the_bits_of_the_context
 
 @pytest.mark.parametrize("changes", [{}, DRAWN])
 async def test_workers_that_vanish(stack: Towers, local: LocalEngine, changes: dict[str, float]) -> None:
-    params = dataclasses.replace(DRAFTS, max_tokens=300, **changes)  # type: ignore[arg-type]
+    params = dataclasses.replace(DRAFTS, max_tokens=900, **changes)  # type: ignore[arg-type]
     text = _ar(local, [5, 6, 7], params)
     worker = stack.start_worker()
     _know(worker, {params.seed: text})
