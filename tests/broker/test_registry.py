@@ -7,7 +7,8 @@ import json
 
 from redis.asyncio import Redis
 
-from twotower.broker.registry import TTL_MS, Registry, Replica
+from twotower.broker import orders
+from twotower.broker.registry import ORDER_TTL_MS, TTL_MS, Registry, Replica
 
 CONTEXT = Replica("context", "c1", "127.0.0.1:1", "abc", load=2, capacity=64)
 DENOISER = Replica("denoiser", "d1", "127.0.0.1:2", "abc", load=0, capacity=8)
@@ -73,3 +74,30 @@ async def test_announcements_of_other_versions(redis: Redis) -> None:
         await registry.announce(dataclasses.replace(CONTEXT, name=name))
         await redis.set(f"twotower:abc:replica:context:{name}", json.dumps(said))
     assert await registry.replicas("context") == [dataclasses.replace(CONTEXT, name=name) for name in ("more", "older")]
+
+
+async def test_an_order_is_heard_with_the_next_announcement_and_expires(redis: Redis) -> None:
+    registry = Registry(redis, "abc")
+    assert await registry.announce(DENOISER) is None
+    await registry.order("denoiser", "d1", drain=True)
+    assert await registry.announce(CONTEXT) is None  # it is another's
+    assert await registry.announce(DENOISER) is True
+    await registry.order("denoiser", "d1", drain=False)
+    assert await registry.announce(DENOISER) is False
+    assert 0 < await redis.pttl("twotower:abc:order:denoiser:d1") <= ORDER_TTL_MS
+    await registry.withdraw(DENOISER)
+    await registry.withdraw(CONTEXT)
+    assert await redis.keys("*") == []
+
+
+async def test_everybody_is_found_whatever_they_serve(redis: Redis) -> None:
+    await Registry(redis, "abc").announce(CONTEXT)
+    other = dataclasses.replace(DENOISER, identity="a:b")  # as a revision can be named
+    await Registry(redis, "a:b").announce(other)
+    assert await orders.everybody(redis) == [other, CONTEXT]
+    assert orders.named([other, CONTEXT], ["127.0.0.1:1", "c1"]) == [CONTEXT]
+    await orders.order(redis, other, drain=True)
+    assert await Registry(redis, "a:b").announce(other) is True
+    assert await orders.seen(redis, other) == other
+    await Registry(redis, "a:b").withdraw(other)
+    assert await orders.seen(redis, other) is None

@@ -77,10 +77,13 @@ OTHER = {
     "prefix_redis_memory": "5M",
     "turns": Path("/turns"),
     "trace": Path("traces"),
+    "scale_fill": 0.5,
 }
 
 
 def _another(kind: type, default: Any) -> Any:
+    if kind is bool:
+        return not default
     if kind in (int, float):
         return kind((default or 0) + 3)
     return ("one", "another") if kind is tuple else "another"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,21 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from tests.support.checkpoints import write_tiny_checkpoint
-from tests.support.loops import CHUNK, TinyTowers
+from tests.support.loops import CHUNK, FixedTimes, TinyTowers
 from twotower.broker.ready_queue import EntryId, ReadySession
 from twotower.context import live as live_module
+from twotower.context import loop as loop_module
 from twotower.context import sessions as sessions_module
 from twotower.context.link import WorkerLink
 from twotower.context.live import LiveSession, ShownBlock
 from twotower.context.sessions import Sessions
 from twotower.denoiser.worker import Worker
+from twotower.engine import effort as effort_module
+from twotower.engine import isolation as isolation_module
 from twotower.engine.local import LocalEngine
 from twotower.engine.progress import Progress
+from twotower.engine.refinement import Refinement
+from twotower.errors import BrokerUnavailable, NonFiniteLogits, Unavailable
 from twotower.internal.v1 import link_pb2
 from twotower.request import FinishReason, GenerationParams, Mode, Priority
 from twotower.tracing.recorder import NO_TRACER
@@ -45,7 +50,10 @@ PARAMS = [
     GenerationParams(max_tokens=10, mode=Mode.AR),
     GenerationParams(max_tokens=30, mode=Mode.SPECULATIVE, steps=2),
     GenerationParams(max_tokens=24, mode=Mode.SPECULATIVE, steps=0, temperature=0.8, seed=5, block_size=8),
+    GenerationParams(max_tokens=50, mode=Mode.SPECULATIVE, steps=1, eos_token_ids=tuple(range(0, 90, 9)), logprobs=1),
 ]
+FORWARDS = ("read", "extend", "_draw", "_verify", "commit_together", "step", "not finite")
+"""What can fail in an engine: it raises once, after a part of its work."""
 SLOTS = 3
 WORKERS = 2
 
@@ -55,6 +63,8 @@ class Queue:
 
     def __init__(self) -> None:
         self.entries: dict[str, ReadySession] = {}
+        self.taken: dict[str, ReadySession] = {}
+        """What workers have taken off: it may be delivered again."""
         self._numbers = itertools.count()
 
     async def push(self, entry: ReadySession, priority: Priority = Priority.NORMAL, *, wait_s: float = 0) -> EntryId:
@@ -72,7 +82,8 @@ class Queue:
         return entry.number in self.entries
 
     def done_soon(self, entry: EntryId) -> None:
-        self.entries.pop(entry.number, None)
+        if (taken := self.entries.pop(entry.number, None)) is not None:
+            self.taken[entry.number] = taken
 
     async def flush(self) -> None:
         pass
@@ -117,34 +128,50 @@ class Transports:
 
 
 class Client:
-    """Reads what its session writes, unless it does not."""
+    """Reads what its session writes, unless it does not. When a context fails, it opens the session again."""
 
-    def __init__(self, world: World, live: LiveSession, expected: list[int]) -> None:
-        self._world, self.live, self._expected = world, live, expected
-        self.tokens: list[int] = []
+    def __init__(self, world: World, prompt: list[int], params: GenerationParams, expected: list[int], done: int) -> None:
+        """done: tokens that another replica has written."""
+        self._world, self._prompt, self._params, self._expected = world, prompt, params, expected
+        self.tokens = expected[:done]
+        self._rounds = _rounds(done) if params.mode is Mode.SPECULATIVE else []
         self.finished: FinishReason | None = None
         self.reads = asyncio.Event()
         self.reads.set()
         self.task = world.start(self._read())
 
     async def _read(self) -> None:
+        while self.finished is None:
+            try:
+                await self._attempt()
+            except Unavailable:
+                if len(self.tokens) == len(self._expected):  # a gateway knows that it is over
+                    return
+
+    async def _attempt(self) -> None:
+        live = self._world.session(self._prompt, self.tokens, self._params, self._rounds)
         try:
             while self.finished is None:
                 await self.reads.wait()
-                event = await self.live.next_event()
-                self._world.sessions.has_read(self.live)
+                event = await live.next_event()
+                self._world.sessions.has_read(live)
                 if isinstance(event, Exception):
                     raise event
                 if isinstance(event, ShownBlock):
-                    self.tokens += event.tokens
-                    assert self.tokens == self._expected[: len(self.tokens)], "a wrong text"
+                    self._take(event)
                 elif isinstance(event, FinishReason):
                     self.finished = event
         finally:
-            self._world.sessions.end(self.live)
+            self._world.sessions.end(live)
+
+    def _take(self, block: ShownBlock) -> None:
+        self.tokens += block.tokens
+        assert self.tokens == self._expected[: len(self.tokens)], "a wrong text"
+        assert len(block.logprobs) == (0 if self._params.logprobs is None else len(block.tokens))
+        if block.use.context_forwards:
+            self._rounds.append(len(block.tokens) if block.use.drafted else 0)
 
     def check(self) -> None:
-        assert self.finished is not None
         assert self.tokens == self._expected
 
 
@@ -158,6 +185,7 @@ class Machine:
         self.dead = False
         deliver = lambda results: world.mail.append(lambda: self._take(list(results)))  # noqa: E731
         self.loop = world.towers.denoiser_loop(deliver, self.pool)
+        self._step, self.loop.engine.step = self.loop.engine.step, self._step_or_fail  # type: ignore[method-assign]
         self.worker = Worker(
             world.towers.checkpoint,
             self.loop,
@@ -172,6 +200,15 @@ class Machine:
     def _take(self, results: list[Any]) -> None:
         if not self.dead:
             self.worker.take(results)
+
+    def _step_or_fail(self, blocks: Iterable[Refinement]) -> None:
+        blocks = list(blocks)
+        self._world.fail_if("step")
+        self._step(blocks)
+        drafts = [block for block in blocks if block.draft]  # a block that is no draft would end its request
+        if drafts and self._world.fault == "not finite":
+            self._world.fault = None
+            drafts[0].error = NonFiniteLogits("the denoiser's logits are not finite")
 
     @asynccontextmanager
     async def _dial(self, address: str) -> AsyncIterator[Wire]:
@@ -219,11 +256,37 @@ class World:
         """What loops have delivered, and the event loop has not taken yet."""
         deliver = lambda results: self.mail.append(lambda: self.sessions.take(list(results)))  # noqa: E731
         self.context = self.towers.context_loop(deliver, self.pool, budget=2 * CHUNK)
+        self.context.times = FixedTimes(
+            token=1.0, commit=1.0, step=0.4
+        )  # random drafts earn little: sessions rest, and come back
+        self.fault: str | None = None
+        """One of `FORWARDS`, which fails when it runs next."""
+        for name in ("read", "extend", "_draw", "_verify", "commit_together"):
+            self._let_fail(name, changes_states=name in ("read", "extend"))
         self.sessions = Sessions(self.context, self.queue, None)  # type: ignore[arg-type]  # the queue in memory
         self.sessions.address = "context"
         self.machines = [Machine(self, f"worker-{i}") for i in range(WORKERS)]
         self.clients: list[Client] = []
         self._names = itertools.count()
+
+    def _let_fail(self, name: str, *, changes_states: bool) -> None:
+        engine = self.context._engine
+        real = getattr(engine, name)
+
+        def run_or_fail(*args: Any, **kwargs: Any) -> Any:
+            if changes_states:
+                result = real(*args, **kwargs)
+                self.fail_if(name)
+                return result
+            self.fail_if(name)
+            return real(*args, **kwargs)
+
+        setattr(engine, name, run_or_fail)
+
+    def fail_if(self, name: str) -> None:
+        if self.fault == name:
+            self.fault = None
+            raise RuntimeError(f"{name} fails")
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self.loop.run_until_complete(work)
@@ -272,16 +335,21 @@ class World:
         expected = self._expected[key]
         block = one.block_size if one.mode is Mode.DIFFUSION else 1
         done = (len(expected) // 2) // block * block if moved else 0
-        known = [*tokens, *expected[:done]]
-        last = known[-1] if done else None
-        live = LiveSession(str(next(self._names)), len(known), one, generated=done, last_token=last)
-        rounds = _rounds(done) if one.mode is Mode.SPECULATIVE else []
 
         async def begin() -> None:
-            self.sessions.open(live, known, rounds)
-            self.clients.append(Client(self, live, expected[done:]))
+            self.clients.append(Client(self, tokens, one, expected, done))
+            await asyncio.sleep(0)
 
         self.run(begin())
+
+    def session(self, prompt: list[int], written: list[int], params: GenerationParams, rounds: list[int]) -> LiveSession:
+        """A new session that goes on behind `written`."""
+        known, last = [*prompt, *written], written[-1] if written else None
+        live = LiveSession(
+            str(next(self._names)), len(known), params, generated=len(written), last_token=last, times=self.context.times
+        )
+        self.sessions.open(live, known, list(rounds))
+        return live
 
     def pull(self, machine: Machine) -> None:
         async def attach() -> None:
@@ -291,6 +359,13 @@ class World:
                     return
 
         self.run(attach())
+
+    def deliver_again(self, machine: Machine, number: str) -> None:
+        async def attach() -> None:
+            machine.worker._attach(EntryId(Priority.NORMAL, number), self.queue.taken[number])
+
+        if machine.worker.load < machine.worker.slots:
+            self.run(attach())
 
     def to_the_end(self) -> None:
         self.start(self.sessions.watch_queue())  # a worker that had pulled a session may have died before it said so
@@ -367,6 +442,18 @@ class Interleavings(RuleBasedStateMachine):
     @rule(worker=st.integers(0, WORKERS - 1))
     def pull(self, worker: int) -> None:
         self.world.pull(self.world.machines[worker])
+
+    @precondition(lambda self: self.world.queue.taken)
+    @rule(worker=st.integers(0, WORKERS - 1), data=st.data())
+    def deliver_again(self, worker: int, data: st.DataObject) -> None:
+        """An entry that was taken off the queue comes once more, as when its first taker did not say that it had it."""
+        numbers = list(self.world.queue.taken)[-2 * SLOTS :]
+        self.world.deliver_again(self.world.machines[worker], data.draw(st.sampled_from(numbers)))
+
+    @rule(name=st.sampled_from(FORWARDS))
+    def fail(self, name: str) -> None:
+        """A forward fails, when it runs next."""
+        self.world.fault = name
 
     @rule(count=st.integers(1, 4))
     def iterate_context(self, count: int) -> None:
@@ -461,6 +548,10 @@ class Interleavings(RuleBasedStateMachine):
 def _explore(path: Path, monkeypatch: pytest.MonkeyPatch, examples: int, steps: int, *, random: bool) -> None:
     monkeypatch.setattr(sessions_module, "MAX_FAILURES", 1_000_000)
     monkeypatch.setattr(sessions_module, "LOST_ENTRY_S", 0.01)
+    monkeypatch.setattr(isolation_module, "MAX_FAILURES", 1_000_000)
+    monkeypatch.setattr(loop_module, "MAX_COPIES", 1)
+    monkeypatch.setattr(effort_module, "REST", 2)
+    monkeypatch.setattr(effort_module, "MAX_REST", 4)
     monkeypatch.setattr(live_module, "MAX_UNREAD", 2)
     monkeypatch.setattr(live_module, "RESUME_UNREAD", 1)
     towers, local = TinyTowers(path), LocalEngine(path, threads=1, prefill_chunk=CHUNK)
@@ -528,5 +619,72 @@ def test_a_copy_made_for_a_worker_that_let_go_is_not_the_next_ones(path: Path) -
         assert second.pool.used_slots == first.pool.used_slots == 0
         for client in world.clients:
             client.check()
+    finally:
+        world.close()
+
+
+def test_an_entry_that_is_delivered_again_gives_its_session_to_nobody(path: Path) -> None:
+    """Its session has left the worker that came with it, and waits for none."""
+    towers, local = TinyTowers(path), LocalEngine(path, threads=1, prefill_chunk=CHUNK)
+    world = World(towers, local, {})
+    try:
+        first, second = world.machines
+        world.open(0, 4, moved=False)
+        for _ in range(2):
+            world.context.iterate()
+            world.turns(4)
+        world.pull(first)
+        world.turns(8)
+        world.context.iterate()
+        world.turns(8)
+        world.fault = "not finite"
+        first.loop.iterate()
+        world.turns(8)
+        (live,) = world.sessions
+        assert live.link is None
+        assert not live.wants_worker
+        (number,) = world.queue.taken
+        world.deliver_again(second, number)
+        world.turns(8)
+        assert live.link is None
+        second.loop.iterate()
+        world.turns(8)
+        assert second.worker.load == 0
+        world.to_the_end()
+        world.clients[0].check()
+    finally:
+        world.close()
+
+
+@pytest.mark.parametrize("error", [BrokerUnavailable("Redis does not answer"), RuntimeError("no idea")])
+def test_a_session_that_a_worker_has_does_not_end_because_redis_never_answered(
+    path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The entry was there, and pulled, but the word that it is there was lost."""
+    monkeypatch.setattr(sessions_module, "BROKER_WAIT_S", 0.0)
+    towers, local = TinyTowers(path), LocalEngine(path, threads=1, prefill_chunk=CHUNK)
+    world = World(towers, local, {})
+    try:
+        answered, push = asyncio.Event(), world.queue.push
+
+        async def push_without_an_answer(*args: Any, **kwargs: Any) -> EntryId:
+            await push(*args, **kwargs)
+            await answered.wait()
+            raise error
+
+        world.queue.push = push_without_an_answer  # type: ignore[method-assign]
+        world.open(0, 0, moved=False)
+        world.context.iterate()
+        world.turns(4)
+        world.pull(world.machines[0])
+        world.turns(8)
+        (live,) = world.sessions
+        assert live.link is not None
+        answered.set()
+        world.turns(4)
+        assert live.link is not None
+        assert (live.over, live.failures) == (False, 0)
+        world.to_the_end()
+        world.clients[0].check()
     finally:
         world.close()

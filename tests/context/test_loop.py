@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from twotower.context.messages import (
 )
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.isolation import MAX_FAILURES
-from twotower.engine.session import Session
+from twotower.engine.session import Piece, Session
 from twotower.errors import Overloaded, Unavailable
 from twotower.model.state import ContextState
 from twotower.request import GenerationParams, Mode, Priority
@@ -92,7 +93,7 @@ def test_blocks_of_one_message_share_a_forward(towers: TinyTowers) -> None:
         context.open(name)
     context.until_idle()
     context.take(Committed)
-    context.loop.inbox.put(CommitBlocks([(name, BLOCK) for name in "abc"]))
+    context.loop.inbox.put(CommitBlocks([(name, Piece(BLOCK, 16)) for name in "abc"]))
     context.loop.iterate()
     (committed,) = context.take(Committed)
     assert sorted(committed.session_ids) == ["a", "b", "c"]
@@ -106,7 +107,7 @@ def test_what_a_session_has_read_and_written_is_what_it_is_alone(towers: TinyTow
     for name, prompt in prompts.items():
         context.open(name, prompt)
     context.until_idle()
-    context.loop.inbox.put(CommitBlocks([(name, BLOCK[::-1]) for name in "bd"]))
+    context.loop.inbox.put(CommitBlocks([(name, Piece(BLOCK[::-1], 16)) for name in "bd"]))
     context.until_idle()
     engine = ContextEngine(towers.context)
     for name, prompt in prompts.items():
@@ -172,10 +173,10 @@ def test_a_slot_is_never_read_or_written_for_a_session_that_has_left(
         for _ in range(leaves):
             context.loop.iterate()
         if leaves > 2:
-            context.loop.inbox.put(CommitBlocks([("leaves", BLOCK)]), CopyState("leaves", 1))
+            context.loop.inbox.put(CommitBlocks([("leaves", Piece(BLOCK, 16))]), CopyState("leaves", 1))
         context.loop.inbox.put(CloseSession("leaves"))
         context.open("next", other[::-1])
-        context.loop.inbox.put(CommitBlocks([("leaves", BLOCK)]), CopyState("leaves", 1))
+        context.loop.inbox.put(CommitBlocks([("leaves", Piece(BLOCK, 16))]), CopyState("leaves", 1))
         context.take(StateCopied)
         context.until_idle()
         assert not context.take(StateCopied)
@@ -199,12 +200,12 @@ def test_a_state_is_copied_when_nothing_is_left_to_do_to_it(towers: TinyTowers) 
     context.until_idle()
     (copied,) = context.take(StateCopied)
     assert (copied.lease, copied.length) == (7, len(PROMPT))
-    context.loop.inbox.put(CommitBlocks([("a", BLOCK)]), CopyState("a", 8))
+    context.loop.inbox.put(CommitBlocks([("a", Piece(BLOCK, 16))]), CopyState("a", 8))
     context.until_idle()
     (copied,) = context.take(StateCopied)
     assert copied.length == len(PROMPT) + 16
     before = {key: tensor.clone() for key, tensor in copied.copy.tensors.items()}
-    context.loop.inbox.put(CommitBlocks([("a", BLOCK)]))
+    context.loop.inbox.put(CommitBlocks([("a", Piece(BLOCK, 16))]))
     context.until_idle()
     assert all(torch.equal(tensor, before[key]) for key, tensor in copied.copy.tensors.items())
 
@@ -237,7 +238,7 @@ def test_only_the_session_that_fails_alone_fails(towers: TinyTowers, bad: str, m
     for name in "abcde":
         context.open(name)
     context.until_idle()
-    context.loop.inbox.put(CommitBlocks([(name, BLOCK) for name in "abcde"]))
+    context.loop.inbox.put(CommitBlocks([(name, Piece(BLOCK, 16)) for name in "abcde"]))
     context.until_idle()
     (failed,) = context.take(SessionFailed)
     assert failed.session_id == bad
@@ -318,3 +319,65 @@ def test_a_device_that_fails_session_after_session_ends_the_loop(towers: TinyTow
         context.open(str(i))
     with pytest.raises(RuntimeError, match="illegal memory access"):
         context.until_idle()
+
+
+@pytest.mark.parametrize("mode", [Mode.AR, Mode.SPECULATIVE])
+def test_a_draw_that_fails_lets_each_session_begin_again_with_its_text(
+    towers: TinyTowers, monkeypatch: pytest.MonkeyPatch, mode: Mode
+) -> None:
+    """The forward has taken the tokens into the states by then; the memory for the draw is what is missing."""
+    params = GenerationParams(max_tokens=12, mode=mode)
+    texts = []
+    for fails in (False, True):
+        context = _Context(towers)
+        draw, calls = context.loop._engine._draw, 0
+
+        def draw_or_fail(sessions: Sequence[Session], draw: Any = draw, fails: bool = fails) -> Any:
+            nonlocal calls
+            calls += 1
+            if fails and calls == 4:
+                raise RuntimeError("out of memory")
+            return draw(sessions)
+
+        monkeypatch.setattr(context.loop._engine, "_draw", draw_or_fail)
+        for name in ("a", "b"):
+            context.open(name, PROMPT[: 20 + ord(name) % 2], params)
+        context.until_idle()
+        tokens = context.take(TokenDecoded)
+        texts.append([[one.token for one in tokens if one.session_id == name] for name in ("a", "b")])
+        assert not context.take(SessionFailed)
+    assert texts[0] == texts[1]
+    assert [len(text) for text in texts[0]] == [12, 12]
+
+
+@pytest.mark.parametrize("mode", [Mode.DIFFUSION, Mode.SPECULATIVE])
+def test_states_that_a_failing_commit_has_changed_are_given_up_and_not_committed_again(
+    towers: TinyTowers, monkeypatch: pytest.MonkeyPatch, mode: Mode
+) -> None:
+    """Nobody knows how far it came: their gateways have them rebuilt. Others go on."""
+    context = _Context(towers)
+    for name in "abc":
+        context.open(name, params=dataclasses.replace(PARAMS, mode=mode))
+    context.loop.inbox.put(CopyState("a", 1), CopyState("b", 1))
+    for _ in range(8):
+        context.loop.iterate()
+    tower, left = context.loop._engine.tower, ["accept", "accept_all"]
+    for name in left.copy():
+
+        def fail_late(*args: Any, name: str = name, real: Any = getattr(tower, name)) -> Any:  # noqa: B008
+            changed = real(*args)
+            if left:
+                left.clear()
+                raise RuntimeError("out of memory")
+            return changed
+
+        monkeypatch.setattr(tower, name, fail_late)
+    pieces = []
+    for name in "ab":
+        pending = context.loop._residents[name].session.pending
+        pieces.append((name, Piece(BLOCK, 16) if pending is None else Piece([pending, *BLOCK[1:]], None)))
+    context.loop.inbox.put(CommitBlocks(pieces))
+    context.until_idle()
+    assert {failed.session_id for failed in context.take(SessionFailed)} == {"a", "b"}
+    assert not context.take(Committed)
+    assert set(context.loop._residents) == {"c"}

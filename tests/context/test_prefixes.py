@@ -19,7 +19,7 @@ from tests.support.redis_server import embedded_redis
 from tests.support.towers import towers
 from tests.support.waiting import until
 from twotower.broker.connection import connect
-from twotower.context.messages import ContextResult, OpenSession, PrefixLoaded, PrefixMet, PrefixWanted
+from twotower.context.messages import ContextResult, OpenSession, PrefixHit, PrefixLoaded, PrefixWanted
 from twotower.context.prefixes import SNAPSHOTS, PromptBorders
 from twotower.engine.local import LocalEngine
 from twotower.engine.session import Session
@@ -61,7 +61,7 @@ class Reader:
                     chunks = await self.redis.longest(result.links)
                     snapshot = await self.redis.load(result.links[:chunks], chunks) if chunks else None
                     self.loop.inbox.put(PrefixLoaded(name, chunks, snapshot))
-                elif isinstance(result, PrefixMet) and self.redis is not None:
+                elif isinstance(result, PrefixHit) and self.redis is not None:
                     self.redis.store_later(result.links, len(result.links), result.snapshot)
             self.results.clear()
             resident = self.loop._residents[name]

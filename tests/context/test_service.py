@@ -398,9 +398,11 @@ async def test_blocks_that_do_not_fit_end_the_link_and_not_the_session(
 async def test_a_session_that_no_worker_can_take_fails(stack: Towers) -> None:
     """It is queued again after each, but not for ever."""
     call: Any = stack.open([5, 6, 7], PARAMS)
-    for lease in range(1, MAX_FAILURES + 1):
-        await until(lambda lease=lease: any(one.entry_id and one.lease == lease for one in stack.service.sessions))  # type: ignore[misc]
+    lease = 0
+    for _ in range(MAX_FAILURES):
+        await until(lambda lease=lease: any(one.entry_id and one.lease > lease for one in stack.service.sessions))  # type: ignore[misc]
         (live,) = stack.service.sessions
+        lease = live.lease
         link = _Link(stack)
         await link.open()
         assert (await link.attach(live)).HasField("state")
@@ -434,7 +436,7 @@ async def test_what_comes_with_an_old_lease_is_dropped(stack: Towers, local: Loc
     assert (await link.attach(live)).HasField("state")
     detached = link_pb2.Detached(session=stale, reason=link_pb2.DETACH_REASON_HANDED_BACK)
     await link.send(detach=link_pb2.Detach(sessions=[detached]))
-    await until(lambda: live.lease == 2 and live.entry_id is not None)
+    await until(lambda: live.lease > stale.lease and live.entry_id is not None)
     block = link_pb2.BlockDone(session=stale, generated=0, token_ids=[1] * 16, forwards=1)
     await link.send(done=link_pb2.BlocksDone(blocks=[block]))
     failed = link_pb2.Detached(session=stale, reason=link_pb2.DETACH_REASON_NOT_FINITE, detail="too late")

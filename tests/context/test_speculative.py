@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.loops import FixedTimes
 from tests.support.towers import RunningWorker, Towers, towers
 from tests.support.waiting import until
-from twotower.engine.effort import Times
 from twotower.engine.local import LocalEngine
 from twotower.engine.refinement import Refinement
 from twotower.internal.v1 import context_pb2
@@ -122,7 +122,7 @@ async def test_after_every_partial_commit_a_worker_holds_the_bits_of_the_context
 
 @pytest.mark.parametrize("changes", [{}, DRAWN])
 async def test_workers_that_vanish(stack: Towers, local: LocalEngine, changes: dict[str, float]) -> None:
-    params = dataclasses.replace(DRAFTS, max_tokens=300, **changes)  # type: ignore[arg-type]
+    params = dataclasses.replace(DRAFTS, max_tokens=900, **changes)  # type: ignore[arg-type]
     text = _ar(local, [5, 6, 7], params)
     worker = stack.start_worker()
     _know(worker, {params.seed: text})
@@ -175,19 +175,12 @@ async def test_a_denoiser_that_is_not_finite_costs_drafts_and_no_text(stack: Tow
     assert all(_kept(event) is None for event in events)
 
 
-class _Fixed(Times):
-    """What a machine takes that no neighbour slows down."""
-
-    def measured(self, name: str, seconds: float) -> None:
-        pass
-
-
 async def test_a_session_rests_from_drafts_that_earn_little_and_comes_back(stack: Towers, local: LocalEngine) -> None:
     """The worker lets go of it: its slot is free meanwhile."""
     stack.start_worker(slots=1)
     await stack.generate([5], GenerationParams(max_tokens=4))  # the link takes a while, in which AR writes much
     params = dataclasses.replace(DRAFTS, steps=0, max_tokens=600)
-    stack.loop.times = _Fixed(token=1.0, commit=2.0, step=4.0)
+    stack.loop.times = FixedTimes(token=1.0, commit=2.0, step=4.0)
     kept = []
     tokens: list[int] = []
     async for event in stack.open([5, 6, 7], params):
@@ -198,3 +191,18 @@ async def test_a_session_rests_from_drafts_that_earn_little_and_comes_back(stack
     rounds = [i for i, one in enumerate(kept) if one is not None]
     assert rounds
     assert any(later - earlier > 60 for earlier, later in itertools.pairwise(rounds))
+
+
+async def test_a_step_that_is_shown_is_of_what_comes_next_and_nothing_of_it_is_final(stack: Towers, local: LocalEngine) -> None:
+    stack.start_worker()
+    params = dataclasses.replace(DRAFTS, show_steps=True, steps=2)
+    text: list[int] = []
+    steps = 0
+    async for event in stack.open([5, 6], params):
+        text += event.block.token_ids
+        if event.HasField("step"):
+            steps += 1
+            assert len(event.step.token_ids) == len(event.step.confidence) == params.block_size - 1
+            assert list(event.step.committed) == [False] * (params.block_size - 1)
+    assert steps
+    assert text == _ar(local, [5, 6], params)

@@ -10,12 +10,16 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+import torch
+from prometheus_client import CollectorRegistry
 
 from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.towers import RunningWorker, Towers, towers
 from tests.support.waiting import until
 from twotower.broker.ready_queue import ReadySession
+from twotower.denoiser import worker as worker_module
 from twotower.engine.local import LocalEngine
 from twotower.internal.v1 import context_pb2_grpc, link_pb2, tensor_pb2
 from twotower.request import GenerationParams
@@ -193,3 +197,68 @@ async def test_a_session_that_never_fits_goes_to_a_worker_with_room(stack: Tower
     assert (await request)[0] == local.generate([5, 6], PARAMS).token_ids
     assert small.worker.load == 0
     await until(lambda: large.worker.load == 0)
+
+
+async def test_a_drain_that_is_called_off(stack: Towers, local: LocalEngine) -> None:
+    """Sessions are handed back at a block border, nothing new is taken, and once the drain is called off all go on."""
+    worker = stack.start_worker(slots=2)
+    worker.slow_down()
+    session = asyncio.create_task(stack.generate([5, 6], LONG))
+    await until(lambda: worker.worker.load == 1)
+    worker.worker.begin_drain()
+    await until(lambda: worker.worker.load == 0)
+    waiting = asyncio.create_task(stack.generate([7, 8], PARAMS))
+    await until(lambda: sum(live.entry_id is not None for live in stack.service.sessions) == 2)
+    await asyncio.sleep(2 * worker_module.PULL_WAIT_S)  # a pull that was under way has come back
+    assert (worker.worker.load, session.done(), waiting.done()) == (0, False, False)
+    worker.worker.call_off()
+    assert (await session)[0] == local.generate([5, 6], LONG).token_ids
+    assert (await waiting)[0] == local.generate([7, 8], PARAMS).token_ids
+    assert _value(worker.worker.metrics.registry, "twotower_denoiser_sessions_left_total", why="handed_back") >= 1
+    assert _value(stack.service.sessions.metrics.registry, "twotower_context_requeues_total", why="handed_back") >= 1
+
+
+async def test_what_both_towers_count(stack: Towers) -> None:
+    worker = stack.start_worker()
+    tokens, forwards = await stack.generate([5, 6, 7], PARAMS)
+    await until(lambda: worker.worker.load == 0 and not len(stack.service.sessions))
+    ours, theirs = worker.worker.metrics, stack.service.sessions.metrics
+    blocks = -(-len(tokens) // PARAMS.block_size)
+    for registry, name, value in (
+        (ours.registry, "twotower_denoiser_generation_tokens_total", blocks * PARAMS.block_size),
+        (ours.registry, "twotower_denoiser_forwards_per_block_sum", forwards),
+        (ours.registry, "twotower_denoiser_forwards_per_block_count", blocks),
+        (ours.registry, "twotower_denoiser_step_seconds_count", blocks),
+        (ours.registry, "twotower_denoiser_commit_wait_seconds_count", blocks - 1),
+        (theirs.registry, "twotower_context_prompt_tokens_total", 3),
+        (theirs.registry, "twotower_context_request_prefill_time_seconds_count", 1),
+        (theirs.registry, "twotower_context_request_queue_time_seconds_count", 1),
+        (theirs.registry, "twotower_context_commit_seconds_count", blocks - 1),
+        (theirs.registry, "twotower_context_commit_batch_size_sum", blocks - 1),
+    ):
+        assert _value(registry, name) == value, name
+    assert _value(theirs.registry, "twotower_context_generation_tokens_total", mode="diffusion") == blocks * PARAMS.block_size
+    assert _value(ours.registry, "twotower_denoiser_sessions_left_total", why="ended") == 1
+    for what in ("state", "commit"):
+        sent = _value(theirs.registry, "twotower_context_sent_bytes_total", transport="shm", what=what)
+        received = _value(ours.registry, "twotower_denoiser_received_bytes_total", transport="shm", what=what)
+        assert sent == received > 0
+    assert ours.tokens_per_forward == pytest.approx(blocks * PARAMS.block_size / forwards, rel=0.01)
+    assert min(ours.refine_s.value, ours.commit_s.value, ours.leaving_per_s, theirs.leaving_per_s) > 0
+
+
+async def test_logits_that_are_not_finite_are_a_sign_of_sickness(stack: Towers) -> None:
+    worker = stack.start_worker()
+    head = worker.loop.engine.tower.lm_head
+    head.weight.data = torch.full_like(head.weight, float("nan"))
+    with pytest.raises(grpc.aio.AioRpcError):
+        await stack.generate([5, 6, 7], PARAMS)
+    assert worker.worker.metrics.sick == "not_finite"
+    assert _value(worker.worker.metrics.registry, "twotower_denoiser_sessions_left_total", why="not_finite") == 1
+    assert (
+        _value(stack.service.sessions.metrics.registry, "twotower_context_sessions_failed_total", error="NonFiniteLogits") == 1
+    )
+
+
+def _value(registry: CollectorRegistry, name: str, **labels: str) -> float:
+    return registry.get_sample_value(name, labels) or 0.0

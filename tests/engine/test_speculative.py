@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
 from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.loops import FixedTimes
 from twotower.cli.options import DEFAULT_CHECKPOINT
 from twotower.engine.batch import generate_batch
 from twotower.engine.context_engine import ContextEngine, Round
 from twotower.engine.local import LocalEngine, WrittenBlock
 from twotower.engine.session import STEP, Piece, Session
-from twotower.errors import InvalidArgument
+from twotower.errors import InvalidArgument, NonFiniteLogits
 from twotower.model.delta_batch import apply_batch
+from twotower.model.partial import Verified
 from twotower.model.pool import PoolSize, StatePool
 from twotower.model.state import ContextState
 from twotower.request import GenerationParams, Mode
@@ -67,7 +70,8 @@ def test_good_drafts_are_kept(shipped: LocalEngine, changes: dict[str, float]) -
 
 @pytest.mark.parametrize("changes", [{}, DRAWN])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_batches_equal_ar(engine: LocalEngine, batch: int, changes: dict[str, float]) -> None:
+def test_batches_equal_ar(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch, batch: int, changes: dict[str, float]) -> None:
+    monkeypatch.setattr(engine.context, "times", FixedTimes(token=1.0, commit=1.0, step=0.1))
     params = dataclasses.replace(SPECULATIVE, steps=0, **changes)  # type: ignore[arg-type]
     for result in generate_batch(engine.context, engine.denoiser, PROMPTS, params, batch):
         alone = engine.generate(PROMPTS[result.index], dataclasses.replace(AR, **changes))  # type: ignore[arg-type]
@@ -151,6 +155,43 @@ def test_a_round_keeps_what_agrees_and_commits_of_all_modes_share_a_forward(
         for copy, session in zip(copies, [*sessions, other], strict=True):
             _same(copy, session.state)
     assert sessions[0].rounds == [1, 16]
+
+
+@pytest.mark.parametrize("spoilt", [0, 1, 7, 15])
+def test_logits_that_are_not_finite_end_the_text_where_ar_ends(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch, spoilt: int
+) -> None:
+    """Those before them become text, and what would have come behind the end does no harm."""
+    context = engine.context
+    params = dataclasses.replace(SPECULATIVE, max_tokens=80, eos_token_ids=())
+    text = _texts(engine, params)[0]
+    (session,) = _opened(context, params, [None])
+    verify = context.tower.verify
+
+    def spoil(*args: Any, **kwargs: Any) -> Verified:
+        verified = verify(*args, **kwargs)
+        assert verified.logits is not None
+        verified.logits[0, spoilt, 7] = torch.nan
+        return verified
+
+    monkeypatch.setattr(context.tower, "verify", spoil)
+    before = session.state.length
+    _, (round_,) = context.advance([(session, Piece(text[:16], None))])
+    assert round_ is not None
+    if spoilt == 0:
+        assert isinstance(round_.error, NonFiniteLogits)
+        return
+    assert round_.error is None
+    assert round_.tokens == text[1 : spoilt + 1]
+    assert session.pending == text[spoilt]
+    assert session.state.length == before + spoilt
+
+
+def test_a_draft_that_does_not_begin_with_the_token_that_is_due_is_refused(engine: LocalEngine) -> None:
+    (session,) = _opened(engine.context, SPECULATIVE, [None])
+    assert session.pending is not None
+    with pytest.raises(AssertionError, match="due"):
+        engine.context.advance([(session, Piece([session.pending + 1] * 16, None))])
 
 
 @pytest.mark.parametrize("exact", [False, pytest.param(True, marks=NEEDS_KERNELS)])

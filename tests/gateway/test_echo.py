@@ -111,7 +111,7 @@ async def test_an_echo_without_logprobs_asks_no_context(checkpoint: Path) -> Non
 async def test_scoring_needs_no_denoiser_and_goes_elsewhere_when_a_context_dies(checkpoint: Path) -> None:
     async with towers(checkpoint) as running:
         live = replica("context", "c", running.service.sessions.address)
-        async with gateway(checkpoint, replicas=[live]) as front, client_of(front) as client:
+        async with gateway(checkpoint, replicas=[live], reopen_wait_s=0.2) as front, client_of(front) as client:
             expected = await ask(client, max_tokens=0)
             front.replicas.denoisers = [dataclasses.replace(one, capacity=0) for one in front.replicas.denoisers]
             front.replicas.contexts.append(replica("context", "dead", "127.0.0.1:1", load=-5))

@@ -335,7 +335,7 @@ async def test_a_drain_does_not_wait_for_ever(checkpoint: Path) -> None:
 
 async def test_the_last_snapshot_outlives_redis_for_a_while(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     context = ScriptedContext(SCRIPT)
-    async with gateway(checkpoint, context, snapshot_keep_s=2.5) as running, running.client() as client:
+    async with gateway(checkpoint, context, snapshot_keep_s=2.5, reopen_wait_s=0.2) as running, running.client() as client:
         running.replicas.error = BrokerUnavailable("Redis at redis://x does not answer")
         await until(lambda: "does not answer" in caplog.text)
         assert (await collect(client, max_tokens=8))[0] == SCRIPT[:8]

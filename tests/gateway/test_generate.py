@@ -214,10 +214,11 @@ async def test_the_model_and_its_limits(checkpoint: Path) -> None:
 
 
 async def test_without_a_denoiser_only_ar_is_served(checkpoint: Path) -> None:
-    async with gateway(checkpoint, ScriptedContext([7, EOS])) as running, running.client() as client:
+    context = ScriptedContext([7, EOS])
+    async with gateway(checkpoint, context, reopen_wait_s=0.2) as running, running.client() as client:
         running.replicas.denoisers.clear()
         await _until_refused(client)
-        with pytest.raises(Unavailable, match="no denoiser is live"):
+        with pytest.raises(Unavailable, match=r"no denoiser is live.*mode \"ar\" works.*within 0.2 s"):
             await _drain(client.generate([5]))
         await _drain(client.generate([5], mode=Mode.AR))
         await _drain(client.generate([5], mode=Mode.SPECULATIVE))

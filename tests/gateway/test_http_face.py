@@ -290,7 +290,7 @@ async def test_what_is_not_ours_is_told_as_internal(checkpoint: Path) -> None:
 
 async def test_probes_and_metrics(checkpoint: Path) -> None:
     context = ScriptedContext(SCRIPT)
-    async with gateway(checkpoint, context) as running, client_of(running) as client:
+    async with gateway(checkpoint, context, reopen_wait_s=0.2) as running, client_of(running) as client:
         assert (await client.get("/healthz")).json() == {"status": "alive"}
         assert (await client.get("/readyz")).json() == {"status": "ready"}
         await client.post("/v1/completions", json={"prompt": [5, 6], "max_tokens": 8})

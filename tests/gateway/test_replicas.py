@@ -36,7 +36,7 @@ class Registry:
     async def replicas(self, kind: ReplicaKind) -> Sequence[Replica]:
         if self.away:
             raise BrokerUnavailable("Redis does not answer")
-        return self.named[kind]
+        return self.named.get(kind, [])
 
 
 async def test_a_registry_that_forgot_everybody_is_not_believed_at_once() -> None:

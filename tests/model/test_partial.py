@@ -14,9 +14,9 @@ from tests.support.checkpoints import write_tiny_checkpoint
 from twotower.cli.options import DEFAULT_CHECKPOINT
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.context_tower import ContextTower
-from twotower.model.delta_batch import DeltaBatch
+from twotower.model.delta_batch import DeltaBatch, apply_batch
 from twotower.model.pool import PAGE, PoolSize, StatePool
-from twotower.model.state import ContextState, Delta, Extension, apply_all
+from twotower.model.state import ContextState, Delta
 from twotower.model.weights import load_context_tower
 from twotower.wire.state import delta_spec, delta_tensors
 from twotower_kernels.cpu.build import load
@@ -122,7 +122,7 @@ def test_workers_have_the_bits_and_all_tokens_are_a_commit(tmp_path: Path, form:
             }
             worker.apply(_sent(delta), rates, tower.kernels)
             assert _same(state, worker)
-        apply_all([Extension(f, _sent(d), rates) for f, d in zip(followers, deltas, strict=True)], tower.kernels)
+        apply_batch(followers, accepted, rates, tower.kernels)
         assert all(map(_same, states, followers))
         if not tower.kernels.paged:
             at_once = _copies(tower, whole, pooled=pooled)

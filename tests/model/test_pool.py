@@ -9,10 +9,11 @@ from tests.support.checkpoints import write_tiny_checkpoint
 from twotower.errors import ConfigError, Overloaded
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.context_tower import ContextTower
+from twotower.model.delta_batch import apply_batch
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.pool import PAGE, PoolSize, StatePool, page_bytes, slot_bytes
 from twotower.model.rows import StateRows
-from twotower.model.state import ContextState, Extension, apply_all
+from twotower.model.state import ContextState
 from twotower.model.weights import load_context_tower, load_denoiser_tower
 from twotower_kernels.kernels import TORCH
 
@@ -150,9 +151,9 @@ def test_deltas_applied_together_have_the_bits_of_deltas_applied_one_by_one(
     origin = [context.new_state() for _ in held]
     for i, state in enumerate(origin):
         context.prefill([_tokens(10 + i, i)], [state])
-    deltas, _ = context.commit(torch.stack([_tokens(8, 50 + i) for i in range(len(held))]), origin)
-    other_rates = {layer: rate.clone() for layer, rate in rates.items()}
-    apply_all([Extension(s, d, other_rates if i == 1 else rates) for i, (s, d) in enumerate(zip(held, deltas, strict=True))])
-    for state, delta in zip(alone, deltas, strict=True):
-        state.apply(delta, rates)
+    blocks = torch.stack([_tokens(8, 50 + i) for i in range(len(held))])
+    deltas = context.accept_all(origin, context.verify(blocks, origin, need_logits=False))
+    apply_batch(held, deltas, rates)
+    for row, state in enumerate(alone):
+        state.apply(deltas.row(row), rates)
     assert all(_same(a, b) and _same(a, c) for a, b, c in zip(held, alone, origin, strict=True))

@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from twotower.errors import CheckpointError, InvalidArgument, Overloaded, PortInUse, TwoTowerError
 from twotower.rpc.channel import MAX_MESSAGE_BYTES, open_channel
 from twotower.rpc.errors import RETRY_KEY, error_from_rpc
-from twotower.rpc.server import RpcServer
+from twotower.rpc.server import LIVENESS, RpcServer
 from twotower.status import STATUS
 from twotower.v1 import inference_pb2, inference_pb2_grpc
 
@@ -128,6 +128,8 @@ async def test_health_follows_set_serving_and_reflection_lists_the_service() -> 
             for name in ("", SERVICE):
                 answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
                 assert (answer.status == health_pb2.HealthCheckResponse.SERVING) is bool(change)
+            alive = await health.Check(health_pb2.HealthCheckRequest(service=LIVENESS))
+            assert alive.status == health_pb2.HealthCheckResponse.SERVING  # a server that takes no work is no dead one
         call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
             iter([reflection_pb2.ServerReflectionRequest(list_services="")])
         )

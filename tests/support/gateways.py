@@ -25,11 +25,20 @@ class ReplicaList:
         self.contexts: list[Replica] = []
         self.denoisers = [replica("denoiser", f"d{i}", "127.0.0.1:1") for i in range(denoisers)]
         self.error: Exception | None = None
+        self.gateways: dict[str, Replica] = {}
+        self.orders: dict[str, bool] = {}
 
     async def replicas(self, kind: ReplicaKind) -> Sequence[Replica]:
         if self.error is not None:
             raise self.error
-        return list(self.contexts if kind == "context" else self.denoisers)
+        return list({"context": self.contexts, "denoiser": self.denoisers, "gateway": self.gateways.values()}[kind])
+
+    async def announce(self, replica: Replica) -> bool | None:
+        self.gateways[replica.name] = replica
+        return self.orders.get(replica.name)
+
+    async def withdraw(self, replica: Replica) -> None:
+        self.gateways.pop(replica.name, None)
 
 
 def replica(kind: ReplicaKind, name: str, address: str, load: int = 0) -> Replica:

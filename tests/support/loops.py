@@ -14,6 +14,7 @@ from twotower.denoiser import messages as denoiser_messages
 from twotower.denoiser.loop import DenoiserLoop
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.effort import Times
 from twotower.engine.pacing import Load, Pacing
 from twotower.engine.progress import Progress
 from twotower.model.checkpoint import Checkpoint
@@ -31,6 +32,13 @@ class Eager(Pacing):
 
     def patience(self, load: Load) -> float | None:
         return 0.0
+
+
+class FixedTimes(Times):
+    """What a machine takes that no neighbour slows down: nothing that is measured changes it."""
+
+    def measured(self, name: str, seconds: float) -> None:
+        pass
 
 
 class TinyTowers:

@@ -87,7 +87,7 @@ def test_the_run_of_another_model_is_not_continued(config: ModelConfig, tokenize
     Loop(context_task(config, tokenizer), LoopConfig(steps=2), tmp_path).run()
     saved = (tmp_path / STATE_FILE).read_bytes()
     other = dataclasses.replace(config, vocab_size=config.vocab_size + 8)
-    with pytest.raises(ConfigError, match="run_dir: .* another model, which differs in 2 tensors"):
+    with pytest.raises(ConfigError, match=r"run_dir: .* another model, which differs in 2 tensors"):
         Loop(context_task(other, tokenizer), LoopConfig(steps=2), tmp_path)
     assert (tmp_path / STATE_FILE).read_bytes() == saved
 

@@ -22,6 +22,11 @@ def replica(identity: str, kind: str, name: str) -> str:
     return f"{PREFIX}:{identity}:replica:{kind}:{name}"
 
 
+def order(identity: str, kind: str, name: str) -> str:
+    """What a replica was last told to do: drain, or serve; it expires."""
+    return f"{PREFIX}:{identity}:order:{kind}:{name}"
+
+
 def prefix_items(identity: str, version: int) -> str:
     """The prefix of all keys of the prefix cache; `version`: that of their payloads."""
     return f"{PREFIX}:{identity}:prefix:{version}:"

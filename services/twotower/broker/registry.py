@@ -12,14 +12,18 @@ from redis.asyncio import Redis
 from twotower.broker import keys
 from twotower.broker.connection import broker_errors
 
-ReplicaKind = Literal["context", "denoiser"]
+ReplicaKind = Literal["context", "denoiser", "gateway"]
+KINDS: tuple[ReplicaKind, ...] = ("gateway", "context", "denoiser")
 
 TTL_MS = 5_000
+ORDER_TTL_MS = 30_000
+"""An order that nobody has taken by then has nobody to take it."""
+DRAIN, SERVE = "drain", "serve"
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """A context or a denoiser, as it last described itself."""
+    """A context, a denoiser or a gateway, as it last described itself."""
 
     kind: ReplicaKind
     name: str
@@ -28,7 +32,7 @@ class Replica:
     identity: str
     """The identity of the checkpoint that it serves."""
     load: int
-    """The sessions it holds."""
+    """Sessions it holds; a gateway: requests."""
     capacity: int
     """The most sessions it takes; 0 while it drains."""
     dtype: str = ""
@@ -36,7 +40,28 @@ class Replica:
     chunk_tokens: int = 0
     """Tokens of a chunk of its prefix cache; 0: it has no prefix cache."""
     prefixes: str = ""
-    """The prefixes whose states it holds (see `prefix.chain.pack_links`), those that repeat first."""
+    """Which prefixes it holds states of (see `prefix.chain.pack_links`), those that repeat first."""
+    draining: bool = False
+    waiting: int = 0
+    """Sessions, or requests that a gateway holds, that wait for a denoiser."""
+    oldest_s: float = 0.0
+    """How long the oldest of these has waited."""
+    unread: int = 0
+    """Sessions whose prompt is not read yet, or requests that a gateway holds, that wait for a context."""
+    unread_s: float = 0.0
+    """How long the oldest of these has waited."""
+    leaving_per_s: float = 0.0
+    """Sessions that left it, a second, of late."""
+    refining: int = 0
+    """Blocks that a denoiser is working on."""
+    refine_s: float = 0.0
+    """Mean seconds from a block's start to its end on a denoiser, of late; 0: unknown."""
+    commit_s: float = 0.0
+    """Mean seconds from a block's end until the session's next one can start, of late; 0: unknown."""
+    tokens_per_forward: float = 0.0
+    """Of a denoiser, of late; 0: unknown."""
+    sick: str = ""
+    """Why a denoiser that answers should not be trusted; empty: nothing is known against it."""
 
 
 class Registry:
@@ -46,21 +71,31 @@ class Registry:
         self._redis = redis
         self._identity = identity
 
-    async def announce(self, replica: Replica) -> None:
-        """Announce `replica` as alive for the next `TTL_MS`."""
+    async def announce(self, replica: Replica) -> bool | None:
+        """Say that `replica` lives, for the next `TTL_MS`.
+
+        Returns its standing order: to drain, or not to; None: there is none.
+        """
         names = keys.replicas(self._identity, replica.kind)
         with broker_errors():
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.set(self._key(replica), json.dumps(dataclasses.asdict(replica)), px=TTL_MS)
                 pipe.sadd(names, replica.name)
-                pipe.pexpire(names, TTL_MS)  # the set expires with the last replica
-                await pipe.execute()
+                pipe.pexpire(names, TTL_MS)  # with the last replica goes all
+                pipe.get(keys.order(self._identity, replica.kind, replica.name))
+                *_, order = await pipe.execute()
+        return {DRAIN: True, SERVE: False}.get(order)
+
+    async def order(self, kind: ReplicaKind, name: str, *, drain: bool) -> None:
+        """Have a replica drain, or call its drain off. It obeys within about a second."""
+        with broker_errors():
+            await self._redis.set(keys.order(self._identity, kind, name), DRAIN if drain else SERVE, px=ORDER_TTL_MS)
 
     async def withdraw(self, replica: Replica) -> None:
         """Remove the announcement of a replica that takes no more work."""
         with broker_errors():
             async with self._redis.pipeline(transaction=False) as pipe:
-                pipe.delete(self._key(replica))
+                pipe.delete(self._key(replica), keys.order(self._identity, replica.kind, replica.name))
                 pipe.srem(keys.replicas(self._identity, replica.kind), replica.name)
                 await pipe.execute()
 

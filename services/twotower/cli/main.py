@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from twotower import __version__
-from twotower.cli import bench, conformance, demo, evaluate, generate, quantize, services, trace, train, up
+from twotower.cli import bench, conformance, demo, drain, evaluate, generate, quantize, services, trace, train, up
 from twotower.errors import TwoTowerError
 from twotower.logs import BoundedLog
 from twotower.settings.command_line import OneLineParser
@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"twotower {__version__}")
     parser.add_argument("--debug", action="store_true", help="log in detail, and show tracebacks")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (up, generate, conformance, demo, evaluate, bench, trace, quantize, services, train):
+    for module in (up, generate, conformance, demo, evaluate, bench, trace, quantize, drain, services, train):
         module.add_parser(commands)
     return parser
 

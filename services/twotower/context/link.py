@@ -43,13 +43,15 @@ class _Transfer:
 
     name: str
     """Of the span."""
+    what: str
+    """State or commit, for the metrics."""
     session_ids: Sequence[str]
     tensors: Callable[[], Awaitable[Sequence[tuple[Key, Tensor]]]]
     header: Header
     wanted: Callable[[], bool] = lambda: True
     """Whether anybody still waits for it."""
     sent: Callable[[], None] = lambda: None
-    """Called once, when the tensors are of no use here any more."""
+    """Called once, when the tensors are not needed here any more."""
 
 
 class WorkerLink:
@@ -109,7 +111,7 @@ class WorkerLink:
             self._sessions.copy_sent(copied.copy)
 
         ref = _ref(live)
-        self._put(_Transfer("send state", [live.id], tensors, header, wanted, sent))
+        self._put(_Transfer("send state", "state", [live.id], tensors, header, wanted, sent))
 
     def send_committed(self, deltas: DeltaBatch, rows: Sequence[tuple[int, LiveSession, int]]) -> None:
         """What a commit made of this worker's blocks: rows of `deltas`, with their sessions and the lengths of their states."""
@@ -133,7 +135,7 @@ class WorkerLink:
                 committed.tensors.CopyFrom(placed)
             return link_pb2.ContextMessage(committed=committed)
 
-        self._put(_Transfer("send delta", [live.id for _, live, _ in rows], tensors, header))
+        self._put(_Transfer("send delta", "commit", [live.id for _, live, _ in rows], tensors, header))
 
     def _draft(self, live: LiveSession) -> link_pb2.Draft | None:
         """What is known of the session's next block, if that is a draft."""
@@ -162,7 +164,7 @@ class WorkerLink:
     async def run(self, read: Read, write: Write) -> None:
         """Until the worker ends the stream; the outlet is the caller's to close.
 
-        Raises LeaseLost when the worker is silent, Incompatible when it talks nonsense.
+        Raises LeaseLost when the worker is silent, Incompatible when a message of it does not fit the protocol or the session.
         """
         tasks = [asyncio.create_task(work) for work in (self._read(read), self._send(write), self._watch())]
         why = "the worker has gone"
@@ -216,7 +218,10 @@ class WorkerLink:
                 continue
             spans = [transfer(self._tracer, item.name, session_id) for session_id in item.session_ids]
             try:
-                await self._outlet.send(await item.tensors(), item.header, write)
+                tensors, began = await item.tensors(), asyncio.get_running_loop().time()
+                await self._outlet.send(tensors, item.header, write)
+                size, seconds = sum(t.nbytes for _, t in tensors), asyncio.get_running_loop().time() - began
+                self._sessions.metrics.sent(self._outlet.kind.value, item.what, size, seconds)
             finally:
                 item.sent()
                 for span in spans:
@@ -239,7 +244,7 @@ class WorkerLink:
         self._sessions.blocks_done(taken)
 
     def _show(self, blocks: Sequence[link_pb2.BlockStepped]) -> None:
-        """Blocks on their way. What does not belong to the block that is due is of no use, and is dropped."""
+        """Blocks on their way. What does not belong to the block that is due is dropped."""
         for block in blocks:
             live = self.holds(block.session)
             if live is None or not live.writing or block.generated != live.transcript.generated:

@@ -69,11 +69,19 @@ class LiveSession:
         self.draft_forwards = 0
         """Of the denoiser, for the draft that is being verified."""
         self.failures = failures
-        """What the request has met since its last block, on whatever replica or worker."""
+        """Failures of the request since the last block in which a worker had a part, on whatever replica or worker."""
         self.lease = 0
-        """Counts how often it was queued. What comes with another one, from whomever, is dropped."""
+        """Counts how often it was queued, and how often a worker lost it. What comes with another one is dropped."""
         self.entry_id: EntryId | None = None
         """Its entry in the ready queue, while it waits there."""
+        self.tokens = tokens
+        """Known when it was opened."""
+        self.opened = 0.0
+        """When that was, by the event loop's clock."""
+        self.read = False
+        """Its prompt is read, or will be with the forward under way."""
+        self.handed_in = 0.0
+        """When its last block came, by the event loop's clock."""
         self.waiting_since = 0.0
         """When it was last queued, by the event loop's clock."""
         self.link: WorkerLink | None = None
@@ -91,23 +99,19 @@ class LiveSession:
         self._events: asyncio.Queue[LiveEvent] = asyncio.Queue()
 
     @property
-    def ar(self) -> bool:
-        """Whether the context writes it alone."""
-        return self.params.mode is Mode.AR
+    def resting(self) -> bool:
+        """Whether the context writes it alone: always in AR mode; in speculative mode where drafts earn less, for a while."""
+        return self.params.mode is Mode.AR or (self.effort is not None and self.effort.resting)
 
     @property
     def wants_worker(self) -> bool:
         """Whether a worker is to write its next block, or to draft it."""
-        if self.ar or self.over or self.paused:
-            return False
-        return self.effort is None or not self.effort.resting
+        return not (self.resting or self.over or self.paused)
 
     def emit(
         self, tokens: Sequence[int], forwards: int, logprobs: Sequence[TokenLogprob] = (), use: DraftUse = NO_DRAFT
     ) -> None:
         """Take a finished block; when it was the last, the session is `over`."""
-        if self.effort is None or use.drafted:  # what the context writes alone absolves no worker
-            self.failures = 0
         shown = self.transcript.emit(tokens)
         self.last_token = shown[-1]
         self._events.put_nowait(ShownBlock(shown, forwards, logprobs[: len(shown)], use.shown(len(shown))))
@@ -117,9 +121,16 @@ class LiveSession:
             self.over = True
 
     def show(self, step: BlockStep) -> None:
-        """Take a look at the next block. One that a client would not read soon is of no use, and is dropped."""
-        if not self.over and self._events.qsize() < RESUME_UNREAD:
-            self._events.put_nowait(step)
+        """Take a look at the next block. It is dropped where the client would not read it soon.
+
+        Of a draft, the first token is text already, and all others may be refused: none is shown as committed.
+        """
+        if self.over or self._events.qsize() >= RESUME_UNREAD:
+            return
+        if self.effort is not None:
+            behind = step.token_ids[1:]
+            step = BlockStep(step.number, behind, (False,) * len(behind), step.confidence[1:])
+        self._events.put_nowait(step)
 
     def fail(self, error: TwoTowerError) -> None:
         """End the session with an error, unless it is over."""

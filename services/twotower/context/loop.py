@@ -24,10 +24,9 @@ from twotower.context.messages import (
     ContextResult,
     CopySent,
     CopyState,
-    GoAlone,
     OpenSession,
+    PrefixHit,
     PrefixLoaded,
-    PrefixMet,
     PrefixWanted,
     ScoreTokens,
     SessionFailed,
@@ -35,22 +34,20 @@ from twotower.context.messages import (
     StateCopied,
     StateSoonReady,
     TokenDecoded,
-    VerifyDrafts,
+    WorkerLeft,
 )
 from twotower.context.prefixes import CachedPrefix, PrefixCache
 from twotower.context.resident import ContextResident
-from twotower.engine.context_engine import ContextEngine
+from twotower.engine.context_engine import ContextEngine, StatesLostError
 from twotower.engine.inbox import Inbox
 from twotower.engine.isolation import Isolation
 from twotower.engine.pacing import Load, Outbound, Pacing
 from twotower.engine.progress import Progress
 from twotower.engine.scheduler import Plan, plan
 from twotower.engine.scoring import PromptScorer, Scoring
-from twotower.engine.session import Piece
 from twotower.engine.waiting import WaitingLine
 from twotower.errors import Overloaded, TwoTowerError, Unavailable
 from twotower.model.pool import StatePool
-from twotower.request import Mode
 from twotower.tracing.recorder import NO_TRACER
 from twotower.wire.state import state_tensors
 
@@ -143,18 +140,14 @@ class ContextLoop:
                 case CloseSession(session_id):
                     self._close(session_id)
                 case CommitBlocks(blocks):
-                    for session_id, tokens in blocks:
+                    for session_id, piece in blocks:
                         if (resident := self._residents.get(session_id)) is not None:
-                            resident.session.blocks.append(Piece(list(tokens), len(tokens)))
-                case VerifyDrafts(drafts):
-                    for session_id, tokens in drafts:
-                        if (resident := self._residents.get(session_id)) is not None and resident.held:
-                            resident.session.blocks.append(Piece(list(tokens), None))
+                            resident.session.blocks.append(piece)
                 case _ if (resident := self._residents.get(entry.session_id)) is None:
                     pass  # it is over
                 case CopyState(_, lease):
                     resident.copy_for = lease
-                case GoAlone():
+                case WorkerLeft():
                     resident.held = False
                     resident.copy_for = None
                 case SetPaused(_, paused):
@@ -199,10 +192,10 @@ class ContextLoop:
                 self._scorer.begin(Scoring(entry.session_id, entry.tokens, entry.top, state, entry.tell))
                 continue
             session = self._engine.open(entry.session_id, entry.tokens, entry.params, entry.generated, state, entry.rounds)
-            borders, met = self._prefixes.begin(session)
+            borders, hit = self._prefixes.begin(session)
             self._residents[session.id] = resident = ContextResident(session, borders)
-            if met is not None:
-                self._deliver([PrefixMet(borders.links[: met.chunks], met.snapshot)])
+            if hit is not None:
+                self._deliver([PrefixHit(borders.links[: hit.chunks], hit.snapshot)])
             elif borders.links and self._prefixes.shared:
                 resident.awaits_prefix = True
                 self._deliver([PrefixWanted(session.id, borders.links)])
@@ -224,7 +217,7 @@ class ContextLoop:
                 self._end([(resident, error)])
                 continue
             resident.copy_for = None
-            resident.held = resident.session.params.mode is Mode.SPECULATIVE
+            resident.held = True
             copied.append(StateCopied(resident.name, lease, state.length, copy))
         self._deliver(copied)
 
@@ -259,8 +252,13 @@ class ContextLoop:
         self._announce([resident for resident in residents if len(resident.session.blocks) == 1])
         sessions = [resident.session for resident in residents]
         began = time.perf_counter()
-        with self._span("commit", batch=len(sessions)):
-            deltas, rounds = self._engine.advance([(session, session.blocks[0]) for session in sessions])
+        try:
+            with self._span("commit", batch=len(sessions)):
+                deltas, rounds = self._engine.advance([(session, session.blocks[0]) for session in sessions])
+        except StatesLostError as error:  # to run it again would take tokens into states that hold them already
+            log.error("a commit of %d sessions failed, and their states are lost", len(sessions), exc_info=error)
+            self._end([(resident, error) for resident in residents])
+            return
         failed: list[ContextResult] = []
         for resident, round_ in zip(residents, rounds, strict=True):
             resident.session.blocks.popleft()

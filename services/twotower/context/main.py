@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
 from twotower.broker.connection import connect
 from twotower.broker.heartbeat import heartbeat
@@ -17,6 +17,7 @@ from twotower.broker.registry import Registry, Replica
 from twotower.context.config import ContextConfig
 from twotower.context.loop import ContextLoop
 from twotower.context.messages import ContextResult
+from twotower.context.metrics import ContextMetrics, ContextState
 from twotower.context.prefixes import PrefixCache
 from twotower.context.scoring import ScoringService
 from twotower.context.service import ContextService
@@ -35,9 +36,11 @@ from twotower.prefix.metrics import PrefixMetrics
 from twotower.prefix.redis_tier import RedisTier, RedisTierConfig
 from twotower.prefix.stats import PrefixStats, TierStats
 from twotower.request import GenerationParams
-from twotower.rpc.address import check_port
 from twotower.rpc.server import RpcServer
 from twotower.rpc.signals import stop_requested
+from twotower.service.drain import Drain
+from twotower.service.gpu_metrics import offer_gpu_metrics
+from twotower.service.metrics_port import metrics_port
 from twotower.service.tower import TowerKind, tower_process
 from twotower.sizes import parse_bytes
 from twotower.tasks import delivered_to, end_tasks, until_stopped
@@ -61,7 +64,8 @@ async def run(config: ContextConfig) -> None:
         row_positions=lambda checkpoint: 1,  # in AR mode
     )
     tower = tower_process(kind, config.service, config.tower, context_experts=config.tower.experts, slots=config.max_sessions)
-    async with tower as process, _prefixes(config, process.checkpoint, process.engine) as prefixes:
+    metrics = ContextMetrics(CollectorRegistry())
+    async with tower as process, _prefixes(config, process.checkpoint, process.engine, metrics.registry) as prefixes:
         with recording(config.tower.trace, f"context-{os.getpid()}") as tracer:
             pool, turns = process.pool, process.turns
             progress, outbound = Progress(config.tower.stall_s), Outbound()
@@ -82,16 +86,30 @@ async def run(config: ContextConfig) -> None:
                 outbound=outbound,
                 tracer=tracer,
             )
-            sessions: Sessions = Sessions(loop, process.queue, prefixes.redis)
+            sessions: Sessions = Sessions(loop, process.queue, prefixes.redis, metrics)
             chosen = TransportConfig.of(config.tower.transport)
             transports = ContextTransports(chosen, config.service.host, process.tower.device)
             service = ContextService(
                 process.checkpoint, sessions, pool, transports, tracer, config.silence_s, paced=turns.shared
             )
+            ContextState(
+                metrics,
+                running=lambda: len(sessions),
+                unread=lambda: len(sessions.unread),
+                queued=lambda: len(sessions.queued),
+                slots=pool.size.slots,
+                used_slots=lambda: pool.used_slots,
+                pages=pool.size.pages,
+                used_pages=lambda: pool.used_pages,
+                forwards=lambda: progress.forwards,
+                draining=lambda: service.draining,
+            )
+            offer_gpu_metrics(process.tower.device, metrics.registry)
             scoring = ScoringService(loop.inbox, process.checkpoint.limits, pool, lambda: service.draining)
             async with process.working(loop, progress) as working:
                 try:
-                    await _serve(config, service, scoring, pool, prefixes, process.registry, stop, working)
+                    with metrics_port(config.service.host, config.metrics_port, metrics.registry):
+                        await _serve(config, service, scoring, pool, prefixes, process.registry, stop, working)
                 finally:
                     loop.inbox.put(None)
                     transports.close()
@@ -117,6 +135,7 @@ async def _serve(
     sessions.address = address = config.advertise or server.address
 
     def describe() -> Replica:
+        now, queued, unread = asyncio.get_running_loop().time(), sessions.queued, sessions.unread
         return Replica(
             kind="context",
             name=address,
@@ -127,10 +146,26 @@ async def _serve(
             dtype=prefixes.spec.dtype,
             chunk_tokens=prefixes.spec.chunk_tokens if prefixes.enabled else 0,
             prefixes=prefixes.announced(),
+            draining=service.draining,
+            waiting=len(queued),
+            oldest_s=max((now - live.waiting_since for live in queued), default=0.0),
+            unread=len(unread),
+            unread_s=max((now - live.opened for live in unread), default=0.0),
+            leaving_per_s=sessions.metrics.leaving_per_s,
         )
 
+    def drain_or_not(draining: bool) -> None:
+        service.draining = draining
+
+    drain = Drain(
+        begin=lambda: drain_or_not(True),
+        call_off=lambda: drain_or_not(False),
+        load=lambda: len(sessions),
+        set_serving=server.set_serving,
+    )
+
     await registry.announce(describe())
-    watching = sessions.watch_queue(), heartbeat(registry, describe), server.watch()
+    watching = sessions.watch_queue(), heartbeat(registry, describe, drain.obey), server.watch()
     tasks = [asyncio.create_task(work) for work in watching]
     await server.set_serving(True)
     freeze_loaded_objects()
@@ -139,21 +174,25 @@ async def _serve(
     try:
         await until_stopped(stop, working, *tasks)
         drain_s = config.service.drain_s
-        log.info("draining %d sessions", len(sessions))
     finally:  # a loop that has failed leaves sessions behind, which go on elsewhere as soon as they are let go
-        service.draining = True
-        await server.set_serving(False)
+        await drain.begin()
         with contextlib.suppress(Exception):
-            await registry.withdraw(describe())
+            await registry.announce(describe())  # at once, so that nobody opens more
         emptied = asyncio.create_task(sessions.empty.wait())
         await asyncio.wait((emptied, working), timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
         await end_tasks(emptied)
+        sessions.let_go()  # those that the time was too short for
+        await drain.report()
         await server.stop(0.5 if drain_s else 0.0)
         await end_tasks(*tasks)
+        with contextlib.suppress(Exception):
+            await registry.withdraw(describe())
 
 
 @asynccontextmanager
-async def _prefixes(config: ContextConfig, checkpoint: Checkpoint, engine: ContextEngine) -> AsyncIterator[PrefixCache]:
+async def _prefixes(
+    config: ContextConfig, checkpoint: Checkpoint, engine: ContextEngine, metrics: CollectorRegistry
+) -> AsyncIterator[PrefixCache]:
     """The prefix cache in both of its tiers, and its metrics."""
     tower = engine.tower
     budget = prefix_budget(config.prefix_memory, state_budget(config.tower.state_memory, tower.device))
@@ -165,30 +204,13 @@ async def _prefixes(config: ContextConfig, checkpoint: Checkpoint, engine: Conte
         if redis is not None:
             tier = RedisTier(redis, spec, tower.config, tower.dtype, RedisTierConfig(max_bytes=in_redis), TierStats())
         cache = PrefixCache(spec, budget, engine.decay_rates, tier)
-        metrics = CollectorRegistry()
         PrefixMetrics(PrefixStats(cache.tiers), metrics)
-        with _metrics(config, metrics):
-            yield cache
+        yield cache
         if tier is not None:
             await tier.close()
     finally:
         if redis is not None:
             await redis.aclose()
-
-
-@contextlib.contextmanager
-def _metrics(config: ContextConfig, registry: CollectorRegistry) -> Iterator[None]:
-    if config.metrics_port is None:
-        yield
-        return
-    check_port(config.service.host, config.metrics_port, "--metrics-port")
-    server, thread = start_http_server(config.metrics_port, config.service.host, registry)
-    log.info("metrics on http://%s:%d/metrics", config.service.host, server.server_port)
-    try:
-        yield
-    finally:
-        server.shutdown()
-        thread.join()
 
 
 def _first_use(engine: ContextEngine) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from twotower.context.copies import Copy
 from twotower.engine.context_engine import Round
+from twotower.engine.session import Piece
 from twotower.errors import TwoTowerError
 from twotower.model.delta_batch import DeltaBatch
 from twotower.request import GenerationParams, Priority, TokenLogprob
@@ -42,7 +43,7 @@ class ScoreTokens:
     session_id: str
     tokens: Sequence[int]
     top: int
-    """With so many of the likeliest tokens at each place."""
+    """How many of the likeliest tokens are returned at each place."""
     priority: Priority
     tell: Callable[[Sequence[TokenLogprob] | TwoTowerError], object]
     """Takes what each forward has found, in the prompt's order, or why there is no more; in the loop's thread."""
@@ -57,23 +58,15 @@ class CloseSession:
 
 @dataclass(frozen=True, slots=True)
 class CommitBlocks:
-    """Blocks that one denoiser forward finished, and that are to become part of their sessions' states."""
+    """What one denoiser forward finished: blocks that become part of their sessions' states, and drafts that are verified."""
 
-    blocks: Sequence[tuple[str, Sequence[int]]]
+    blocks: Sequence[tuple[str, Piece]]
     """Each with its session."""
 
 
 @dataclass(frozen=True, slots=True)
-class VerifyDrafts:
-    """Drafts that one denoiser forward finished, of which the context tower keeps what it would have written itself."""
-
-    drafts: Sequence[tuple[str, Sequence[int]]]
-    """Each with its session."""
-
-
-@dataclass(frozen=True, slots=True)
-class GoAlone:
-    """No worker drafts for the session any more: in speculative mode the context tower writes on by AR steps."""
+class WorkerLeft:
+    """No worker holds the session any more: nobody needs a copy, and in speculative mode AR steps write on."""
 
     session_id: str
 
@@ -112,16 +105,7 @@ class CopySent:
 
 
 ContextEntry = (
-    CopySent
-    | OpenSession
-    | ScoreTokens
-    | CloseSession
-    | CommitBlocks
-    | VerifyDrafts
-    | GoAlone
-    | CopyState
-    | SetPaused
-    | PrefixLoaded
+    CopySent | OpenSession | ScoreTokens | CloseSession | CommitBlocks | WorkerLeft | CopyState | SetPaused | PrefixLoaded
 )
 
 
@@ -134,8 +118,8 @@ class PrefixWanted:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixMet:
-    """A cached beginning was met again: other replicas may meet it, too."""
+class PrefixHit:
+    """A prompt began with a cached prefix: other replicas may get such prompts, too."""
 
     links: Sequence[bytes]
     """Of all its chunks."""
@@ -191,4 +175,4 @@ class SessionFailed:
     error: TwoTowerError
 
 
-ContextResult = PrefixWanted | PrefixMet | StateSoonReady | Committed | TokenDecoded | StateCopied | SessionFailed
+ContextResult = PrefixWanted | PrefixHit | StateSoonReady | Committed | TokenDecoded | StateCopied | SessionFailed

@@ -26,7 +26,7 @@ from twotower.wire.frames import Key
 from twotower.wire.state import fill_state, state_tensors
 
 SNAPSHOTS = 16
-"""About so many of a prompt's borders are kept when it is first met: nobody knows yet which of them will repeat."""
+"""About how many of a new prompt's borders are kept: which of them will repeat is not known yet."""
 
 MAX_MET = 65_536
 """Links that are remembered of prompts, with their states or without: 16 bytes each."""
@@ -42,7 +42,7 @@ class PromptBorders:
     """Chunks that an earlier prompt had, too."""
 
     def keeps(self, chunks: int) -> bool:
-        """Whether to keep the state behind so many chunks: where prompts were seen to part, and here and there."""
+        """Whether to keep the state behind this many chunks: where prompts were seen to part, and at even distances."""
         every = 1
         while len(self.links) > SNAPSHOTS * every:  # powers of two, so that prompts of all lengths have borders in common
             every *= 2

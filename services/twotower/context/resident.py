@@ -24,7 +24,7 @@ class ContextResident:
         self.alone = False
         """See `Schedulable`."""
         self.held = False
-        """In speculative mode: a worker drafts its next tokens, and no AR step may write them."""
+        """A worker writes its next block, or drafts it: no AR step may write these tokens."""
         self.announced = False
         """`StateSoonReady` has been delivered."""
         self.copy_for: int | None = None

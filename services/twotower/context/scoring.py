@@ -36,15 +36,15 @@ class ScoringService(scoring_pb2_grpc.ScoringServicer):
         self._check(tokens, request.top)
         found: asyncio.Queue[Sequence[TokenLogprob] | TwoTowerError] = asyncio.Queue()
         soon = asyncio.get_running_loop().call_soon_threadsafe
-        self._inbox.put(ScoreTokens(name, tokens, request.top, Priority.NORMAL, lambda told: soon(found.put_nowait, told)))
+        self._inbox.put(ScoreTokens(name, tokens, request.top, Priority.NORMAL, lambda result: soon(found.put_nowait, result)))
         missing = len(tokens) - 1
         try:
             while missing:
-                told = await found.get()
-                if isinstance(told, TwoTowerError):
-                    raise told
-                missing -= len(told)
-                yield scoring_pb2.ScoredTokens(logprobs=logprobs_to_pb(told))
+                result = await found.get()
+                if isinstance(result, TwoTowerError):
+                    raise result
+                missing -= len(result)
+                yield scoring_pb2.ScoredTokens(logprobs=logprobs_to_pb(result))
         finally:
             self._inbox.put(CloseSession(name))
 

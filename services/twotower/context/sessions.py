@@ -1,7 +1,7 @@
 """The sessions of one context replica: how they are opened, queued, held by workers, written, and ended.
 
-The states are the loop's; what is here decides who may write, and tells the loop and the workers. All of it runs in the
-event loop, and nothing is decided across an await without looking again.
+The states belong to the loop. This module decides who may write, and sends that decision to the loop and to the workers. All of
+it runs in the event loop, and whatever was decided before an await is checked again behind it.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from twotower.context.messages import (
     ContextResult,
     CopySent,
     CopyState,
-    GoAlone,
     OpenSession,
+    PrefixHit,
     PrefixLoaded,
-    PrefixMet,
     PrefixWanted,
     SessionFailed,
     SetPaused,
     StateCopied,
     StateSoonReady,
     TokenDecoded,
-    VerifyDrafts,
+    WorkerLeft,
 )
+from twotower.context.metrics import ContextMetrics
 from twotower.engine.context_engine import Round
 from twotower.engine.effort import Times
-from twotower.errors import BrokerUnavailable, NonFiniteLogits, RequestFailed
+from twotower.engine.session import Piece
+from twotower.errors import BrokerUnavailable, Draining, NonFiniteLogits, RequestFailed, TwoTowerError
 from twotower.internal.v1 import link_pb2
 from twotower.prefix.redis_tier import RedisTier
 from twotower.request import DraftUse, TokenLogprob
@@ -59,7 +60,10 @@ LOST_ENTRY_S = 3.0
 class Sessions:
     """All live sessions, by id."""
 
-    def __init__(self, loop: ContextLoop, queue: ReadyQueue, redis: RedisTier | None) -> None:
+    def __init__(
+        self, loop: ContextLoop, queue: ReadyQueue, redis: RedisTier | None, metrics: ContextMetrics | None = None
+    ) -> None:
+        self.metrics = metrics or ContextMetrics()
         self._loop = loop
         self._queue = queue
         self._redis = redis
@@ -91,6 +95,8 @@ class Sessions:
     def open(self, live: LiveSession, tokens: Sequence[int], rounds: Sequence[int] = ()) -> None:
         """Hold a session, and have its prompt read once there is room; rounds: see `OpenSession`."""
         self._sessions[live.id] = live
+        live.opened = asyncio.get_running_loop().time()
+        self.metrics.prompt_tokens.inc(live.tokens)
         self.empty.clear()
         self._loop.inbox.put(OpenSession(live.id, tokens, live.transcript.generated, live.params, live.priority, rounds))
 
@@ -99,6 +105,7 @@ class Sessions:
         live.over = True
         if self._sessions.pop(live.id, None) is None:
             return
+        self.metrics.ended()
         self._let_go(live, link_pb2.END_REASON_OVER)
         self._take_off(live)
         self._loop.inbox.put(CloseSession(live.id))
@@ -108,10 +115,26 @@ class Sessions:
     def has_read(self, live: LiveSession) -> None:
         """The gateway has taken an event."""
         if live.resume():
-            if live.params.mode.autoregressive:
-                self._loop.inbox.put(SetPaused(live.id, False))
+            self._loop.inbox.put(SetPaused(live.id, False))
             if live.wants_worker and live.link is None and live.entry_id is None:
+                self.metrics.requeued.labels("resumed").inc()
                 self._enqueue(live)
+
+    def let_go(self) -> None:
+        """End every session here: its gateway opens it elsewhere, from the blocks that it has."""
+        for live in self:
+            live.fail(Draining("this context is draining"))
+            self.end(live)
+
+    @property
+    def unread(self) -> list[LiveSession]:
+        """Those whose prompt is not read yet."""
+        return [live for live in self if not live.read]
+
+    @property
+    def queued(self) -> list[LiveSession]:
+        """Those that wait in the queue for a denoiser."""
+        return [live for live in self if live.entry_id is not None]
 
     # Workers
 
@@ -124,6 +147,7 @@ class Sessions:
             link.end(ref, link_pb2.END_REASON_LEASE_LOST)
         else:
             live.link = link
+            self.metrics.queue_seconds.observe(asyncio.get_running_loop().time() - live.waiting_since)
             live.entry_id = None  # the worker takes it off the queue
             link.held[live.id] = live
             self._loop.inbox.put(CopyState(live.id, live.lease))
@@ -133,25 +157,26 @@ class Sessions:
 
         A draft is verified first.
         """
-        commits: list[tuple[str, Sequence[int]]] = []
-        drafts: list[tuple[str, Sequence[int]]] = []
+        pieces: list[tuple[str, Piece]] = []
         for live, block, logprobs in blocks:
             self._set_writing(live, False)
+            tokens = list(block.token_ids)
+            live.handed_in = asyncio.get_running_loop().time()
             if live.effort is not None:
                 live.draft_forwards = block.forwards
                 if block.forwards and block.seconds > 0:
                     self._loop.times.measured("step", block.seconds / block.forwards)
-                drafts.append((live.id, block.token_ids))
+                pieces.append((live.id, Piece(tokens, None)))
                 continue
-            live.emit(block.token_ids, block.forwards, logprobs)
+            live.failures = 0
+            live.emit(tokens, block.forwards, logprobs)
+            self.metrics.generation_tokens.labels(live.params.mode.value).inc(len(block.token_ids))
             if live.over:
                 self.end(live)
             else:
-                commits.append((live.id, block.token_ids))
-        if commits:
-            self._loop.inbox.put(CommitBlocks(commits))
-        if drafts:
-            self._loop.inbox.put(VerifyDrafts(drafts))
+                pieces.append((live.id, Piece(tokens, len(tokens))))
+        if pieces:
+            self._loop.inbox.put(CommitBlocks(pieces))
 
     def detached(self, link: WorkerLink, detached: link_pb2.Detached) -> None:
         """A worker lets go of a session."""
@@ -159,15 +184,12 @@ class Sessions:
         if live is None:
             return
         self._forget(live)
-        if detached.reason == link_pb2.DETACH_REASON_NOT_FINITE and live.effort is not None:
-            live.effort.give_up()  # the text is the context's: it goes on without drafts
-        elif detached.reason == link_pb2.DETACH_REASON_NOT_FINITE:
-            live.fail(NonFiniteLogits(detached.detail))
-            self.end(live)
+        if detached.reason == link_pb2.DETACH_REASON_NOT_FINITE:
+            self._give_up(live, NonFiniteLogits(detached.detail))
         elif detached.reason == link_pb2.DETACH_REASON_HANDED_BACK:
-            self._requeue(live)
+            self._requeue(live, "handed_back")
         else:
-            self._failed(live, detached.detail or "the denoiser failed on it")
+            self._failed(live, detached.detail or "the denoiser failed on it", "failed")
 
     def copy_sent(self, copy: Copy) -> None:
         """A copied state needs its memory no more."""
@@ -183,9 +205,9 @@ class Sessions:
             suspect = live.writing  # whose block it was at; others had no part in its end
             self._forget(live)
             if suspect:
-                self._failed(live, why)
+                self._failed(live, why, "worker_lost")
             else:
-                self._requeue(live)
+                self._requeue(live, "worker_lost")
 
     # The loop
 
@@ -200,15 +222,17 @@ class Sessions:
     def _take(self, result: ContextResult) -> None:
         if isinstance(result, Committed):
             self._committed(result)
-        elif isinstance(result, PrefixMet):
+        elif isinstance(result, PrefixHit):
             if self._redis is not None:
                 self._redis.store_later(result.links, len(result.links), result.snapshot)
         elif (live := self._sessions.get(result.session_id)) is None:
             if isinstance(result, StateCopied):
                 self.copy_sent(result.copy)
-            # It is over; the loop will hear, or has heard.
+            # The session is over: its CloseSession is in the inbox, or has been taken.
         elif isinstance(result, StateSoonReady):
-            if live.wants_worker or (live.effort is None and not live.ar):
+            live.read = True
+            self.metrics.prefill_seconds.observe(asyncio.get_running_loop().time() - live.opened)
+            if live.wants_worker:
                 self._enqueue(live)
         elif isinstance(result, TokenDecoded):
             self._decoded(live, result)
@@ -222,11 +246,17 @@ class Sessions:
         elif isinstance(result, PrefixWanted):
             self._start(self._load_prefix(result))
         elif isinstance(result, SessionFailed):
-            live.fail(result.error)
-            self.end(live)
+            self._end_with(live, result.error)
+
+    def _end_with(self, live: LiveSession, error: TwoTowerError) -> None:
+        self.metrics.failed.labels(type(error).__name__).inc()
+        live.fail(error)
+        self.end(live)
 
     def _decoded(self, live: LiveSession, result: TokenDecoded) -> None:
         """Show what the context has written alone."""
+        live.read = True
+        self.metrics.generation_tokens.labels(live.params.mode.value).inc()
         if live.effort is None:
             live.emit([result.token], 1, result.logprobs)
         else:
@@ -235,7 +265,7 @@ class Sessions:
             self.end(live)
         elif live.paused:
             self._loop.inbox.put(SetPaused(live.id, True))
-        elif live.effort is not None and live.effort.resting:
+        elif live.effort is not None and live.resting:
             live.effort.stepped()
             if live.wants_worker:
                 self._enqueue(live)
@@ -243,26 +273,32 @@ class Sessions:
     def _verified(self, live: LiveSession, verified: Round) -> None:
         """Show what a round has written."""
         assert live.effort is not None
+        live.failures = 0
+        self.metrics.generation_tokens.labels(live.params.mode.value).inc(len(verified.tokens))
         live.emit(verified.tokens, live.draft_forwards, verified.logprobs, verified.use(live.params.block_size))
         live.effort.verified(len(verified.tokens), self._loop.times)
         if live.over:
             self.end(live)
 
     def _committed(self, result: Committed) -> None:
-        """Send each worker its rows; whoever has no worker any more is queued already, or will be."""
+        """Send each worker its rows. A session that has no worker any more is queued already, or will be."""
         rows: dict[WorkerLink, list[tuple[int, LiveSession, int]]] = defaultdict(list)
+        now = asyncio.get_running_loop().time()
+        self.metrics.commit_blocks.observe(len(result.session_ids))
         for row, (session_id, length) in enumerate(zip(result.session_ids, result.lengths, strict=True)):
             live = self._sessions.get(session_id)
+            if live is not None and live.handed_in:
+                self.metrics.commit_seconds.observe(now - live.handed_in)
+                live.handed_in = 0.0
             if live is not None and (verified := result.rounds[row]) is not None:
                 self._verified(live, verified)
             if live is None or live.link is None or not live.has_state:  # a copy of the whole state is still to come
                 continue
             if live.paused:  # a client that does not read must not keep a worker's slot
                 self._let_go(live, link_pb2.END_REASON_PAUSED)
-                if live.effort is not None:
-                    self._loop.inbox.put(SetPaused(live.id, True))
+                self._loop.inbox.put(SetPaused(live.id, True))
                 continue
-            if live.effort is not None and live.effort.resting:
+            if live.resting:
                 self._let_go(live, link_pb2.END_REASON_RESTING)
                 continue
             self._set_writing(live, True)
@@ -278,41 +314,46 @@ class Sessions:
         if live.link is not None:
             live.link.held.pop(live.id, None)
             live.link = None
-            if live.effort is not None:
-                self._loop.inbox.put(GoAlone(live.id))
+            live.lease += 1
+            self._loop.inbox.put(WorkerLeft(live.id))
 
     def _let_go(self, live: LiveSession, reason: link_pb2.EndReason.ValueType) -> None:
         """Take a session away from its worker, if it has one."""
-        link = live.link
+        link, ref = live.link, link_pb2.SessionRef(id=live.id, lease=live.lease)
         self._forget(live)
         if link is not None:
-            link.end(link_pb2.SessionRef(id=live.id, lease=live.lease), reason)
+            link.end(ref, reason)
 
     def _set_writing(self, live: LiveSession, writing: bool) -> None:
         self._loop.refining += writing - live.writing
         live.writing = writing
 
-    def _failed(self, live: LiveSession, why: str) -> None:
-        """One failure more, of the request's one budget."""
+    def _failed(self, live: LiveSession, why: str, kind: str) -> None:
+        """One failure more, of the request's one budget. kind: the label of its requeue."""
         live.failures += 1
         if live.over:
             return
-        if live.failures >= MAX_FAILURES and live.effort is not None:
-            log.warning("session %s goes on without drafts, after %d failures: %s", live.id, live.failures, why)
-            live.effort.give_up()
-            return
         if live.failures >= MAX_FAILURES:
-            live.fail(RequestFailed(f"the request failed {live.failures} times without a block between; the last time: {why}"))
-            self.end(live)
+            times = f"{live.failures} times without a block between"
+            self._give_up(live, RequestFailed(f"the request failed {times}; the last time: {why}"))
             return
         log.warning("session %s goes on elsewhere (failure %d): %s", live.id, live.failures, why)
-        self._requeue(live)
+        self._requeue(live, kind)
+
+    def _give_up(self, live: LiveSession, error: TwoTowerError) -> None:
+        """No worker can write the session: it ends; in speculative mode the context writes the rest of it alone."""
+        if live.effort is None:
+            self._end_with(live, error)
+        else:
+            log.warning("session %s goes on without drafts: %s", live.id, error)
+            live.effort.give_up()
 
     # The ready queue
 
-    def _requeue(self, live: LiveSession) -> None:
-        """Queue a session that has lost its worker; who does not want one now is queued when it does."""
+    def _requeue(self, live: LiveSession, kind: str) -> None:
+        """Queue a session that has lost its worker. One that does not want a worker now is queued when it does."""
         if live.wants_worker:
+            self.metrics.requeued.labels(kind).inc()
             self._enqueue(live)
 
     def _enqueue(self, live: LiveSession) -> None:
@@ -326,22 +367,29 @@ class Sessions:
         ready = ReadySession(live.id, lease, self.address, live.room)
         clock = asyncio.get_running_loop().time
         give_up = clock() + BROKER_WAIT_S
-        while not live.over and live.lease == lease and live.link is None:
+
+        def waits() -> bool:
+            """Whether it still waits: a worker may pull the entry before Redis has answered here, or where it never does."""
+            return not live.over and live.lease == lease and live.link is None
+
+        while waits():
             try:
                 entry = await self._queue.push(ready, live.priority, wait_s=0)
             except BrokerUnavailable as error:
-                if clock() >= give_up:
-                    if live.effort is not None:  # nothing is lost but speed
-                        live.effort.rest()
-                        return
-                    live.fail(error)
-                    self.end(live)
+                if clock() < give_up:
+                    await asyncio.sleep(BROKER_RETRY_S)
+                    continue
+                if not waits():
                     return
-                await asyncio.sleep(BROKER_RETRY_S)
-                continue
+                if live.effort is not None:  # nothing is lost but speed
+                    live.effort.rest()
+                    return
+                self._end_with(live, error)
+                return
             except Exception as error:
                 log.error("session %s could not be queued", live.id, exc_info=error)
-                self._failed(live, "it could not be queued")
+                if waits():
+                    self._failed(live, "it could not be queued", "not_queued")
                 return
             if live.over or live.lease != lease:
                 await self._remove(entry)
@@ -379,7 +427,7 @@ class Sessions:
                     live.missing = None if there else entry
                 else:
                     live.entry_id = None
-                    self._failed(live, "its entry was lost from the queue")
+                    self._failed(live, "its entry was lost from the queue", "entry_lost")
 
     # The prefix tier of all replicas
 

@@ -19,5 +19,9 @@ class DenoiserConfig:
     context_experts: str = context_experts("auto", "auto, as the checkpoint stores them")
     slots: int = setting(8, least=1, metavar="N", help="sessions that a denoiser refines together")
 
+    metrics_port: int | None = setting(
+        None, least=0, most=65535, metavar="P", help="port of Prometheus metrics over HTTP; 0: any free one", otherwise="none"
+    )
+
     def __post_init__(self) -> None:
         check(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,16 @@ from opentelemetry.trace import Span, Tracer
 
 from twotower.broker.ready_queue import ReadySession
 from twotower.denoiser.messages import Begin, BlocksFinished, BlocksShown, Draft, Extend, Held, Row
+from twotower.denoiser.sickness import FinishedBlock
+from twotower.engine.refinement import Refinement
 from twotower.errors import Incompatible, NonFiniteLogits, TwoTowerError
 from twotower.internal.v1 import context_pb2_grpc, link_pb2
 from twotower.rpc.channel import open_channel
 from twotower.rpc.errors import error_from_rpc
 from twotower.tasks import end_tasks
 from twotower.tracing.recorder import transfer
-from twotower.transport.interface import Inlet
+from twotower.transport.interface import Inlet, Received
+from twotower.wire.frames import Key, Spec
 from twotower.wire.handshake import make_hello
 from twotower.wire.logprobs import logprobs_to_pb
 from twotower.wire.params import params_from_pb
@@ -44,6 +47,10 @@ class _Session:
     """From the attachment to its state, or from a finished block to its delta."""
     refining: bool = False
     """Its block is under way here; not: its state or a delta is on its way."""
+    since: float = 0.0
+    """When its block was started, or handed in, by the event loop's clock."""
+    last: tuple[int, ...] = ()
+    """Tokens of its last block."""
 
 
 class ContextLink:
@@ -59,6 +66,11 @@ class ContextLink:
         self._says_arrived = False
         self.closed = False
 
+    @property
+    def refining(self) -> int:
+        """Blocks under way here."""
+        return sum(session.refining for session in list(self._sessions.values()))
+
     # What Worker asks for. Nothing here waits.
 
     def attach(self, held: Held, ready: ReadySession) -> None:
@@ -73,12 +85,13 @@ class ContextLink:
         self._put(link_pb2.WorkerMessage(detach=link_pb2.Detach(sessions=[detached])))
 
     def hand_in(self, finished: BlocksFinished) -> None:
-        """Send the blocks that one forward finished, as far as their sessions are still here."""
+        """Send the blocks that one forward finished, of those sessions that are still here."""
         done = link_pb2.BlocksDone()
         for held, block in finished.blocks:
             session = self._sessions.get(held)
             if session is None:
                 continue
+            self._count(session, block)
             session.refining = False
             session.awaited = transfer(self._tracer, "await delta", held.session_id)
             done.blocks.add(
@@ -93,7 +106,7 @@ class ContextLink:
             self._put(link_pb2.WorkerMessage(done=done))
 
     def show(self, shown: BlocksShown) -> None:
-        """Send blocks on their way, as far as their sessions are still here."""
+        """Send blocks on their way, of those sessions that are still here."""
         stepped = link_pb2.BlocksStepped()
         for held, generated, step in shown.blocks:
             if held in self._sessions:
@@ -105,10 +118,12 @@ class ContextLink:
         """Let go of every session whose block is not under way here: the context has all that it needs."""
         held = [held for held, session in self._sessions.items() if not session.refining]
         self._detach([(one, link_pb2.DETACH_REASON_HANDED_BACK, HANDED_BACK) for one in held])
+        self._worker.metrics.leave("handed_back", len(held))
         self._worker.leave(held)
 
     def fail(self, held: Held, error: Exception) -> None:
         """A session cannot go on here; its slot is free."""
+        self._worker.metrics.leave("not_finite" if isinstance(error, NonFiniteLogits) else "failed")
         if isinstance(error, NonFiniteLogits):
             self._detach([(held, link_pb2.DETACH_REASON_NOT_FINITE, str(error))])
         else:
@@ -117,6 +132,16 @@ class ContextLink:
     def close(self) -> None:
         """End the stream once everything is sent."""
         self._outgoing.put_nowait(None)
+
+    def _count(self, session: _Session, block: Refinement) -> None:
+        now, tokens = asyncio.get_running_loop().time(), tuple(block.tokens.tolist())
+        repeats, gamma = tokens == session.last, block.params.gamma
+        finished = FinishedBlock(len(tokens), block.forwards, block.steps, gamma, repeats, block.draft)
+        self._worker.metrics.finished(finished, now - session.since, block.seconds)
+        session.since, session.last = now, tokens
+
+    def _started(self, session: _Session) -> None:
+        session.refining, session.since = True, asyncio.get_running_loop().time()
 
     def _detach(self, leaving: Iterable[tuple[Held, link_pb2.DetachReason.ValueType, str]]) -> None:
         detach = link_pb2.Detach()
@@ -144,6 +169,7 @@ class ContextLink:
         finally:
             self.closed = True
             held = list(self._sessions)
+            self._worker.metrics.leave("link_lost", len(held))
             self._sessions.clear()
             self._worker.leave(held)
 
@@ -193,6 +219,7 @@ class ContextLink:
                 case "ended":
                     held = [_held(ended.session) for ended in message.ended.sessions]
                     here = [one for one in held if self._sessions.pop(one, None) is not None]
+                    self._worker.metrics.leave("ended", len(here))
                     self._worker.leave(here)
                 case other:
                     raise Incompatible(f"message: {other or 'an empty one'} is not expected here")
@@ -202,11 +229,11 @@ class ContextLink:
             self._put(link_pb2.WorkerMessage(arrived=link_pb2.Arrived()))
 
     async def _take_state(self, call: Any, inlet: Inlet, state: link_pb2.State) -> None:
-        held, device = _held(state.session), self._worker.device
+        held = _held(state.session)
         draft = _draft(state, self._worker.config.vocab_size)
         placed = state.tensors if state.HasField("tensors") else None
         expected = state_spec(self._worker.config, self._worker.dtype, state.length)
-        received = await inlet.receive(placed, expected, device, lambda: _read(call))
+        received = await self._received("state", inlet, placed, expected, call)
         session = self._sessions.get(held)
         if session is None:  # it has left
             received.release()
@@ -216,7 +243,7 @@ class ContextLink:
             raise Incompatible(f"state.length: {state.length} tokens and a block, where {session.ready.tokens} were announced")
         session.awaited.set_attribute("bytes", received.size)
         session.awaited.end()
-        session.refining = True
+        self._started(session)
         begin = Begin(held, self._address, params, session.ready.tokens, state.length, state.generated, received, draft)
         self._worker.loop.inbox.put(begin)
 
@@ -228,14 +255,25 @@ class ContextLink:
         vocab = self._worker.config.vocab_size
         own = [Row(_held(row.session), row.length, row.generated, row.kept, _draft(row, vocab)) for row in rows]
         expected = delta_spec(self._worker.config, self._worker.dtype, len(rows), size)
-        received = await inlet.receive(placed, expected, self._worker.device, lambda: _read(call))
+        received = await self._received("commit", inlet, placed, expected, call)
+        now = asyncio.get_running_loop().time()
         for row in rows:
             session = self._sessions.get(_held(row.session))
             if session is not None:
                 session.awaited.set_attribute("bytes", received.size // len(rows))
                 session.awaited.end()
-                session.refining = True
+                self._worker.metrics.committed(now - session.since)
+                self._started(session)
         self._worker.loop.inbox.put(Extend(own, size, received))
+
+    async def _received(
+        self, what: str, inlet: Inlet, placed: link_pb2.Placed | None, expected: Mapping[Key, Spec], call: Any
+    ) -> Received:
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        received = await inlet.receive(placed, expected, self._worker.device, lambda: _read(call))
+        self._worker.metrics.received(inlet.kind.value, what, received.size, clock() - began)
+        return received
 
 
 @asynccontextmanager

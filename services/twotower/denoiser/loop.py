@@ -172,7 +172,7 @@ class DenoiserLoop:
                 with self.tracer.start_as_current_span("apply", attributes={"batch": len(here)}):
                     mine = deltas.select([row for row, _ in here])
                     apply_batch([r.state for _, r in here], mine, here[0][1].rates, self.engine.tower.kernels)
-        except Exception as error:  # the states are lost, as nobody knows how far it came
+        except Exception as error:  # the states are lost: which layers have taken it is not known
             log.error("a commit could not be applied to %d sessions", len(here), exc_info=error)
             self._fail([(resident, error) for _, resident in here])
             return

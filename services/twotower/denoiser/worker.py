@@ -25,6 +25,7 @@ from twotower.denoiser.messages import (
     SlotsFree,
     TensorsRead,
 )
+from twotower.denoiser.metrics import DenoiserMetrics
 from twotower.engine.progress import Progress
 from twotower.errors import BrokerUnavailable
 from twotower.model.checkpoint import Checkpoint
@@ -58,8 +59,10 @@ class Worker:
         progress: Progress,
         tracer: Tracer = NO_TRACER,
         dial: Dial = dial,
+        metrics: DenoiserMetrics | None = None,
     ) -> None:
         """dial: how a context is called."""
+        self.metrics = metrics or DenoiserMetrics()
         self.loop = loop
         self.dial = dial
         self.id = worker_id
@@ -82,6 +85,16 @@ class Worker:
         self._draining = False
 
     @property
+    def refining(self) -> int:
+        """Blocks under way here."""
+        return sum(link.refining for link in list(self._links.values()))
+
+    @property
+    def draining(self) -> bool:
+        """Whether no session is taken."""
+        return self._draining
+
+    @property
     def load(self) -> int:
         """Sessions here."""
         return len(self._held)
@@ -89,7 +102,7 @@ class Worker:
     async def pull(self) -> None:
         """Until cancelled: take sessions off the queue, as many as there are free slots."""
         while True:
-            while self.load >= self.slots:
+            while self.load >= self.slots or self._draining:
                 self._freed.clear()
                 await self._freed.wait()
             try:
@@ -108,16 +121,25 @@ class Worker:
             with contextlib.suppress(BrokerUnavailable):
                 await self._queue.flush()
 
+    def begin_drain(self) -> None:
+        """Take no sessions from now on, and hand each back at its next block border."""
+        self._draining = True
+        for link in self._links.values():
+            link.hand_back()
+
+    def call_off(self) -> None:
+        """Take sessions again."""
+        self._draining = False
+        self._freed.set()
+
     async def drain(self, timeout_s: float, working: asyncio.Task[None] | None = None) -> None:
         """Hand every session back at its next block border, and close all links. `pull` must have ended.
 
         working: the engine's loop. When that ends before, no session can get to its border, and none is waited for.
         """
-        self._draining = True
         if working is not None:
             working.add_done_callback(lambda _: self._freed.set())
-        for link in self._links.values():
-            link.hand_back()
+        self.begin_drain()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while self._held and (working is None or not working.done()):
@@ -169,7 +191,10 @@ class Worker:
             self._link_to(ready.context_address).refuse(held, f"a worker has no room for {ready.tokens} tokens")
             return False
         self._held[held] = ready.context_address
-        self._link_to(ready.context_address).attach(held, ready)
+        link = self._link_to(ready.context_address)
+        link.attach(held, ready)
+        if self._draining:  # it was on its way when the drain began
+            link.hand_back()
         return True
 
     def _link_to(self, address: str) -> ContextLink:

@@ -49,7 +49,8 @@ class _Running:
         self.result = Completion(index)
         self.block: Refinement | None = None
         params = session.params
-        self.effort = Effort(params.block_size, params.steps, times) if params.mode is Mode.SPECULATIVE else None
+        self.effort = Effort(params.block_size, params.steps, times)
+        """In speculative mode, what its drafts may cost."""
         self._started = time.perf_counter()
 
     def take(self, tokens: list[int], forwards: int, use: DraftUse = NO_DRAFT) -> bool:
@@ -177,7 +178,6 @@ def _speculate(context: ContextEngine, denoiser: DenoiserEngine, running: list[_
     ended: list[_Running] = []
     for one in running:
         session, effort = one.session, one.effort
-        assert effort is not None
         if one.block is None and session.pending is not None and (forwards := effort.choose()):
             one.block = denoiser.start(session.params, session.state, session.generated, session.pending, forwards)
         (steps if one.block is None else drafts).append(one)
@@ -187,7 +187,6 @@ def _speculate(context: ContextEngine, denoiser: DenoiserEngine, running: list[_
         for one, token in zip(steps, context.decode([one.session for one in steps]), strict=True):
             if not isinstance(token, int):
                 raise token
-            assert one.effort is not None
             one.effort.stepped()
             if not one.take([token], 0, DraftUse(context_forwards=int(one in behind))):
                 ended.append(one)
@@ -201,7 +200,7 @@ def _speculate(context: ContextEngine, denoiser: DenoiserEngine, running: list[_
     done = [(one, one.block) for one in drafts if one.block is not None and one.block.done]
     for one, block in done:
         one.block = None
-        if block.error is not None and one.effort is not None:  # the text is the context's: it goes on without
+        if block.error is not None:  # the text is the context's: it goes on without
             one.effort.give_up()
     done = sorted(((o, b) for o, b in done if b.error is None), key=lambda pair: pair[0].session.state.slot)
     if not done:
@@ -211,7 +210,6 @@ def _speculate(context: ContextEngine, denoiser: DenoiserEngine, running: list[_
     times.measured("commit", clock() - started)
     for (one, block), verified in zip(done, rounds, strict=True):
         assert verified is not None
-        assert one.effort is not None
         if verified.error is not None:
             raise verified.error
         one.effort.verified(len(verified.tokens), times)

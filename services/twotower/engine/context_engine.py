@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,18 @@ from twotower_kernels.unmask import draw
 NOT_FINITE = "the context tower's logits are not finite"
 
 
+class StatesLostError(Exception):
+    """A commit has failed after it had begun to change states, and which layers it changed is not known."""
+
+
+@contextmanager
+def _changing_states() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise StatesLostError from error
+
+
 @dataclass(frozen=True, slots=True)
 class Round:
     """What a draft came to: the tokens that AR's steps would have written."""
@@ -38,7 +51,7 @@ class Round:
     error: NonFiniteLogits | None = None
 
     def use(self, block_size: int) -> DraftUse:
-        """What it took, of a draft of so many tokens, the first of which was known."""
+        """What the round took; block_size: tokens of its draft, of which the first was known."""
         return DraftUse(block_size - 1, len(self.tokens) - 1, 1)
 
 
@@ -52,7 +65,7 @@ class ContextEngine:
         self._graphs = CommitGraphs(tower) if use and tower.kernels.paged else None
         self.decay_rates = tower.decay_rates()
         self.times = Times()
-        """What AR steps and verifications took here, and the denoisers' forwards, as far as whoever runs them says so."""
+        """What AR steps and verifications took here. Those who run the denoisers add what their forwards took."""
 
     def open(
         self,
@@ -76,7 +89,7 @@ class ContextEngine:
         return tokens
 
     def read(self, chunks: Sequence[tuple[Session, int]]) -> None:
-        """Read the next tokens of each session's prompt, as many as are said, in one forward.
+        """Read the next tokens of each session's prompt, the given number, in one forward.
 
         When it raises, the states of all these sessions are lost: see `restart`.
         """
@@ -111,23 +124,28 @@ class ContextEngine:
     def commit_together(self, work: Sequence[tuple[Session, Sequence[int]]]) -> DeltaBatch:
         """As `commit`, for blocks of one size: one forward, whose deltas stay together. Fastest in the order of slots.
 
-        When the forward raises, no state has changed; on a GPU it may have, but there the device is lost then.
+        Raises StatesLostError when it fails while states change. When it raises anything else, none has changed.
         """
         tokens = torch.tensor([list(block) for _, block in work], dtype=torch.int64)
         states = [session.state for session, _ in work]
         if self.tower.kernels.paged or (self.tower.compiled and len(states) == 1):
-            return self.extend(tokens, states)[0]
+            with _changing_states():
+                return self.extend(tokens, states)[0]
         verified = self.tower.verify(tokens.to(self.tower.device), states, need_logits=False)
-        return self.tower.accept_all(states, verified)
+        with _changing_states():
+            return self.tower.accept_all(states, verified)
 
     @torch.inference_mode()
     def advance(self, work: Sequence[tuple[Session, Piece]]) -> tuple[DeltaBatch, list[Round | None]]:
         """Take what is kept of each piece into its session's state, in one forward over pieces of one size.
 
         A draft is verified: its row of the second result is what it came to, and the session's `pending` token is the
-        last one of that. When the forward raises, no state has changed (but see `commit_together`).
+        last one of that. It raises what `commit_together` raises.
         """
         drafts = [session for session, piece in work if piece.kept is None]
+        assert all(piece.tokens[0] == session.pending for session, piece in work if piece.kept is None), (
+            "not the token that is due"
+        )
         if not drafts and all(piece.kept == len(piece.tokens) for _, piece in work):
             return self.commit_together([(session, piece.tokens) for session, piece in work]), [None] * len(work)
         states = [session.state for session, _ in work]
@@ -138,7 +156,8 @@ class ContextEngine:
         rounds = [next(found) if want else None for want in wanted]
         counts = [len(round_.tokens) if round_ else piece.kept or 0 for round_, (_, piece) in zip(rounds, work, strict=True)]
         whole = not self.tower.kernels.paged and min(counts) == verified.length
-        deltas = self.tower.accept_all(states, verified) if whole else self.tower.accept(states, verified, counts)
+        with _changing_states():
+            deltas = self.tower.accept_all(states, verified) if whole else self.tower.accept(states, verified, counts)
         for round_, (session, _) in zip(rounds, work, strict=True):
             if round_ is not None:
                 session.pending = round_.tokens[-1]
@@ -146,7 +165,12 @@ class ContextEngine:
         return deltas, rounds
 
     def _verify(self, sessions: Sequence[Session], drafts: Tensor, logits: Tensor) -> list[Round]:
-        """What AR would have written, as far as the drafts (R, L), on the host, agree; logits (R, L, vocab)."""
+        """What AR would have written, up to its first token that is not the draft's.
+
+        drafts (R, L), on the host; logits (R, L, vocab).
+
+        A round ends before logits that are not finite, unless they are its first: AR would write what comes before them.
+        """
         length = drafts.shape[1]
         drawn, sound = _choose(
             [session.params for session in sessions for _ in range(length)], _chances(sessions, length), logits.flatten(0, 1)
@@ -155,13 +179,13 @@ class ContextEngine:
         out = []
         for row, (session, draft, chosen, fine) in enumerate(rows):
             own = chosen.tolist()
-            agree = [a == b for a, b in zip(draft[1:], own, strict=False)]
+            agree = [a == b and ok for a, b, ok in zip(draft[1:], own, fine[1:], strict=False)]
             kept = 1 + (agree.index(False) if False in agree else length - 1)
-            error = None if all(fine[:kept]) else NonFiniteLogits(NOT_FINITE)
-            told: list[TokenLogprob] = []
+            error = None if fine[0] else NonFiniteLogits(NOT_FINITE)
+            logprobs: list[TokenLogprob] = []
             if session.params.logprobs is not None:
-                told = token_logprobs(logits[row, :kept], chosen[:kept], session.params.logprobs)
-            out.append(Round(own[:kept], tuple(told), error))
+                logprobs = token_logprobs(logits[row, :kept], chosen[:kept], session.params.logprobs)
+            out.append(Round(own[:kept], tuple(logprobs), error))
         return out
 
     def decode(self, sessions: Sequence[Session]) -> list[int | NonFiniteLogits]:
@@ -176,8 +200,9 @@ class ContextEngine:
             assert logits is not None
             for session, row in zip(behind, logits, strict=True):
                 session.logits, session.pending = row, None
-                session.rounds.append(STEP)
         drawn = self._draw(sessions)
+        for session in behind:
+            session.rounds.append(STEP)
         for session, token in zip(sessions, drawn, strict=True):
             session.pending = token if isinstance(token, int) else None
         return drawn

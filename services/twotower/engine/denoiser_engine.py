@@ -39,7 +39,7 @@ UNFILTERED = Filters(top_k=None, top_p=None)
 class _Stepped:
     """What a forward and the choice of its tokens come to, on the device."""
 
-    told: Tensor
+    outcome: Tensor
     """(B, 2 L + 1) int64: the new tokens, where they are still masked, and whether all was finite."""
     logits: Tensor
     """(B, L, V) fp32; the mask id's may be overwritten."""
@@ -85,11 +85,11 @@ class DenoiserEngine:
             stepped = self._program(ints, reals, lambda tokens, t: self.tower.denoise(tokens, t, states), choice)
         else:
             stepped = self._replay(pool, blocks, before)
-        told = stepped.told[: len(blocks)].cpu()  # the one word from the device
-        tokens, masked, finite = told[:, :size], told[:, size : 2 * size].bool(), told[:, -1].tolist()
+        outcome = stepped.outcome[: len(blocks)].cpu()  # the only transfer from the device
+        tokens, masked, finite = outcome[:, :size], outcome[:, size : 2 * size].bool(), outcome[:, -1].tolist()
         rows = zip(blocks, tokens.unbind(), masked.unbind(), masked.sum(-1).tolist(), strict=True)
         for i, (block, new, still, left) in enumerate(rows):
-            asked = block.tells_logprobs
+            asked = block.wants_logprobs
             logprobs = self._logprobs(block, stepped.logits[i], new, before[i] & ~still) if asked else None
             if block.params.show_steps and finite[i]:
                 number = block.forwards + 1
@@ -163,8 +163,8 @@ class DenoiserEngine:
         assert block.params.logprobs is not None
         places = chosen.nonzero().squeeze(-1)
         of_places, at = logits[places.to(logits.device)], tokens[places].to(logits.device)
-        told = token_logprobs(of_places, at, block.params.logprobs, self.mask_id, step=block.forwards + 1)
-        return dict(zip(places.tolist(), told, strict=True))
+        logprobs = token_logprobs(of_places, at, block.params.logprobs, self.mask_id, step=block.forwards + 1)
+        return dict(zip(places.tolist(), logprobs, strict=True))
 
 
 def _rows(blocks: Sequence[Refinement], masked: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,9 @@ WEIGHT = 0.4
 TRY_EVERY = 16
 """Rounds after which the next larger effort is tried again, where it could earn more."""
 REST = 64
-"""AR steps after which drafts are tried again, doubled each time in vain, up to"""
+"""AR steps after which drafts are tried again; doubled each time that they still earn less."""
 MAX_REST = 512
+"""The most AR steps between two tries."""
 
 
 @dataclass(slots=True)
@@ -39,30 +40,30 @@ class Times:
         return self.earn_less(self.kept, CHOICES[0])
 
     def earn_less(self, kept: float, steps: int) -> bool:
-        """Whether drafts of so many forwards, that keep so many tokens, earn less than AR steps do."""
+        """Whether drafts of `steps` forwards that keep `kept` tokens earn less than AR steps do."""
         token = self.token or self.commit  # until one is measured: it reads no more than a verification does
         return kept * token < self.round(steps)
 
     def measured(self, name: str, seconds: float) -> None:
         """Take one more measurement."""
         before = getattr(self, name)
-        # What is far slower than usual met something else: a compilation, a neighbour's prompt.
+        # A measurement far above the mean has another cause, such as a compilation or a neighbour's prompt.
         setattr(self, name, seconds if not before else before + 0.1 * (min(seconds, 4 * before) - before))
 
     def round(self, steps: int) -> float:
-        """A round whose draft takes so many forwards."""
+        """A round whose draft takes `steps` forwards."""
         return steps * self.step + self.commit
 
 
 class Effort:
-    """One session's."""
+    """How much a draft of one session may cost."""
 
     def __init__(self, block_size: int, fixed: int = 0, times: Times | None = None) -> None:
-        """fixed: forwards for every draft, as the request says; 0: chosen here. times: what others have met."""
+        """fixed: forwards for every draft, as the request says; 0: chosen here. times: what other sessions have measured."""
         self._fixed = fixed
         self._block_size = block_size
         self._kept: dict[int, float] = {CHOICES[0]: min(times.kept if times else GUESS, GUESS, block_size)}
-        """Tokens a round of so many forwards keeps."""
+        """By forwards, the tokens that a round keeps."""
         self._choice = CHOICES[0]
         self._rounds = 0
         """Since the choice was made."""
@@ -123,7 +124,7 @@ class Effort:
         self._choose(best)
 
     def _could_earn_more(self, steps: int, than: int, times: Times) -> bool:
-        """Whether a perfect draft of so many forwards would."""
+        """Whether a perfect draft of `steps` forwards would earn more than one of `than` forwards does."""
         return self._block_size * times.round(than) > self._kept[than] * times.round(steps)
 
     def _choose(self, steps: int) -> None:

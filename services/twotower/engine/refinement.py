@@ -64,8 +64,8 @@ class Refinement:
         return self.steps - self.forwards
 
     @property
-    def tells_logprobs(self) -> bool:
-        """Whether the request wants to know what this tower gives its tokens; of a draft, the context's word counts."""
+    def wants_logprobs(self) -> bool:
+        """Whether the request asks for the log probabilities of this tower. Those of a draft are the context tower's."""
         return self.params.logprobs is not None and not self.draft
 
     @property

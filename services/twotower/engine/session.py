@@ -20,7 +20,7 @@ class Piece(NamedTuple):
 
     tokens: list[int]
     kept: int | None
-    """The first so many stay. None: they are a draft, and the forward finds out."""
+    """How many of the first ones. None: the tokens are a draft, and its verification decides."""
 
 
 def block_tokens(params: GenerationParams) -> int:
@@ -57,7 +57,7 @@ class Transcript:
 
 
 class Session:
-    """Prompt, parameters, state, and how far it has come. It belongs to the loop of its tower, or to whoever made it.
+    """Prompt, parameters, state, and how far it has come. It belongs to the loop of its tower, or to the code that opened it.
 
     In the autoregressive modes the last token is written before the state holds it: it is `pending`. An AR
     step takes it, and so does a round, whose draft begins with it.
@@ -82,8 +82,6 @@ class Session:
         self.prompt = list(tokens[:prompt_end])
         self.params = params
         self.state = state
-        self.room = room_for(len(tokens), generated, params)
-        """Tokens that the state will hold at most."""
         self.transcript = Transcript(params, generated)
         self.written = list(tokens[prompt_end:])
         """What has been written so far; after the beginning, kept in the autoregressive modes only."""
@@ -91,7 +89,7 @@ class Session:
         """What is written, or drafted, but not yet in the state."""
         self.rounds: list[int] = []
         """In the autoregressive modes, how `written` became part of the state, but for its last token: by a verified draft, of
-        which the first so many tokens were kept, or by a `STEP`."""
+        which this many tokens were kept, or by a `STEP`."""
         self.logits: Tensor | None = None
         """(vocab,) of the next token, in the autoregressive modes."""
         self.pending: int | None = None
@@ -106,7 +104,10 @@ class Session:
             self.rewrite()
 
     def rewrite(self) -> None:
-        """Have all that is written taken into the state again: in AR modes, or before anything was committed."""
+        """Have all that is written taken into the state again.
+
+        In diffusion mode `blocks` still holds it, as this is not called there after a commit.
+        """
         if self.params.mode is Mode.DIFFUSION or not self.written:
             return
         self.blocks.clear()

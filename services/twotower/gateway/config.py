@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from twotower.errors import ConfigError
+from twotower.gateway.scaling import Bounds, Policy
 from twotower.service.config import ServiceConfig, context_experts
 from twotower.settings.declare import part, setting
 from twotower.settings.values import check
@@ -49,7 +51,46 @@ class GatewayConfig:
         otherwise="none",
     )
     reopen_wait_s: float = setting(
-        15.0, unit="s", metavar="S", help="seconds that a request whose context died waits for another one"
+        15.0,
+        unit="s",
+        metavar="S",
+        help="seconds that a request waits for a context or a denoiser while none is live: a first one starts, or one died",
+    )
+    ar_fallback: bool = setting(
+        False, help="serve diffusion requests in mode ar while no denoiser is live, instead of holding them; the reply says so"
+    )
+    linger_s: float = setting(
+        0.0,
+        unit="s",
+        metavar="S",
+        help="seconds after SIGTERM for which a gateway still takes requests, until whoever balances load has noticed that it "
+        "is not ready",
+    )
+    min_denoisers: int = setting(
+        1,
+        least=0,
+        metavar="N",
+        help="fewest denoisers that are wanted; 0: none while nobody asks, and requests wait for the first",
+    )
+    max_denoisers: int = setting(16, least=1, metavar="N", help="most denoisers that are wanted")
+    min_contexts: int = setting(
+        1,
+        least=0,
+        metavar="N",
+        help="fewest contexts that are wanted; 0: none while nobody asks, and requests wait for the first",
+    )
+    max_contexts: int = setting(4, least=1, metavar="N", help="most contexts that are wanted")
+    scale_goal_s: float = setting(
+        2.0, unit="s", metavar="S", help="seconds that a session may wait for a slot before more replicas are wanted"
+    )
+    scale_fill: float = setting(
+        0.8, least=0.05, most=1, metavar="X", help="share of the replicas' slots that is planned with; the rest is for bursts"
+    )
+    scale_up_every_s: float = setting(
+        15.0, unit="s", metavar="S", help="seconds between two raises of how many are wanted: time for a replica to start"
+    )
+    scale_down_after_s: float = setting(
+        120.0, unit="s", metavar="S", help="seconds for which fewer replicas must have been enough before fewer are wanted"
     )
     snapshot_keep_s: float = setting(
         60.0, unit="s", metavar="S", help="seconds for which the last known replicas count while Redis does not answer"
@@ -57,6 +98,21 @@ class GatewayConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        for least, most in (("min_denoisers", "max_denoisers"), ("min_contexts", "max_contexts")):
+            if getattr(self, least) > getattr(self, most):
+                raise ConfigError(f"{least}: {getattr(self, least)} is more than {most}, {getattr(self, most)}")
+
+    @property
+    def scaling(self) -> Policy:
+        """How many replicas are wanted when."""
+        return Policy(
+            denoisers=Bounds(self.min_denoisers, self.max_denoisers),
+            contexts=Bounds(self.min_contexts, self.max_contexts),
+            goal_s=self.scale_goal_s,
+            fill=self.scale_fill,
+            up_every_s=self.scale_up_every_s,
+            down_after_s=self.scale_down_after_s,
+        )
 
     @property
     def served_name(self) -> str:

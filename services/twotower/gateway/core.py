@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from twotower.broker.registry import ReplicaKind
 from twotower.errors import InvalidArgument, Overloaded, Unavailable
 from twotower.events import Accepted, Block, Event, Finished, Shown
+from twotower.gateway.holding import Holding
 from twotower.gateway.metrics import CANCELLED, COMPLETED, Metrics, outcome_of
 from twotower.gateway.preparation import Preparation, hidden_ids, text_stream
 from twotower.gateway.replicas import ReplicaPool
@@ -60,22 +63,45 @@ class Prepared:
     warnings: tuple[str, ...]
 
 
+IN_AR = 'no denoiser is live: mode "ar" is used instead of "diffusion"'
+"""Warning of a reply."""
+
+
 class Core:
     """Checks, admits, routes and streams: `admit`, then `prepare`, then `run`."""
 
     def __init__(
-        self, model: ServedModel, pool: ReplicaPool, metrics: Metrics, *, max_in_flight: int, reopen_wait_s: float
+        self,
+        model: ServedModel,
+        pool: ReplicaPool,
+        metrics: Metrics,
+        *,
+        max_in_flight: int,
+        reopen_wait_s: float,
+        ar_fallback: bool = False,
+        from_zero: Collection[ReplicaKind] = (),
     ) -> None:
+        """reopen_wait_s: how long a request waits for a replica while none is live. from_zero: of these, none need be live."""
         self.model = model
         self.metrics = metrics
         self._pool = pool
         self.max_in_flight = max_in_flight
         """Requests that are taken at once."""
         self._reopen_wait_s = reopen_wait_s
+        self._ar_fallback = ar_fallback
+        self._from_zero = from_zero
+        self.held_for_context = Holding(lambda: pool.contexts, reopen_wait_s, "no context replica is live, nor became so")
+        self.held_for_denoiser = Holding(
+            lambda: pool.denoisers,
+            reopen_wait_s,
+            'no denoiser is live, which mode "diffusion" needs (mode "ar" works without one), nor became so',
+        )
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
+        self.leaving = False
+        """Requests are still taken, but should go to others."""
         self._readers = ThreadPoolExecutor(READERS, "reader")
 
     def close(self) -> None:
@@ -92,16 +118,24 @@ class Core:
         """Why requests would fail now; None if they will succeed."""
         if self._draining:
             return "this gateway is shutting down"
-        if self._pool.contexts == 0:
+        if self.leaving:
+            return "this gateway is draining" if self._in_flight else "this gateway is drained"
+        if self._missing("context"):
             return "no context replica is live"
-        if self._pool.denoisers == 0:
+        if not self._ar_fallback and self._missing("denoiser"):
             return "no denoiser is live"
         return None
+
+    def _missing(self, kind: ReplicaKind) -> bool:
+        """Whether none has been live for longer than requests wait for one. Until then they are held, and the gateway is
+        ready: otherwise nobody could be served while a replica that is alone restarts."""
+        return kind not in self._from_zero and self._pool.none_for_s(kind) > self._reopen_wait_s
 
     async def prepare(self, requests: Sequence[Request]) -> list[Prepared]:
         """Check and tokenize admitted requests. Raises InvalidArgument, which names the field."""
         prompts = dict.fromkeys(request.prompt for request in requests)  # a prompt may have several choices
-        return await self.read(sum(map(len, prompts)), lambda: self._prepare(requests))
+        prepared = await self.read(sum(map(len, prompts)), lambda: self._prepare(requests))
+        return [self._in_ar_if_need_be(request) for request in prepared]
 
     def _prepare(self, requests: Sequence[Request]) -> list[Prepared]:
         preparation = Preparation(self.model.tokenizer, self.model.limits)
@@ -156,6 +190,7 @@ class Core:
             on_reopen=metrics.reopened.inc,
         )
         try:
+            await self._hold(params.mode, deadline)
             yield Accepted(request.job.request_id, len(request.job.prompt), request.warnings)
             async with aclosing(session.events()) as events:
                 async for event in events:
@@ -196,6 +231,25 @@ class Core:
         finally:
             self._count(params.mode, outcome)
 
+    async def _hold(self, mode: Mode, deadline: float | None) -> None:
+        """Wait until there are replicas for a request. Raises Unavailable, DeadlineExceeded."""
+        await self.held_for_context.wait(deadline)
+        if mode is Mode.DIFFUSION:
+            await self.held_for_denoiser.wait(deadline)
+
+    def _in_ar_if_need_be(self, request: Prepared) -> Prepared:
+        """The request, in AR mode if there is no denoiser and the operator allows it."""
+        params = request.job.params
+        if not self._ar_fallback or params.mode is not Mode.DIFFUSION or self._pool.denoisers:
+            return request
+        job = dataclasses.replace(request.job, params=dataclasses.replace(params, mode=Mode.AR))
+        return dataclasses.replace(request, job=job, warnings=(*request.warnings, IN_AR))
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are being served, or held."""
+        return self._in_flight
+
     @property
     def draining(self) -> bool:
         """Whether new requests are refused, since this gateway is about to end."""
@@ -221,10 +275,6 @@ class Core:
             raise InvalidArgument("prompt", f"{len(requests)} prompts at once; this gateway takes {self.max_in_flight}")
         if self._in_flight + len(requests) > self.max_in_flight:
             raise Overloaded(f"{self._in_flight} requests are in flight, and {self.max_in_flight} is the most; try again")
-        if self._pool.contexts == 0:
-            raise Unavailable("no context replica is live")
-        if self._pool.denoisers == 0 and any(request.mode is Mode.DIFFUSION for request in requests):
-            raise Unavailable('no denoiser is live, which mode "diffusion" needs; mode "ar" works without one')
 
     def _change_in_flight(self, change: int) -> None:
         self._in_flight += change

@@ -19,6 +19,7 @@ from twotower import __version__
 from twotower.errors import Overloaded, TwoTowerError
 from twotower.gateway import openai_replies as replies
 from twotower.gateway.bodies import Bodies
+from twotower.gateway.brain import Brain
 from twotower.gateway.core import Core
 from twotower.gateway.http_envelope import REQUEST_ID, TIMING, Envelope
 from twotower.gateway.http_generate import Generate, ModelNotFoundError, check_model
@@ -35,7 +36,7 @@ RETRY_STATUSES = (429, 503)
 CORS_MAX_AGE_S = 600
 
 
-def make_app(core: Core, bodies: Bodies, scorer: Scorer, cors_origins: Sequence[str] = ()) -> ASGIApp:
+def make_app(core: Core, bodies: Bodies, brain: Brain, scorer: Scorer, cors_origins: Sequence[str] = ()) -> ASGIApp:
     """The ASGI application. `cors_origins`: web pages of which origins may use it from a browser; "*": all."""
 
     async def healthz(request: Request) -> Response:
@@ -49,6 +50,9 @@ def make_app(core: Core, bodies: Bodies, scorer: Scorer, cors_origins: Sequence[
 
     async def metrics(request: Request) -> Response:
         return Response(generate_latest(core.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def pool(request: Request) -> Response:
+        return JSONResponse(brain.body())
 
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [replies.model_body(core.model)]})
@@ -78,6 +82,7 @@ def make_app(core: Core, bodies: Bodies, scorer: Scorer, cors_origins: Sequence[
             Route("/v1/responses", responses, methods=["GET", "POST", "DELETE"]),
             Route("/v1/responses/{rest:path}", responses, methods=["GET", "POST", "DELETE"]),
             Route("/v1/models", models),
+            Route("/v1/pool", pool),
             Route("/v1/models/{model:path}", model),
             Route("/tokenize", text.tokenize, methods=["POST"]),
             Route("/detokenize", text.detokenize, methods=["POST"]),

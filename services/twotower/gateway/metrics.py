@@ -96,6 +96,18 @@ class Metrics:
         )
         self.contexts = Gauge("twotower_gateway_contexts_live", "Contexts that announce themselves", registry=registry)
         self.denoisers = Gauge("twotower_gateway_denoisers_live", "Denoisers that announce themselves", registry=registry)
+        self.denoisers_wanted = Gauge(
+            "twotower_denoisers_wanted", "Denoisers that are wanted, for whoever scales them", registry=registry
+        )
+        self.contexts_wanted = Gauge(
+            "twotower_contexts_wanted", "Contexts that are wanted, for whoever scales them", registry=registry
+        )
+        self.held = Gauge(
+            "twotower_gateway_requests_held",
+            "Requests that wait for a first replica, by its role",
+            ("role",),
+            registry=registry,
+        )
 
     def count_round(self, use: DraftUse, tokens: int) -> None:
         """A round of speculative mode, or an AR step in it, wrote so many tokens."""

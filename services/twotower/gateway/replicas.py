@@ -13,6 +13,7 @@ import grpc
 
 from twotower.broker.registry import Replica, ReplicaKind
 from twotower.errors import BrokerUnavailable
+from twotower.gateway.brain import Snapshot
 from twotower.gateway.prefixes import PromptChains, SentPrefixes
 from twotower.internal.v1 import context_pb2_grpc, scoring_pb2_grpc
 from twotower.prefix.chain import ChainSpec, unpack_links
@@ -106,11 +107,25 @@ class ReplicaPool:
         self._sent = SentPrefixes()
         self.denoisers = 0
         """Live denoiser workers."""
+        self.snapshot = Snapshot()
+        """As last announced; what the registry forgot all at once stays for a while."""
+        self._none_since: dict[ReplicaKind, float] = {"context": -math.inf, "denoiser": -math.inf}
+        """When the last live replica of a kind had gone; long ago: there was none yet."""
 
     @property
     def contexts(self) -> int:
         """Live context replicas."""
         return len(self._live)
+
+    @property
+    def away(self) -> bool:
+        """Whether the registry does not answer."""
+        return self._away
+
+    def none_for_s(self, kind: ReplicaKind) -> float:
+        """For how long no replica of a kind has been live; 0: one is, infinity: none has been yet."""
+        live = self.contexts if kind == "context" else self.denoisers
+        return 0.0 if live else self._clock() - self._none_since[kind]
 
     def pick(self, avoid: Collection[ContextReplica] = (), prompt: PromptChains | None = None) -> ContextReplica | None:
         """The usable context that holds most of the prompt's prefix, among those not overloaded; else the least loaded.
@@ -144,6 +159,7 @@ class ReplicaPool:
         try:
             contexts = await self._source.replicas("context")
             denoisers = await self._source.replicas("denoiser")
+            gateways = await self._source.replicas("gateway")
         except BrokerUnavailable as error:
             if not self._away:
                 log.warning("%s; the last known replicas are used for %.0f s", error, self._keep_s)
@@ -152,15 +168,29 @@ class ReplicaPool:
                 return
             self.denoisers = 0
             await self._take(())
+            self._note_live()
             return
         if self._away:
             log.warning("the registry answers again")
         self._away = False
         self._refreshed = self._clock()
-        if not self._forgotten("denoiser", denoisers):
+        if self._forgotten("denoiser", denoisers):
+            denoisers = self.snapshot.denoisers
+        else:
             self.denoisers = sum(replica.capacity > 0 for replica in denoisers)
-        if not self._forgotten("context", contexts):
+        if self._forgotten("context", contexts):
+            contexts = self.snapshot.contexts
+        else:
             await self._take(contexts)
+        self.snapshot = Snapshot(gateways, contexts, denoisers)
+        self._note_live()
+
+    def _note_live(self) -> None:
+        now = self._clock()
+        if self.contexts:
+            self._none_since["context"] = now
+        if self.denoisers:
+            self._none_since["denoiser"] = now
 
     def _forgotten(self, kind: ReplicaKind, named: Sequence[Replica]) -> bool:
         """Whether a list that is empty all at once should not be believed yet."""

@@ -73,7 +73,7 @@ class SessionStream:
     ) -> None:
         """`wait_s`: how long to wait for another context. `deadline`: by the loop's clock.
 
-        `on_open` is told how many tokens of the prompt the context chosen is thought to hold.
+        `on_open` takes how many tokens of the prompt the chosen context is expected to hold.
         """
         self._pool = pool
         self._job = job
@@ -120,7 +120,7 @@ class SessionStream:
                 self._failures += lost.suspect
                 self._losses += 1
                 self._full.clear()  # that was when the session was opened
-                if (reason := self._complete()) is not None:  # only the word that it is over was lost
+                if (reason := self._complete()) is not None:  # only the last message was lost
                     yield reason
                     return
                 if self._failures >= MAX_FAILURES:
@@ -188,7 +188,7 @@ class SessionStream:
         finally:
             replica.in_flight -= 1
             call.cancel()
-        if finish is not None:  # told when the call is over: cancelled while it ends, it would log an error in the context
+        if finish is not None:  # after the end of the call: if it were cancelled before, the context would log an error
             yield finish
 
     def _judge(self, replica: ContextReplica, rpc: grpc.aio.AioRpcError, held_s: float) -> TwoTowerError | _LostError:
@@ -198,7 +198,7 @@ class SessionStream:
             replica.lose()
             reached = "failed to connect" not in str(rpc.details())
             return _LostError(str(error), suspect=reached and held_s < QUICK_S)
-        # Redis is the same for all; and whoever drains has not tried.
+        # Redis is the same for all contexts, and one that drains has not tried the request.
         if isinstance(error, Unavailable) and not isinstance(error, BrokerUnavailable | Draining):
             self._pool.pass_over(replica)
             return _LostError(str(error))

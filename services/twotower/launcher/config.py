@@ -57,7 +57,7 @@ class UpConfig:
     )
     gateway: GatewayConfig = part(GatewayConfig, "the gateway", without=("max_in_flight",))
     context: ContextConfig = part(ContextConfig, "each context", without=("host", "port", "advertise", "turns", "metrics_port"))
-    denoiser: DenoiserConfig = part(DenoiserConfig, "each denoiser", without=("host", "port", "turns"))
+    denoiser: DenoiserConfig = part(DenoiserConfig, "each denoiser", without=("host", "port", "turns", "metrics_port"))
     debug: bool = False
     """Whether services log in detail."""
 

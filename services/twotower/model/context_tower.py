@@ -13,7 +13,7 @@ from twotower.model.layers import Attention, Mamba2, linear
 from twotower.model.partial import Changes, Verified, take_first
 from twotower.model.passes import CommitPass, Pass, PrefillPass, VerifyPass
 from twotower.model.rows import Rows, rows_of
-from twotower.model.state import ContextState, Delta, KVDelta, MambaDelta
+from twotower.model.state import ContextState, Delta
 from twotower.model.tower import Layer, LazyGraph, Tower
 from twotower_kernels.block import ScanFactors
 from twotower_kernels.kernels import TORCH
@@ -85,7 +85,7 @@ class ContextTower(nn.Module):
 
     @torch.inference_mode()
     def read(self, chunks: Sequence[Tensor], states: Sequence[ContextState]) -> Tensor:
-        """As `prefill`, for whoever wants to know what every position comes to.
+        """As `prefill`, for callers that need every position.
 
         Returns h (sum of L_i, hidden), of which `logits(h[i:j].unsqueeze(1))` makes logits: those of all positions may be
         more than there is memory for.
@@ -185,7 +185,8 @@ class ContextTower(nn.Module):
 
     def _forward(self, tokens: Tensor, states: Sequence[ContextState], *, need_hidden: bool) -> tuple[Tensor, list[Delta]]:
         h, changes = self.forward_rows(tokens, rows_of(states, self.kernels), need_hidden=need_hidden)
-        return h, deltas_of(tokens.shape[1], changes, len(states))
+        batch = DeltaBatch(tokens.shape[1], changes)
+        return h, [batch.row(row) for row in range(len(states))]
 
     def forward_rows(self, tokens: Tensor, rows: Rows, *, need_hidden: bool) -> tuple[Tensor, Changes]:
         """Run the layers over tokens (B, L); update S, conv tails and KV in place, but not the lengths.
@@ -221,17 +222,6 @@ class ContextTower(nn.Module):
         out: Tensor = h + x
         ended_stateful = self._last_stateful == len(self.context_tower.layers) - 1
         return out[:, wanted] if ended_stateful and wanted is not None else out
-
-
-def deltas_of(length: int, changes: Changes, rows: int) -> list[Delta]:
-    """What a commit of `length` tokens changed, session by session."""
-    return [Delta(length, {i: _row(change, row) for i, change in changes.items()}) for row in range(rows)]
-
-
-def _row(change: ScanFactors | KVDelta, row: int) -> MambaDelta | KVDelta:
-    if isinstance(change, KVDelta):
-        return KVDelta(change.k[row], change.v[row])
-    return MambaDelta(change.x[row], change.b[row], change.dt[row], change.conv[row])
 
 
 def _mamba(layer: nn.Module) -> Mamba2:

@@ -25,7 +25,7 @@ class DeltaBatch:
     layers: Mapping[int, Change]
     """By layer; all tensors with the axis of the rows in front, as the forward made them. Nobody writes to them."""
     counts: tuple[int, ...] | None = None
-    """Of each row, the first so many positions were taken into the state; None: all of every row."""
+    """How many of the first positions of each row were taken into the state; None: all of every row."""
 
     @classmethod
     def of(cls, delta: Delta) -> DeltaBatch:

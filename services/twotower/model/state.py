@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -198,45 +197,3 @@ class ContextState:
             else:
                 self.kv[i].write(self.length, change.k, change.v)
         self.length += delta.length
-
-
-class Extension(NamedTuple):
-    """A state that is to take a delta."""
-
-    state: ContextState
-    delta: Delta
-    decay_rates: Mapping[int, Tensor]
-    """See `ContextState.apply`."""
-
-
-@torch.inference_mode()
-def apply_all(extensions: Sequence[Extension], kernels: Kernels = TORCH) -> None:
-    """`ContextState.apply` for many states, to the same bits; those of one pool with the same rates share operations."""
-    groups: dict[tuple[int, int, int], list[Extension]] = defaultdict(list)
-    for one in extensions:
-        groups[id(one.state.pool), id(one.decay_rates), one.delta.length].append(one)
-    for group in groups.values():
-        if len(group) == 1 or group[0].state.pool is None:
-            for state, delta, rates in group:
-                state.apply(delta, rates, kernels)
-        else:
-            _apply_in_pool(group, kernels)
-
-
-def _apply_in_pool(group: Sequence[Extension], kernels: Kernels) -> None:
-    states, deltas, rates = [one.state for one in group], [one.delta for one in group], group[0].decay_rates
-    pool = states[0].pool
-    assert pool is not None
-    slots = torch.tensor([state.slot for state in states], device=pool.device)
-    for i, first in deltas[0].layers.items():
-        changes = [delta.layers[i] for delta in deltas]
-        if isinstance(first, KVDelta):
-            for state, change in zip(states, changes, strict=True):
-                assert isinstance(change, KVDelta)
-                state.kv[i].write(state.length, change.k, change.v)
-        else:
-            x, b, dt, conv = (torch.stack([getattr(change, name) for change in changes]) for name in ("x", "b", "dt", "conv"))
-            kernels.apply_factors_(pool.ssm[i], x, b, dt, rates[i], slots=slots)
-            pool.conv[i].index_copy_(0, slots, conv)
-    for state, delta in zip(states, deltas, strict=True):
-        state.length += delta.length

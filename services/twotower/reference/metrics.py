@@ -28,9 +28,9 @@ _HEAD = """# Metrics
 
 Generated from the source by `make docs`; do not edit.
 
-Services offer their metrics in Prometheus' text format: a gateway at `/metrics` of its HTTP port, a context at the port that
-`--metrics-port` names. Counters count since the start of their process. A histogram has the series `_bucket`, `_sum` and
-`_count`.
+Services offer their metrics in Prometheus' text format: a gateway at `/metrics` of its HTTP port, a context and a denoiser at
+`/metrics` of the port that `--metrics-port` names. Counters count since the start of their process. A histogram has the series
+`_bucket`, `_sum` and `_count`.
 """
 
 

@@ -7,10 +7,25 @@ import grpc
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 """Enough for frame batches of 2 MiB, and for a prompt of 262,144 ids, with room to spare."""
 
-KEEPALIVE_MS = 10_000
-KEEPALIVE_TIMEOUT_MS = 10_000
+KEEPALIVE_MS = 3_000
+KEEPALIVE_TIMEOUT_MS = 5_000
+"""A peer that is stopped or has vanished is given up after both together: a worker's slots wait for its context that long."""
 
 ChannelOptions = tuple[tuple[str, int | str], ...]
+
+
+def keepalive(every_ms: int, timeout_ms: int) -> ChannelOptions:
+    """Ping the peer while calls are open: one that is stopped, or whose machine has vanished, never closes its connection.
+
+    gRPC's own limit for the answer to a ping, of a minute, holds beside the one for keepalive: both are set.
+    """
+    return (
+        ("grpc.keepalive_time_ms", every_ms),
+        ("grpc.keepalive_timeout_ms", timeout_ms),
+        ("grpc.http2.ping_timeout_ms", timeout_ms),
+        ("grpc.http2.max_pings_without_data", 0),
+    )
+
 
 SIZE_OPTIONS: ChannelOptions = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -19,11 +34,8 @@ SIZE_OPTIONS: ChannelOptions = (
 
 CHANNEL_OPTIONS: ChannelOptions = (
     *SIZE_OPTIONS,
-    # A peer whose machine vanished never closes its connection: ping it while calls are open.
-    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-    ("grpc.http2.max_pings_without_data", 0),
-    # A restarted peer is to be found again within about a second, not after gRPC's default of up to two minutes.
+    *keepalive(KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS),
+    # A restarted peer should be found again within about a second, not after gRPC's default of up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),

@@ -10,7 +10,7 @@ from grpc_reflection.v1alpha import reflection
 from twotower.errors import PortInUse, ServiceFailed
 from twotower.rpc.address import check_port, join_address
 from twotower.rpc.aio_server import make_server
-from twotower.rpc.channel import MAX_MESSAGE_BYTES, ChannelOptions
+from twotower.rpc.channel import MAX_MESSAGE_BYTES, ChannelOptions, keepalive
 from twotower.rpc.health import HealthServicer
 from twotower.rpc.interceptor import ErrorInterceptor
 from twotower.rpc.limits import CallLimits
@@ -23,10 +23,14 @@ SERVER_OPTIONS: ChannelOptions = (
     # Peers ping every few seconds while a call is open (see channel.py); that is no abuse.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    *keepalive(10_000, 10_000),
     ("grpc.server_handshake_timeout_ms", 10_000),  # for a connection's first bytes
 )
+
+
+LIVENESS = "liveness"
+"""What health checks name to ask whether the process works at all: SERVING as long as anything is answered, also by a tower
+that drains or a gateway that finds nobody, which must not be killed for it."""
 
 
 class RpcServer:
@@ -72,6 +76,7 @@ class RpcServer:
             (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME),
             self.server,
         )
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self.set_serving(False)
         check_port(self._host, self._port, self._option)  # gRPC's own message does not give the reason
         try:

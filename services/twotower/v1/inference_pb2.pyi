@@ -413,7 +413,7 @@ Global___DraftUse: _TypeAlias = DraftUse  # noqa: Y015
 @_typing.final
 class Step(_message.Message):
     """A block after one of its forwards. Provisional: what is not committed may still change, and a step may be missing where a
-    client reads slowly, or come again where a block is begun anew.
+    client reads slowly, or come again where a block is begun anew. In speculative mode it is a draft: nothing of it is committed.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

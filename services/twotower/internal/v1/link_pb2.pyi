@@ -65,9 +65,7 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     """The worker does not hold that lease (any more)."""
     END_REASON_PAUSED: _EndReason.ValueType  # 3
     """The session waits for its client, who does not read; it is queued again later."""
-    END_REASON_FAILED: _EndReason.ValueType  # 4
-    """It cannot go on; the client has the error."""
-    END_REASON_RESTING: _EndReason.ValueType  # 5
+    END_REASON_RESTING: _EndReason.ValueType  # 4
     """Its drafts earn less than AR's own steps; it may be queued again later."""
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper):
@@ -80,9 +78,7 @@ END_REASON_LEASE_LOST: EndReason.ValueType  # 2
 """The worker does not hold that lease (any more)."""
 END_REASON_PAUSED: EndReason.ValueType  # 3
 """The session waits for its client, who does not read; it is queued again later."""
-END_REASON_FAILED: EndReason.ValueType  # 4
-"""It cannot go on; the client has the error."""
-END_REASON_RESTING: EndReason.ValueType  # 5
+END_REASON_RESTING: EndReason.ValueType  # 4
 """Its drafts earn less than AR's own steps; it may be queued again later."""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
 
@@ -185,7 +181,7 @@ class SessionRef(_message.Message):
     LEASE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     lease: _builtins.int
-    """Counts how often the session was queued."""
+    """Counts how often the session was queued, and how often it left a worker."""
     def __init__(
         self,
         *,
@@ -734,7 +730,7 @@ class CommittedBlock(_message.Message):
     GENERATED_FIELD_NUMBER: _builtins.int
     DRAFT_FIELD_NUMBER: _builtins.int
     kept: _builtins.int
-    """The first so many tokens of the block that were taken into the state."""
+    """How many of the first tokens of the block were taken into the state."""
     length: _builtins.int
     """Tokens that the state holds now."""
     generated: _builtins.int
