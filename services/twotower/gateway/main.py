@@ -19,7 +19,7 @@ from twotower.broker.connection import connect
 from twotower.broker.heartbeat import Announcer, heartbeat
 from twotower.broker.registry import Registry, Replica, ReplicaKind
 from twotower.errors import BrokerUnavailable
-from twotower.garbage import return_large_blocks, freeze_loaded_objects
+from twotower.garbage import freeze_loaded_objects, return_large_blocks
 from twotower.gateway.bodies import ID_BYTES, Bodies, body_limits
 from twotower.gateway.brain import Brain
 from twotower.gateway.config import GatewayConfig
