@@ -164,6 +164,8 @@ class ContextLink:
                 await self._run(call)
         except grpc.aio.AioRpcError as rpc:
             log.warning("the link to context %s broke: %s", self._address, error_from_rpc(rpc))
+        except asyncio.InvalidStateError:  # gRPC's for a message that is written when the call has ended already
+            log.warning("the link to context %s broke while something was sent", self._address)
         except TwoTowerError as error:
             log.error("the link to context %s is given up: %s", self._address, error)
         finally:
