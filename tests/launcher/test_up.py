@@ -81,7 +81,7 @@ def test_a_stack_serves_and_drains(checkpoint: Path) -> None:
 def test_services_that_are_killed(checkpoint: Path) -> None:
     """A worker, then the context, in the middle of requests: all are answered, once, and the services come back."""
     expected = LocalEngine(checkpoint, threads=1).generate([5, 6, 7], LONG).token_ids
-    with up(checkpoint) as stack, ThreadPoolExecutor() as pool:
+    with up(checkpoint, "--reopen-wait", 60) as stack, ThreadPoolExecutor() as pool:
         requests = [pool.submit(_long, stack.grpc, "5 6 7") for _ in range(3)]
         for kind in ("denoiser", "context"):
             time.sleep(2.5)
