@@ -26,7 +26,7 @@ def load(name: str) -> Any:
 
 
 def test_hooks_are_what_lint_runs() -> None:
-    words = ["make", "-n", "-o", "setup", "-o", "proto-check", "lint"]
+    words = ["make", "--no-print-directory", "-n", "-o", "setup", "-o", "proto-check", "lint"]
     shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     (repo,) = load(".pre-commit-config.yaml")["repos"]
     entries = [hook["entry"] for hook in repo["hooks"]]
