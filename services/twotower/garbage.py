@@ -1,4 +1,4 @@
-"""Python's garbage collector in a service."""
+"""What a service does with memory that it no longer uses: Python's garbage collector, and the C library's heap."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ def freeze_loaded_objects() -> None:
     gc.freeze()
 
 
-M_MMAP_THRESHOLD = -3
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 LARGE_BYTES = 1 << 20
+KEPT = ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 1 << 30), (M_TOP_PAD, 64 << 20))
+"""32 MB is the largest threshold that glibc takes."""
 
 
 def return_large_blocks() -> None:
@@ -25,5 +27,20 @@ def return_large_blocks() -> None:
 
     By default glibc keeps some of this memory once such blocks have been freed; how much depends on their order.
     """
+    _set_heap((M_MMAP_THRESHOLD, LARGE_BYTES))
+
+
+def keep_freed_blocks() -> None:
+    """Make this process keep the memory that it frees, if its C library is glibc.
+
+    A tower frees after each forward what the next one needs. Outside of the main thread glibc would return it to the
+    system, and the next forward would fault it in again, page by page.
+    """
+    _set_heap(*KEPT)
+
+
+def _set_heap(*options: tuple[int, int]) -> None:
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in options:
+            mallopt(option, value)

@@ -18,11 +18,6 @@ from twotower.tasks import end_tasks
 LINE_BYTES = 1 << 20
 SPINS = "100000"
 """How long a thread of a parallel operation spins for the next one before it yields its core: about 0.2 ms."""
-KEEP_HEAP = ":".join(
-    f"glibc.malloc.{name}={value}"
-    for name, value in (("mmap_threshold", 32 << 20), ("trim_threshold", 1 << 30), ("top_pad", 64 << 20))
-)
-"""Keeps memory that a forward frees in the process; otherwise the next forward would fault it in again, page by page."""
 TAIL = 20
 """Lines of stderr that are kept to explain an end."""
 
@@ -80,7 +75,7 @@ class ServiceProcess:
                 limit=LINE_BYTES,
                 # With its own session, Ctrl-C in the terminal reaches only the launcher, which drains in order.
                 start_new_session=True,
-                env={"GOMP_SPINCOUNT": SPINS, "GLIBC_TUNABLES": KEEP_HEAP, **_not_ours(os.environ), **self.env},
+                env={"GOMP_SPINCOUNT": SPINS, **_not_ours(os.environ), **self.env},
             )
         except OSError as error:
             raise ServiceFailed(f"{self.name} cannot be started: {error}") from None

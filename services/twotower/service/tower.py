@@ -19,6 +19,7 @@ from twotower.engine.graphs import WarmUp, batch_buckets, token_buckets
 from twotower.engine.progress import Progress
 from twotower.engine.thread import EngineThread
 from twotower.engine.turns import Turns
+from twotower.garbage import keep_freed_blocks
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.config import ModelConfig
 from twotower.model.memory import state_budget
@@ -105,6 +106,7 @@ async def tower_process(
 
     Raises CheckpointError, ConfigError, BrokerUnavailable.
     """
+    keep_freed_blocks()
     checkpoint = Checkpoint.open_shared(
         service.checkpoint, (kind.name,), context_experts=context_experts, revision=service.revision
     )
